@@ -1,0 +1,110 @@
+"""Claim: attention patterns skip their work, so sparser ones are faster, and dense causal beats the masked dense product.
+
+Times forward + backward of every pattern and of ``jax.nn.dot_product_attention(is_causal=True)``, all of them in turn in
+every repeat so that a busy machine slows them alike, and prints a Markdown table of medians, ratios and the compiled
+programs' scratch memory.
+
+Command: ``python experiments/benchmarks/attention.py --lengths 256 1024 4096 8192``
+Hardware: any; the ratios below are for 2 cores of an x86-64 CPU with AVX-512. Time: 2 minutes.
+Expected there, width 128, batch x length = 4096, 4 heads of 64: causal 2 times as fast as ``jax.nn`` at 256 and over 4
+times from 1024 on; local_strided and local 1.2, 3 and 5 times as fast as causal at 1024, 4096 and 8192, or more.
+"""
+
+import argparse
+import functools
+import os
+import pathlib
+import platform
+import statistics
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from spdf_jax.attention import PATTERNS, attention, causal_share
+
+BASELINE = "jax.nn"
+
+
+def processor() -> str:
+    """The processor's name, as Linux gives it where it does."""
+    cpuinfo = pathlib.Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def forward_and_backward(attend: Callable[..., jax.Array]) -> Callable[..., tuple[jax.Array, ...]]:
+    """Function of (q, k, v, dout)_BTHD that returns (dq, dk, dv)_BTHD."""
+
+    def step(q_BTHD: jax.Array, k_BTHD: jax.Array, v_BTHD: jax.Array, dout_BTHD: jax.Array) -> tuple[jax.Array, ...]:
+        out_BTHD, pullback = jax.vjp(attend, q_BTHD, k_BTHD, v_BTHD)
+        return out_BTHD, *pullback(dout_BTHD)
+
+    return step
+
+
+def rows(length: int, args: argparse.Namespace) -> list[list[str]]:
+    """The table's rows for one length."""
+    batch = args.batch or max(1, 4096 // length)
+    shape_BTHD = (batch, length, args.heads, args.head_dim)
+    inputs = [jax.random.normal(key, shape_BTHD, args.dtype) for key in jax.random.split(jax.random.key(0), 4)]
+    functions = {BASELINE: functools.partial(jax.nn.dot_product_attention, is_causal=True)}
+    functions |= {pattern: functools.partial(attention, pattern=pattern, width=args.width) for pattern in PATTERNS}
+
+    compiled, compile_seconds, times_ms = {}, {}, {name: [] for name in functions}
+    for name, attend in functions.items():
+        start = time.perf_counter()
+        compiled[name] = jax.jit(forward_and_backward(attend)).lower(*inputs).compile()
+        compile_seconds[name] = time.perf_counter() - start
+        jax.block_until_ready(compiled[name](*inputs))
+    for _ in range(args.repeats):
+        for name, step in compiled.items():
+            start = time.perf_counter()
+            jax.block_until_ready(step(*inputs))
+            times_ms[name].append(1e3 * (time.perf_counter() - start))
+
+    median_ms = {name: statistics.median(times) for name, times in times_ms.items()}
+    return [
+        [
+            f"{batch} x {length}",
+            name,
+            f"{causal_share(name, length, args.width):.3f}" if name in PATTERNS else "",
+            f"{median_ms[name]:.1f}",
+            f"{median_ms[BASELINE] / median_ms[name]:.2f}",
+            f"{median_ms['causal'] / median_ms[name]:.2f}",
+            f"{compiled[name].memory_analysis().temp_size_in_bytes / 2**20:.0f}",
+            f"{compile_seconds[name]:.1f}",
+        ]
+        for name in functions
+    ]
+
+
+def main() -> None:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[256, 1024, 4096, 8192])
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--batch", type=int, default=0, help="sequences; 0 keeps batch x length at 4096")
+    parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--head_dim", type=int, default=64)
+    parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--dtype", type=jnp.dtype, default=np.dtype("float32"))
+    args = parser.parse_args()
+
+    print(f"{processor()}, {os.cpu_count()} cores, {jax.devices()[0].device_kind} x {jax.device_count()};", end=" ")
+    print(f"Python {platform.python_version()}, JAX {jax.__version__}, NumPy {np.__version__};", end=" ")
+    print(f"{args.dtype}, {args.heads} heads of {args.head_dim}, width {args.width}; ", end="")
+    print(f"forward + backward, medians of {args.repeats} interleaved repeats\n")
+    header = ["batch x length", "attention", "share", "ms", f"x {BASELINE}", "x causal", "scratch MiB", "compile s"]
+    print("| " + " | ".join(header) + " |")
+    print("|" + " --- |" * 2 + " ---: |" * (len(header) - 2))
+    for length in args.lengths:
+        for row in rows(length, args):
+            print("| " + " | ".join(row) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

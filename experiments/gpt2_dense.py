@@ -1,0 +1,31 @@
+"""Dense GPT-2: what every sparse run is compared with.
+
+Claim   the reference: the loss that sparse training has to reach, and the FLOPs it is allowed to undercut.
+Source  set-up of hupihe/Mixed-Sparsity-Training (nanoGPT).
+Command python -m spdf_jax.main --config experiments/gpt2_dense.py
+        python -m spdf_jax.main --config experiments/gpt2_dense.py:124m   (OpenWebText as nanoGPT's train.bin and val.bin)
+
+mini    4 layers x 256, 600 steps x 16 x 256 = 2.5M tokens; about 5 minutes on 2 CPU cores.
+124m    GPT-2 small without biases, vocabulary 50304; 600,000 steps x 480 x 1024 = 295B tokens. Not run here.
+"""
+
+import spdf_jax as spdf
+
+
+def get_config(variant="mini"):
+    c = spdf.default_config("gpt2_dense", variant or "mini", variants=("mini", "124m"))
+    c.pretrain.sparsity.rule = "dense"
+    if c.variant == "mini":
+        c.pretrain.steps = 600
+        c.pretrain.optimizer.peak_learning_rate = 3e-3
+        c.pretrain.optimizer.warmup_steps = 50
+        return c
+    c.model = spdf.model_section(spdf.GPT_SIZES["124m"])
+    c.model.vocab_size = 50304
+    c.model.use_bias = False
+    c.data.source, c.data.path = "token_files", "data/openwebtext"
+    c.pretrain.steps = 600_000
+    c.pretrain.batch_size = 480
+    c.pretrain.optimizer.warmup_steps = 2000
+    c.loop.log_every_steps, c.loop.eval_every_steps, c.loop.checkpoint_every_steps = 100, 2000, 2000
+    return c

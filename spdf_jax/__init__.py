@@ -1,0 +1,32 @@
+"""Sparse pre-training of GPT models in JAX: train sparse, finish dense.
+
+import spdf_jax as spdf
+
+masks = spdf.init_masks(key, params, sparsity=0.75)
+tx = spdf.sparse(optax.adamw(3e-4))
+updates, opt_state = tx.update(grads, opt_state, params, masks=masks)
+"""
+
+from spdf_jax.config import default_config as default_config
+from spdf_jax.config import model_section as model_section
+from spdf_jax.config import resolve as resolve
+from spdf_jax.errors import InputError as InputError
+from spdf_jax.flops import train_flops as train_flops
+from spdf_jax.model import GPT as GPT
+from spdf_jax.model import GPT_SIZES as GPT_SIZES
+from spdf_jax.model import GPTConfig as GPTConfig
+from spdf_jax.model import forward as forward
+from spdf_jax.sparsity.masks import apply_masks as apply_masks
+from spdf_jax.sparsity.masks import dense_masks as dense_masks
+from spdf_jax.sparsity.masks import init_masks as init_masks
+from spdf_jax.sparsity.masks import mask_report as mask_report
+from spdf_jax.sparsity.rules import RULES as RULES
+from spdf_jax.sparsity.rules import Rule as Rule
+from spdf_jax.sparsity.rules import prune_and_grow as prune_and_grow
+from spdf_jax.sparsity.transforms import reset_masked_state as reset_masked_state
+from spdf_jax.sparsity.transforms import sparse as sparse
+from spdf_jax.state import TrainState as TrainState
+from spdf_jax.state import drop_masks as drop_masks
+from spdf_jax.tree import LINEAR_KERNELS as LINEAR_KERNELS
+from spdf_jax.tree import LINEAR_KERNELS_AND_HEAD as LINEAR_KERNELS_AND_HEAD
+from spdf_jax.tree import LINEAR_KERNELS_AND_TIED_HEAD as LINEAR_KERNELS_AND_TIED_HEAD

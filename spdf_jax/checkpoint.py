@@ -1,0 +1,116 @@
+"""Checkpoints of everything a run carries, by orbax: asynchronous, atomic, refused when they do not fit.
+
+A checkpoint holds the state (masks packed to one bit a weight) and a small JSON record of what is not an array: phase, data
+position and fingerprint, running totals. A save that is cut short leaves the one before it untouched.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from spdf_jax.errors import InputError
+from spdf_jax.sparsity.masks import pack_masks, unpack_masks
+from spdf_jax.state import TrainState
+from spdf_jax.tree import named_leaves
+
+
+class Checkpoints:
+    """The checkpoints of one run, newest last.
+
+    Args:
+      directory: created if needed.
+      keep: how many of the newest stay.
+    """
+
+    def __init__(self, directory: Path, keep: int = 2) -> None:
+        self.directory = directory
+        self._manager = ocp.CheckpointManager(
+            directory.absolute(),
+            options=ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True),
+            item_names=("state", "record"),
+        )
+
+    def latest_step(self) -> int | None:
+        """Step of the newest complete checkpoint, None if there is none."""
+        return self._manager.latest_step()
+
+    def save(self, state: TrainState, record: dict[str, Any]) -> None:
+        """Starts saving; the state may be donated right after. A step that is already saved is left alone."""
+        step = int(state.step)
+        if step in self._manager.all_steps():
+            return
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(state=ocp.args.StandardSave(_pack(state)), record=ocp.args.JsonSave(record)),
+        )
+
+    def record(self) -> dict[str, Any]:
+        """The JSON record of the newest checkpoint."""
+        restored = self._manager.restore(self.latest_step(), args=ocp.args.Composite(record=ocp.args.JsonRestore()))
+        return restored["record"]
+
+    def restore(self, abstract: TrainState, shardings: TrainState) -> TrainState:
+        """The newest state, laid out on the mesh of `shardings` whatever mesh wrote it.
+
+        Args:
+          abstract: expected shapes and dtypes.
+          shardings: where to put it.
+
+        Raises:
+          InputError: no checkpoint; one of another model (names the shapes that differ); one without masks where the
+            phase is sparse.
+        """
+        step = self.latest_step()
+        if step is None:
+            raise InputError(f"{self.directory}: no checkpoint there; train first with --job train")
+        packed = jax.eval_shape(_pack, abstract)
+        self._check(step, packed)
+        # A packed mask's last axis is eight times shorter than its parameter's: restored whole, split when unpacked.
+        layout = shardings.replace(masks=jax.tree.map(lambda _: shardings.step, shardings.masks))
+        target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), packed, layout)
+        restored = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target)))["state"]
+        unpack = jax.jit(
+            lambda s: s.replace(masks=unpack_masks(s.masks, s.params)), donate_argnums=0, out_shardings=shardings
+        )
+        return unpack(restored)
+
+    def wait(self) -> None:
+        """Until everything started is on disk; raises what went wrong."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits and releases."""
+        self._manager.close()
+
+    def _check(self, step: int, packed: TrainState) -> None:
+        metadata = self._manager.item_metadata(step)["state"]
+        saved = {
+            name: tuple(leaf.shape)
+            for name, leaf in named_leaves(metadata.tree if hasattr(metadata, "tree") else metadata)
+        }
+        wanted = {name: tuple(leaf.shape) for name, leaf in named_leaves(packed)}
+        masks = [
+            name for name, shape in wanted.items() if name.startswith("masks/") and shape and saved.get(name) == ()
+        ]
+        if masks:
+            raise InputError(
+                f"{self.directory}: the checkpoint at step {step} has no masks for {', '.join(m[6:] for m in masks[:3])}, but the "
+                f"phase is sparse; start it with --workdir of its own, or make the phase dense"
+            )
+        differing = [
+            f"{name} {saved.get(name, 'absent')} there, {wanted.get(name, 'absent')} here"
+            for name in sorted(saved.keys() | wanted.keys())
+            if saved.get(name) != wanted.get(name)
+        ]
+        if differing:
+            raise InputError(
+                f"{self.directory}: the checkpoint at step {step} is of another model: {'; '.join(differing[:3])}"
+                f"{f'; and {len(differing) - 3} more' if len(differing) > 3 else ''}. "
+                f"Use the config it was made with, or another --workdir"
+            )
+
+
+def _pack(state: TrainState) -> TrainState:
+    return state.replace(masks=pack_masks(state.masks))

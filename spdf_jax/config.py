@@ -1,0 +1,218 @@
+"""The one place where configuration is read: ml_collections in, frozen dataclasses out, everything validated.
+
+An experiment file has ``get_config(variant) -> ConfigDict``; it starts from `default_config` and overrides values. The
+dataclasses' own defaults are the only defaults there are.
+"""
+
+import dataclasses
+import difflib
+import json
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from spdf_jax.data import DataConfig
+from spdf_jax.errors import InputError
+from spdf_jax.model import GPTConfig
+from spdf_jax.optim import OptimizerConfig
+from spdf_jax.sharding import MeshConfig
+from spdf_jax.sparsity.programme import SparsityConfig
+
+
+@dataclass(frozen=True)
+class PhaseConfig:
+    """One phase of a run.
+
+    Attributes:
+      steps: length, topology steps included.
+      batch_size: sequences a step, over all devices and micro-batches.
+      seq_len: tokens a sequence; 0 means the model's context.
+      grad_accumulation_steps: micro-batches a step.
+      reset_optimizer: start with fresh optimiser state; False carries it over from the phase before.
+      optimizer, sparsity: see there.
+    """
+
+    steps: int = 600
+    batch_size: int = 16
+    seq_len: int = 0
+    grad_accumulation_steps: int = 1
+    reset_optimizer: bool = True
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    sparsity: SparsityConfig = field(default_factory=SparsityConfig)
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """How often a run reports and saves. These and `mesh` may change between restarts; everything else may not.
+
+    Attributes:
+      log_every_steps, eval_every_steps, checkpoint_every_steps: intervals; evaluation and checkpoints also happen at the end
+        of every phase.
+      eval_batch_size: sequences a validation batch.
+      keep_checkpoints: how many of the newest stay.
+    """
+
+    log_every_steps: int = 10
+    eval_every_steps: int = 100
+    checkpoint_every_steps: int = 200
+    eval_batch_size: int = 32
+    keep_checkpoints: int = 2
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A whole run. `phases` maps names to their configs in the order in which they run."""
+
+    experiment: str
+    variant: str
+    variants: tuple[str, ...]
+    seed: int
+    model: GPTConfig
+    data: DataConfig
+    mesh: MeshConfig
+    loop: LoopConfig
+    phases: Mapping[str, PhaseConfig]
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of all phases together."""
+        return sum(phase.steps for phase in self.phases.values())
+
+    def seq_len(self, phase: PhaseConfig) -> int:
+        """Tokens a sequence in `phase`."""
+        return phase.seq_len or self.model.context
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready, in the layout of the experiment files: phase names under ``phases``, each phase by its name."""
+        flat = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "phases"}
+        values = {k: dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v for k, v in flat.items()}  # type: ignore[arg-type]
+        phases = {name: dataclasses.asdict(phase) for name, phase in self.phases.items()}
+        return json.loads(json.dumps(values | {"phases": list(self.phases)} | phases))
+
+
+_SECTIONS: dict[str, type] = {"model": GPTConfig, "data": DataConfig, "mesh": MeshConfig, "loop": LoopConfig}
+_SCALARS: dict[str, Any] = {"experiment": "", "variant": "", "variants": (), "seed": 0}
+
+
+def default_config(
+    experiment: str, variant: str, *, variants: tuple[str, ...], phases: tuple[str, ...] = ("pretrain",)
+) -> ConfigDict:
+    """A ConfigDict holding every default, with one section a phase, for experiment files to override.
+
+    Args:
+      experiment, variant: name the run and its default workdir.
+      variants: all there are; the first is the one that runs anywhere.
+      phases: names of the phases in order; each becomes a section.
+
+    Raises:
+      InputError: `variant` is not among `variants`.
+
+    >>> config = default_config("mine", "mini", variants=("mini",), phases=("pretrain", "finetune"))
+    >>> config.finetune.optimizer.peak_learning_rate
+    0.0006
+    """
+    if variant not in variants:
+        raise InputError(f"--config: {experiment} has no variant {variant!r}{nearest(variant, list(variants))}")
+    sections = {name: dataclasses.asdict(cls()) for name, cls in _SECTIONS.items()}
+    phase_sections = {name: dataclasses.asdict(PhaseConfig()) for name in phases}
+    scalars = _SCALARS | {"experiment": experiment, "variant": variant, "variants": variants}
+    return ConfigDict({**scalars, **sections, "phases": phases, **phase_sections})
+
+
+def model_section(config: GPTConfig) -> ConfigDict:
+    """A published size (`spdf_jax.GPT_SIZES`) as the ``model`` section of an experiment."""
+    return ConfigDict(dataclasses.asdict(config))
+
+
+def resolve(config: ConfigDict) -> RunConfig:
+    """Validates a ConfigDict into a `RunConfig`.
+
+    Raises:
+      InputError: an unknown key (names the nearest known one), a value of the wrong type, or one out of its range.
+    """
+    values = config.to_dict()
+    phases = values.pop("phases", ())
+    _check_keys("config", values, [*_SCALARS, *_SECTIONS, *phases])
+    if not phases:
+        raise InputError("config.phases: at least one phase is needed")
+    for name in (*_SECTIONS, *phases):
+        if not isinstance(values.get(name), dict):
+            raise InputError(f"config.{name}: the section is missing")
+    run = RunConfig(
+        **{name: _typed(f"config.{name}", type(default), values[name]) for name, default in _SCALARS.items()},
+        **{name: _build(f"config.{name}", cls, values[name]) for name, cls in _SECTIONS.items()},
+        phases={name: _build(f"config.{name}", PhaseConfig, values[name]) for name in phases},
+    )
+    for name, phase in run.phases.items():
+        _check_phase(run, name, phase)
+    return run
+
+
+def _check_phase(run: RunConfig, name: str, phase: PhaseConfig) -> None:
+    if phase.steps < 1 or phase.batch_size < 1 or phase.grad_accumulation_steps < 1:
+        raise InputError(f"config.{name}: steps, batch_size and grad_accumulation_steps must be at least 1")
+    if run.seq_len(phase) > run.model.context:
+        raise InputError(
+            f"config.{name}.seq_len: {phase.seq_len} exceeds config.model.context {run.model.context}; "
+            f"shorten the sequences or enlarge the context"
+        )
+    if phase.batch_size % phase.grad_accumulation_steps:
+        raise InputError(
+            f"config.{name}.batch_size: {phase.batch_size} is not divisible by grad_accumulation_steps "
+            f"{phase.grad_accumulation_steps}"
+        )
+
+
+def check_devices(run: RunConfig, data_devices: int) -> None:
+    """Raises `InputError` unless every micro-batch splits evenly over the devices that share the batch."""
+    for name, phase in run.phases.items():
+        micro = phase.batch_size // phase.grad_accumulation_steps
+        if micro % data_devices:
+            raise InputError(
+                f"config.{name}.batch_size: {micro} sequences a micro-batch are not divisible by {data_devices} devices; "
+                f"use a multiple of {data_devices * phase.grad_accumulation_steps} or fewer devices (config.mesh)"
+            )
+    if run.loop.eval_batch_size % data_devices:
+        raise InputError(
+            f"config.loop.eval_batch_size: {run.loop.eval_batch_size} is not divisible by {data_devices} devices"
+        )
+
+
+def nearest(key: str, known: list[str]) -> str:
+    """`` (did you mean 'model'?)`` or nothing."""
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(known)}"
+
+
+def _check_keys(where: str, values: Mapping[str, Any], known: list[str]) -> None:
+    for key in values:
+        if key not in known:
+            raise InputError(f"{where}: unknown key {key!r}{nearest(key, known)}")
+
+
+def _build(where: str, cls: type, values: Mapping[str, Any]) -> Any:
+    hints = typing.get_type_hints(cls)
+    _check_keys(where, values, list(hints))
+    fields = {key: _typed(f"{where}.{key}", hints[key], value) for key, value in values.items()}
+    try:
+        return cls(**fields)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
+
+
+def _typed(where: str, hint: Any, value: Any) -> Any:
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, Mapping):
+            raise InputError(f"{where}: expected a section, got {value!r}")
+        return _build(where, typing.cast(type, hint), value)
+    origin = typing.get_origin(hint)
+    if hint is tuple or origin is tuple:
+        return tuple(tuple(item) if isinstance(item, list | tuple) else item for item in value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise InputError(f"{where}: expected {hint.__name__}, got {value!r}")
+    return value

@@ -1,0 +1,190 @@
+"""Tokens to batches. The stream is cut every `seq_len` tokens; window n holds tokens n*seq_len to (n+1)*seq_len.
+
+Window n has seq_len + 1 tokens, so its last one, a target only, is the first input of window n + 1.
+"""
+
+import math
+import sys
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import grain
+import numpy as np
+
+from spdf_jax.data.token_files import in_chunks
+from spdf_jax.errors import InputError
+
+# Reading a window is a small copy from a memory map: few threads keep ahead of any step, few batches wait in memory.
+_READ_OPTIONS = grain.ReadOptions(num_threads=4, prefetch_buffer_size=8)
+
+
+class Batch(NamedTuple):
+    """Examples in NumPy arrays: inputs int32, next tokens int32, and float32 weights, 0 where a target is padding."""
+
+    tokens_BT: np.ndarray
+    targets_BT: np.ndarray
+    weights_BT: np.ndarray
+
+
+class _Windows:
+    """Random access to the windows of a token stream, each a copy of seq_len + 1 tokens."""
+
+    def __init__(self, tokens: np.ndarray, seq_len: int):
+        self._tokens = tokens
+        self._seq_len = seq_len
+
+    def __len__(self) -> int:
+        return (len(self._tokens) - 1) // self._seq_len
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        start = int(index) * self._seq_len
+        return np.array(self._tokens[start : start + self._seq_len + 1], dtype=np.int32)
+
+
+def train_batches(
+    tokens: np.ndarray,
+    *,
+    seq_len: int,
+    batch_size: int,
+    seed: int,
+    start_batch: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[Batch]:
+    """Shuffled training batches without end, every window once an epoch and each epoch in another order.
+
+    Global batch n holds examples n*batch_size to (n+1)*batch_size of one endless order, whatever `process_count` is;
+    a batch may span two epochs. Reading is by random access: starting at `start_batch` costs nothing.
+
+    Args:
+        tokens: 1-D ids, best memory-mapped; read window by window.
+        seq_len: Positions T in an example.
+        batch_size: Examples B in a global batch, of all processes together.
+        seed: Of the order.
+        start_batch: First batch to yield: as many as have been trained on.
+        process_index: This process, which gets its contiguous rows of every batch.
+        process_count: Processes that share a batch.
+
+    Returns:
+        An iterator over batches of batch_size / process_count rows.
+
+    Raises:
+        InputError: The data is shorter than one window, or a number does not fit.
+
+    >>> batch = next(train_batches(np.arange(3), seq_len=2, batch_size=1, seed=0))
+    >>> batch.tokens_BT, batch.targets_BT
+    (array([[0, 1]], dtype=int32), array([[1, 2]], dtype=int32))
+    """
+    _check(seq_len, batch_size, process_index, process_count)
+    if seed < 0 or start_batch < 0:
+        raise InputError(f"seed={seed}, start_batch={start_batch}: neither may be negative")
+    if len(tokens) < seq_len + 1:
+        raise InputError(
+            f"training data of {len(tokens)} tokens is shorter than one example of seq_len={seq_len} and its last "
+            "target; lower seq_len or give more text"
+        )
+    # grain shuffles epoch e by seed + e: unmixed, seed 1 would start with the second epoch of seed 0.
+    mixed_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
+    examples = grain.MapDataset.source(_Windows(tokens, seq_len)).shuffle(mixed_seed).repeat()
+    share_size = batch_size // process_count
+
+    def read(batch_index: int) -> Batch:
+        first = batch_index * batch_size + process_index * share_size
+        windows = np.stack([examples[index] for index in range(first, first + share_size)])
+        return Batch(windows[:, :-1].copy(), windows[:, 1:].copy(), np.ones((share_size, seq_len), np.float32))
+
+    # Not `examples.batch()[...]`: the length of an endless dataset in batches of one overflows in grain 0.2.18.
+    return iter(grain.MapDataset.range(start_batch, sys.maxsize).map(read).to_iter_dataset(_READ_OPTIONS))
+
+
+def validation_batches(
+    tokens: np.ndarray, *, seq_len: int, batch_size: int, process_index: int = 0, process_count: int = 1
+) -> Iterator[Batch]:
+    """The whole validation set in order, every token but the first a target exactly once.
+
+    What the last window and the last batch lack is padded with token 0 at weight 0, so that all batches have one shape
+    and all processes the same number of them.
+
+    Args:
+        tokens: 1-D ids, best memory-mapped.
+        seq_len: Positions T in an example.
+        batch_size: Examples B in a global batch, of all processes together.
+        process_index: This process, which gets its contiguous rows of every batch.
+        process_count: Processes that share a batch.
+
+    Returns:
+        An iterator over batches of batch_size / process_count rows.
+
+    Raises:
+        InputError: Fewer than two tokens, or a number does not fit.
+
+    >>> [batch.targets_BT.tolist() for batch in validation_batches(np.arange(8), seq_len=2, batch_size=2)]
+    [[[1, 2], [3, 4]], [[5, 6], [7, 0]]]
+    """
+    _check(seq_len, batch_size, process_index, process_count)
+    if len(tokens) < 2:
+        raise InputError(
+            f"validation data of {len(tokens)} tokens has no target for seq_len={seq_len}; give more validation text"
+        )
+    return _validation_batches(tokens, seq_len, batch_size, process_index, process_count)
+
+
+def unigram_loss(train_tokens: np.ndarray, validation_tokens: np.ndarray, vocab_size: int) -> float:
+    """Loss of a model that knows only how often each token occurs: what any trained model has to beat.
+
+    Args:
+        train_tokens: 1-D ids to count; one is added to every count, so that no token has probability zero.
+        validation_tokens: 1-D ids; all but the first are targets.
+        vocab_size: Ids the model can predict.
+
+    Returns:
+        Nats per validation target.
+
+    Raises:
+        InputError: A token id is at or over `vocab_size`.
+
+    >>> round(unigram_loss(np.array([0, 0, 1, 0]), np.array([2, 0, 2, 1]), vocab_size=3), 4)  # of 4/7, 1/7 and 2/7
+    1.2528
+    """
+    log_probability = np.log(_counts(train_tokens, vocab_size) + 1) - math.log(len(train_tokens) + vocab_size)
+    target_counts = _counts(validation_tokens[1:], vocab_size)
+    return float(-(target_counts @ log_probability) / target_counts.sum())
+
+
+def _counts(tokens: np.ndarray, vocab_size: int) -> np.ndarray:
+    """How often each id occurs, read a chunk at a time."""
+    counts = np.zeros(vocab_size, dtype=np.int64)
+    for chunk in in_chunks(tokens):
+        chunk_counts = np.bincount(chunk, minlength=vocab_size)
+        if len(chunk_counts) > vocab_size:
+            raise InputError(f"token id {len(chunk_counts) - 1} is not under vocab_size={vocab_size}; raise vocab_size")
+        counts += chunk_counts
+    return counts
+
+
+def _check(seq_len: int, batch_size: int, process_index: int, process_count: int) -> None:
+    if seq_len < 1 or batch_size < 1:
+        raise InputError(f"seq_len={seq_len}, batch_size={batch_size}: both must be at least 1")
+    if not 0 <= process_index < process_count:
+        raise InputError(f"process_index={process_index} must be at least 0 and under process_count={process_count}")
+    if batch_size % process_count:
+        raise InputError(
+            f"batch_size={batch_size} is not divisible by process_count={process_count}; choose a multiple of it"
+        )
+
+
+def _validation_batches(
+    tokens: np.ndarray, seq_len: int, batch_size: int, process_index: int, process_count: int
+) -> Iterator[Batch]:
+    n_targets = len(tokens) - 1
+    share_size = batch_size // process_count
+    batch_tokens, share_tokens = batch_size * seq_len, share_size * seq_len
+    for batch_start in range(0, n_targets, batch_tokens):
+        start = batch_start + process_index * share_tokens
+        n_real = min(max(n_targets - start, 0), share_tokens)
+        padded = np.zeros((3, share_tokens), dtype=np.int32)
+        padded[0, :n_real] = tokens[start : start + n_real]
+        padded[1, :n_real] = tokens[start + 1 : start + 1 + n_real]
+        padded[2, :n_real] = 1
+        tokens_BT, targets_BT, weights_BT = padded.reshape(3, share_size, seq_len)
+        yield Batch(tokens_BT, targets_BT, weights_BT.astype(np.float32))

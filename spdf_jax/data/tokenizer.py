@@ -1,0 +1,103 @@
+"""Text to ids, with Hugging Face `tokenizers`: train a byte-level BPE, load a `tokenizer.json`, encode documents."""
+
+import itertools
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+from tokenizers import ByteLevelBPETokenizer, Tokenizer
+
+from spdf_jax.errors import InputError
+
+END_OF_TEXT = "<|endoftext|>"
+SMALLEST_VOCAB = 257  # every byte, and end of text
+
+# A long document is encoded in pieces, which bounds memory (an encoding takes about 100 bytes a token) and uses every
+# core. At a single newline between two visible characters byte-level BPE never joins the sides: the ids stay the same.
+_PIECE_CHARS = 1 << 16
+_PIECES_PER_CHUNK = 64
+_SAFE_CUT = re.compile(r"(?<=\S\n)(?=\S)")
+
+
+def train_tokenizer(texts: Iterable[str], *, vocab_size: int, progress: bool) -> Tokenizer:
+    """Trains a byte-level BPE as GPT-2's; the same texts give the same tokenizer.
+
+    Args:
+        texts: The training documents.
+        vocab_size: Ids to end with, at least 257; a tiny corpus ends with fewer.
+        progress: Show a bar on standard error.
+
+    Returns:
+        A tokenizer that encodes any text without loss; `<|endoftext|>` is id 0.
+    """
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(iter(texts), vocab_size=vocab_size, special_tokens=[END_OF_TEXT], show_progress=progress)
+    return Tokenizer.from_str(bpe.to_str())
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Reads a Hugging Face `tokenizer.json`, GPT-2's for instance, from the local disk.
+
+    Args:
+        path: The file. It is parsed as JSON; nothing in it can run.
+
+    Returns:
+        The tokenizer, with truncation and padding off.
+
+    Raises:
+        InputError: No such file, not a tokenizer, or it has no `<|endoftext|>` to separate documents.
+    """
+    if not Path(path).is_file():
+        raise InputError(f"tokenizer {str(path)!r}: no such file; give the path of a Hugging Face tokenizer.json")
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # `tokenizers` raises bare Exception
+        message = f"tokenizer {str(path)!r}: not a Hugging Face tokenizer.json ({error}); save it with Tokenizer.save"
+        raise InputError(message) from error
+    if tokenizer.token_to_id(END_OF_TEXT) is None:
+        raise InputError(
+            f"tokenizer {str(path)!r}: has no {END_OF_TEXT!r} token, which separates documents; "
+            f"add it with Tokenizer.add_special_tokens(['{END_OF_TEXT}']) and save it again"
+        )
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def vocabulary_size(tokenizer: Tokenizer) -> int:
+    """The largest id the tokenizer can emit, plus one; ids may have gaps, so this can exceed the number of tokens."""
+    return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+
+def encode_texts(tokenizer: Tokenizer, texts: Iterable[str]) -> Iterator[tuple[np.ndarray, int]]:
+    """Encodes documents, end of text after each, in chunks of bounded memory.
+
+    Args:
+        tokenizer: One that has `<|endoftext|>`. That string inside a document counts as ordinary text where
+            `tokenizer.encode_special_tokens` is set.
+        texts: The documents.
+
+    Yields:
+        The next ids, and how many UTF-8 bytes of text they stand for.
+    """
+    end_id = tokenizer.token_to_id(END_OF_TEXT)
+    assert end_id is not None, "load_tokenizer and train_tokenizer see to it"
+    pieces = itertools.chain.from_iterable(map(_pieces, texts))
+    while chunk := list(itertools.islice(pieces, _PIECES_PER_CHUNK)):
+        encodings = tokenizer.encode_batch_fast([piece for piece, _ in chunk], add_special_tokens=False)
+        ids: list[int] = []
+        for encoding, (_, is_last) in zip(encodings, chunk, strict=True):
+            ids += encoding.ids
+            if is_last:
+                ids.append(end_id)
+        yield np.array(ids, dtype=np.uint32), sum(len(piece.encode()) for piece, _ in chunk)
+
+
+def _pieces(text: str) -> Iterator[tuple[str, bool]]:
+    """The text in pieces of about `_PIECE_CHARS`, each with whether it is the last."""
+    start = 0
+    while cut := _SAFE_CUT.search(text, start + _PIECE_CHARS):
+        yield text[start : cut.start()], False
+        start = cut.start()
+    yield text[start:], True

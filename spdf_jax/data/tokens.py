@@ -1,0 +1,199 @@
+"""From a config to tokens: find the corpus, train or load the tokenizer, encode once, keep the result in a cache.
+
+The cache is `<cache_dir>/<key>/` with `tokenizer.json`, `train.bin`, `val.bin` and `meta.json`; `key` is a hash of the
+documents and the tokenizer. A folder appears there whole, by one rename, or not at all: a run killed half-way leaves
+only an `unfinished-*` folder, which is safe to delete, and of two runs at once the slower one drops its copy.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer
+from tqdm import tqdm
+
+from spdf_jax.data.corpus import Corpus, Split, embedded_corpus, text_corpus, tfds_corpus
+from spdf_jax.data.token_files import TokenData, combined_fingerprint, open_token_files
+from spdf_jax.data.tokenizer import SMALLEST_VOCAB, encode_texts, load_tokenizer, train_tokenizer, vocabulary_size
+from spdf_jax.errors import InputError
+
+_FORMAT_VERSION = 1  # raise it when the same documents and tokenizer give other files
+_FILES: dict[Split, str] = {"train": "train.bin", "validation": "val.bin"}
+_SOURCES = ("embedded", "text", "token_files", "tfds")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What to train on.
+
+    Attributes:
+        source: `embedded` (the Python standard library's text), `text`, `token_files` or `tfds`.
+        path: text: a file or a folder of text files; token_files: a folder with nanoGPT's `train.bin` and `val.bin`;
+            tfds: the data folder, "" for the TFDS default.
+        tfds_name: The dataset, as `name/config:version`.
+        text_key: Key of the text in a `.jsonl` line or a dataset example.
+        tokenizer: A local Hugging Face `tokenizer.json`; "" trains a byte-level BPE on the training documents.
+        tokenizer_vocab_size: Ids of the tokenizer to train.
+        validation_fraction: Share of the documents held out where the source has no validation split of its own.
+        cache_dir: Where encoded tokens are kept; "" is `$XDG_CACHE_HOME/spdf_jax`, or `~/.cache/spdf_jax`.
+    """
+
+    source: str = "embedded"
+    path: str = ""
+    tfds_name: str = ""
+    text_key: str = "text"
+    tokenizer: str = ""
+    tokenizer_vocab_size: int = 4096
+    validation_fraction: float = 0.05
+    cache_dir: str = ""
+
+
+def prepare(config: DataConfig, *, progress: bool = True) -> TokenData:
+    """Tokens of the configured data: from the cache, or tokenized now and cached.
+
+    Args:
+        config: What to train on.
+        progress: Show bars on standard error.
+
+    Returns:
+        Memory-mapped tokens and their tokenizer.
+
+    Raises:
+        InputError: The config, the data, the tokenizer or the cache folder cannot be used.
+    """
+    _check(config)
+    if config.source == "token_files":
+        return open_token_files(config.path, config.tokenizer)
+    tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else None
+    recipe = hashlib.sha256(tokenizer.to_str().encode()).hexdigest() if tokenizer else config.tokenizer_vocab_size
+    corpus = _corpus(config)
+    key = hashlib.sha256(json.dumps([_FORMAT_VERSION, corpus.identity, recipe]).encode()).hexdigest()[:32]
+    folder = _cache_dir(config) / key
+    return _open(folder) or _build(folder, corpus, tokenizer, config, progress)
+
+
+def _check(config: DataConfig) -> None:
+    if config.source not in _SOURCES:
+        raise InputError(f"data.source={config.source!r}: no such source; choose one of {', '.join(_SOURCES)}")
+    if config.source in ("text", "token_files") and not config.path:
+        raise InputError(f"data.path is empty: data.source={config.source!r} needs the place of its files there")
+    if config.source == "tfds" and not config.tfds_name:
+        raise InputError("data.tfds_name is empty: data.source='tfds' needs a dataset, such as 'wikipedia/20230601.en'")
+    if not 0 < config.validation_fraction < 1:
+        raise InputError(
+            f"data.validation_fraction={config.validation_fraction}: must be between 0 and 1, both excluded; try 0.05"
+        )
+    if config.tokenizer_vocab_size < SMALLEST_VOCAB:
+        raise InputError(
+            f"data.tokenizer_vocab_size={config.tokenizer_vocab_size}: a byte-level BPE needs at least "
+            f"{SMALLEST_VOCAB}, every byte and end of text; raise it"
+        )
+
+
+def _corpus(config: DataConfig) -> Corpus:
+    held_out = config.validation_fraction
+    if config.source == "embedded":
+        return embedded_corpus(held_out)
+    if config.source == "text":
+        return text_corpus(config.path, text_key=config.text_key, validation_fraction=held_out)
+    return tfds_corpus(config.tfds_name, data_dir=config.path, text_key=config.text_key, validation_fraction=held_out)
+
+
+def _cache_dir(config: DataConfig) -> Path:
+    if config.cache_dir:
+        return Path(config.cache_dir)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "spdf_jax"
+
+
+def _open(folder: Path) -> TokenData | None:
+    """What the cache holds at `folder`, or None where it is missing or damaged in any way."""
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+        tokens = {}
+        for split, name in _FILES.items():
+            tokens[split] = np.memmap(folder / name, dtype=meta["dtype"], mode="r")
+            if len(tokens[split]) != meta["tokens"][split]:
+                return None
+        return TokenData(
+            train=tokens["train"],
+            validation=tokens["validation"],
+            tokenizer=load_tokenizer(folder / "tokenizer.json"),
+            vocab_size=meta["vocab_size"],
+            fingerprint=combined_fingerprint(meta["sha256"]["train"], meta["sha256"]["validation"]),
+            validation_bytes=meta["validation_bytes"],
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _build(folder: Path, corpus: Corpus, tokenizer: Tokenizer | None, config: DataConfig, progress: bool) -> TokenData:
+    """Tokenizes into a temporary folder beside `folder`, then renames it to `folder`."""
+    if tokenizer is None:
+        vocab_size = config.tokenizer_vocab_size
+        tokenizer = train_tokenizer(corpus.read("train"), vocab_size=vocab_size, progress=progress)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(
+            prefix="unfinished-", dir=folder.parent, ignore_cleanup_errors=True
+        ) as temporary:
+            draft = Path(temporary, "data")
+            draft.mkdir()
+            _write(draft, corpus, tokenizer, progress)
+            # Mapped before the rename: should another run move `folder` right after it, these maps stay valid.
+            data = _open(draft)
+            if data is None:
+                raise InputError(f"{folder.parent}: tokens just written do not read back; check that disk")
+            _publish(draft, folder)
+            return _open(folder) or data
+    except OSError as error:
+        message = f"{folder.parent}: cannot keep tokens there ({error}); free space or set data.cache_dir elsewhere"
+        raise InputError(message) from error
+
+
+def _write(draft: Path, corpus: Corpus, tokenizer: Tokenizer, progress: bool) -> None:
+    """Writes all files of one cache folder."""
+    tokenizer.save(str(draft / "tokenizer.json"))
+    # A document that spells the end-of-text token is text about it, not the end of a document.
+    tokenizer.encode_special_tokens = True
+    vocab_size = vocabulary_size(tokenizer)
+    dtype = "<u2" if vocab_size <= 2**16 else "<u4"
+    text_bytes, tokens, sha256 = {}, {}, {}
+    with tqdm(total=corpus.total_bytes, unit="B", unit_scale=True, desc="tokenize", disable=not progress) as bar:
+        for split, name in _FILES.items():
+            text_bytes[split], tokens[split] = 0, 0
+            with (draft / name).open("wb") as stream:
+                for ids, n_bytes in encode_texts(tokenizer, corpus.read(split)):
+                    stream.write(ids.astype(dtype).tobytes())
+                    text_bytes[split] += n_bytes
+                    tokens[split] += len(ids)
+                    bar.update(n_bytes)
+            if not tokens[split]:
+                raise InputError(
+                    f"{corpus.where}: no document fell into the {split} split; give more documents, change "
+                    "data.validation_fraction, or name files train.* and validation.*"
+                )
+            with (draft / name).open("rb") as stream:
+                sha256[split] = hashlib.file_digest(stream, "sha256").hexdigest()
+    meta = {
+        "dtype": dtype,
+        "vocab_size": vocab_size,
+        "tokens": tokens,
+        "sha256": sha256,
+        "validation_bytes": text_bytes["validation"],
+    }
+    (draft / "meta.json").write_text(json.dumps(meta, indent=1))
+
+
+def _publish(draft: Path, folder: Path) -> None:
+    """Renames `draft` to `folder`, unless a sound one came to stand there meanwhile; a damaged one makes way."""
+    if folder.exists() and _open(folder) is None:
+        os.replace(folder, draft.with_name("damaged"))
+    try:
+        os.replace(draft, folder)
+    except OSError:
+        if not folder.exists():
+            raise

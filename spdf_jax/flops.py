@@ -1,0 +1,107 @@
+"""What a machine that skips zeros would compute.
+
+Source: SPDF (arXiv 2303.10464) and its appendix: forward + backward of a sequence of S tokens is
+``3 S (2 nnz_linear + 4 S d L a + 2 nnz_head)`` with ``nnz_linear = 12 L d^2 (1 - s)`` for an MLP of 4 d. Attention is counted
+full (S^2), times the share ``a`` of the causal triangle that a sparse pattern attends to; the input look-up is free. Counts
+are exact integers, so that a resumed run continues its totals to the last FLOP.
+"""
+
+from collections.abc import Mapping
+
+from spdf_jax.attention import causal_share
+from spdf_jax.errors import InputError
+from spdf_jax.model import GPTConfig
+
+
+def linear_size(config: GPTConfig) -> int:
+    """Weights of all block matrices: ``L (4 D^2 + 2 D F)``, 12 L D^2 for F = 4 D."""
+    return config.n_layer * (4 * config.d_model**2 + 2 * config.d_model * config.mlp_width)
+
+
+def head_size(config: GPTConfig) -> int:
+    """Weights of the output head, tied or not."""
+    return config.d_model * config.vocab_size
+
+
+def parameter_count(config: GPTConfig) -> int:
+    """All parameters."""
+    d = config.d_model
+    norms = (2 * config.n_layer + 1) * d * (2 if config.use_bias else 1)
+    biases = config.n_layer * (5 * d + config.mlp_width) if config.use_bias else 0
+    embeddings = (config.vocab_size + config.context) * d
+    return linear_size(config) + norms + biases + embeddings + (0 if config.tied_head else head_size(config))
+
+
+def train_flops(
+    config: GPTConfig,
+    *,
+    seq_len: int = 0,
+    sparsity: float = 0.0,
+    head_sparsity: float = 0.0,
+    attention_share: float = 1.0,
+    include_head: bool = True,
+) -> float:
+    """FLOPs of one training sequence, forward and backward.
+
+    Args:
+      config: the architecture.
+      seq_len: tokens; 0 means the model's context.
+      sparsity: share of zeros over all block matrices.
+      head_sparsity: share of zeros in the output head.
+      attention_share: share of the causal triangle attended to.
+      include_head: count the output head.
+
+    Returns:
+      FLOPs a sequence.
+
+    >>> import spdf_jax as spdf
+    >>> f"{train_flops(spdf.GPT_SIZES['1.3b'], sparsity=0.75):.3g}"  # the paper's table says 7.46e12
+    '7.45e+12'
+    """
+    if not (0 <= sparsity <= 1 and 0 <= head_sparsity <= 1 and 0 <= attention_share <= 1):
+        raise InputError("train_flops: sparsity, head_sparsity and attention_share must lie in [0, 1]")
+    s = seq_len or config.context
+    attention = 4 * s * config.d_model * config.n_layer * attention_share
+    head = 2 * head_size(config) * (1 - head_sparsity) if include_head else 0.0
+    return 3 * s * (2 * linear_size(config) * (1 - sparsity) + attention + head)
+
+
+def step_flops(
+    config: GPTConfig,
+    *,
+    seq_len: int,
+    sequences: int,
+    active: Mapping[str, int],
+    pattern: str = "causal",
+    width: int = 128,
+    dense_gradient: bool = False,
+) -> int:
+    """Exact FLOPs of one step on real masks.
+
+    Args:
+      config: the architecture.
+      seq_len: tokens a sequence.
+      sequences: sequences in the step.
+      active: active weights of every sparse leaf, all layers together; leaves left out count dense.
+      pattern: attention pattern.
+      width: its width.
+      dense_gradient: a topology step, whose weight gradients are dense (2 of 3 products stay sparse).
+
+    Returns:
+      FLOPs.
+    """
+    head_name = "wte/embedding" if config.tied_head else "head/kernel"
+    blocks = {name: n for name, n in active.items() if name != head_name}
+    sizes = {name: _leaf_size(config, name) for name in blocks}
+    nnz = linear_size(config) - sum(sizes.values()) + sum(blocks.values()) + active.get(head_name, head_size(config))
+    full = linear_size(config) + head_size(config)
+    weights = 2 * (2 * nnz + (full if dense_gradient else nnz))
+    attention = round(3 * 4 * seq_len * config.d_model * config.n_layer * causal_share(pattern, seq_len, width))
+    return sequences * seq_len * (weights + attention)
+
+
+def _leaf_size(config: GPTConfig, name: str) -> int:
+    if not name.startswith("blocks/"):
+        raise InputError(f"step_flops: leaf {name!r} is no linear layer of this model")
+    mlp = name.startswith("blocks/mlp")
+    return config.n_layer * config.d_model * (config.mlp_width if mlp else config.d_model)

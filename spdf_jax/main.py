@@ -1,0 +1,111 @@
+"""Command line: ``python -m spdf_jax.main --config FILE[:VARIANT] [--job JOB] [--workdir DIR] [--config.a.b=value ...]``."""
+
+import errno
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from absl import flags, logging
+from ml_collections import ConfigDict, config_flags
+
+from spdf_jax.errors import InputError
+
+if TYPE_CHECKING:
+    from spdf_jax.config import RunConfig
+
+JOBS = ("train", "evaluate", "plan", "report")
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Experiment file, with its variant after a colon: experiments/gpt2_mst.py:124m."
+)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Where the run leaves everything; default runs/<experiment>-<variant>.")
+_JOB = flags.DEFINE_enum("job", "train", JOBS, "What to do.")
+_PROGRESS = flags.DEFINE_bool("progress", True, "Show progress.")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs a job and returns the exit code: 0 done, 2 something the user can mend, said in one message."""
+    try:
+        _parse(argv)
+        return _run(argv)
+    except InputError as error:
+        return _fail(str(error))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise
+        return _fail(f"{error.filename or 'workdir'}: {error.strerror}; what was saved before is intact")
+    except KeyboardInterrupt:
+        return _fail("interrupted; the same command resumes from the last checkpoint")
+
+
+def _fail(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return 2
+
+
+def _parse(argv: Sequence[str]) -> None:
+    """Reads the flags. A bad one is the user's to mend, however ml_collections raises it."""
+    try:
+        rest = flags.FLAGS(list(argv))[1:]
+    except InputError:
+        raise
+    except flags.Error as error:
+        raise InputError(f"command line: {_one_line(error)}") from error
+    except (KeyError, AttributeError) as error:  # ml_collections: an override of a key that is not there
+        raise InputError(f"--config: unknown key {_one_line(error)}") from error
+    except (TypeError, ValueError, IndexError) as error:
+        raise InputError(f"--config: {_one_line(error)}") from error
+    if rest:
+        raise InputError(f"command line: {rest[0]!r} is no flag; overrides are spelled --config.section.key=value")
+    if _CONFIG.value is None:
+        raise InputError(
+            "command line: --config FILE[:VARIANT] is needed, for example --config experiments/gpt2_mst.py"
+        )
+    if not isinstance(_CONFIG.value, ConfigDict):  # ml_collections' stand-in for a file that it could not read
+        raise InputError(f"--config: {_config_file()} is not there")
+
+
+def _one_line(error: Exception) -> str:
+    return "; ".join(str(error.args[0] if error.args else error).split("\n")).rstrip(".; ")
+
+
+def _config_file() -> str:
+    flag: Any = flags.FLAGS["config"]
+    return flag.config_filename
+
+
+def _run(argv: Sequence[str]) -> int:
+    logging.set_verbosity(logging.ERROR)  # orbax and grain narrate
+    # Imported here so that a mistyped command answers at once.
+    from spdf_jax.config import resolve
+    from spdf_jax.plan import describe
+    from spdf_jax.report import write_report
+    from spdf_jax.train import evaluate_checkpoint, train
+
+    config = resolve(_CONFIG.value)
+    workdir = Path(_WORKDIR.value or f"runs/{config.experiment}-{config.variant}")
+    if _JOB.value == "report":
+        print(write_report(workdir))
+    elif _JOB.value == "plan":
+        print(describe(config))
+    elif _JOB.value == "evaluate":
+        evaluate_checkpoint(config, workdir)
+    else:
+        print(f"{_banner(config)}\n{describe(config)}", flush=True)
+        command = shlex.join(["python", "-m", "spdf_jax.main", *argv[1:]])
+        train(config, workdir, command=command, progress=_PROGRESS.value)
+    return 0
+
+
+def _banner(config: "RunConfig") -> str:
+    file = _config_file()
+    others = ", ".join(f"{file}:{variant}" for variant in config.variants if variant != config.variant)
+    return f"Running {config.experiment}, variant {config.variant}." + (
+        f" Others: --config {others}." if others else ""
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

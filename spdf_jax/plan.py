@@ -1,0 +1,179 @@
+"""What a config will do, worked out before anything runs: its phases, exact sparsity targets, tokens and FLOPs."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, NamedTuple
+
+import jax
+import optax
+
+from spdf_jax.config import PhaseConfig, RunConfig
+from spdf_jax.flops import head_size, linear_size, parameter_count, step_flops
+from spdf_jax.model import GPT
+from spdf_jax.optim import learning_rate_schedule, make_optimizer
+from spdf_jax.sparsity.masks import matrix_groups
+from spdf_jax.sparsity.programme import Programme
+from spdf_jax.state import abstract_params, abstract_state, sparse_filter
+from spdf_jax.tree import Filter
+
+
+class StepCost(NamedTuple):
+    """Exact counts of one step, or summed over steps."""
+
+    tokens: int = 0
+    train_flops: int = 0
+    dense_flops: int = 0
+
+    def plus(self, other: "StepCost") -> "StepCost":
+        """Sum."""
+        return StepCost(*(a + b for a, b in zip(self, other, strict=True)))
+
+
+@dataclass(frozen=True)
+class PhasePlan:
+    """A phase ready to run: steps ``start .. end`` of the run and everything static about them."""
+
+    name: str
+    index: int
+    start: int
+    end: int
+    config: PhaseConfig
+    seq_len: int
+    filter: Filter
+    programme: Programme
+    tx: optax.GradientTransformationExtraArgs
+    learning_rate: Callable[[jax.Array], jax.Array]
+    cost: Callable[[int], StepCost]
+
+
+def make_plan(config: RunConfig) -> list[PhasePlan]:
+    """The phases of a run in order."""
+    plans: list[PhasePlan] = []
+    start = 0
+    params = abstract_params(GPT(config.model))
+    for index, (name, phase) in enumerate(config.phases.items()):
+        filter = sparse_filter(phase.sparsity, config.model.tied_head)
+        programme = Programme(phase.sparsity, matrix_groups(params, filter), phase.steps)
+        plans.append(
+            PhasePlan(
+                name=name,
+                index=index,
+                start=start,
+                end=start + phase.steps,
+                config=phase,
+                seq_len=config.seq_len(phase),
+                filter=filter,
+                programme=programme,
+                tx=make_optimizer(phase.optimizer),
+                learning_rate=_shifted(learning_rate_schedule(phase.optimizer, phase.steps), start),
+                cost=_cost(config, phase, programme),
+            )
+        )
+        start += phase.steps
+    return plans
+
+
+def _shifted(schedule: Callable[[jax.Array], jax.Array], start: int) -> Callable[[jax.Array], jax.Array]:
+    return lambda step: schedule(step - start)
+
+
+def _cost(config: RunConfig, phase: PhaseConfig, programme: Programme) -> Callable[[int], StepCost]:
+    """Cost of a phase's step; equal steps are computed once."""
+    seq_len = config.seq_len(phase)
+    tokens = phase.batch_size * seq_len
+    dense = step_flops(config.model, seq_len=seq_len, sequences=phase.batch_size, active={})
+
+    @cache
+    def flops(active: tuple[tuple[str, int], ...], pattern: str, width: int, dense_gradient: bool) -> int:
+        return step_flops(
+            config.model,
+            seq_len=seq_len,
+            sequences=phase.batch_size,
+            active=dict(active),
+            pattern=pattern,
+            width=width,
+            dense_gradient=dense_gradient,
+        )
+
+    def cost(step: int) -> StepCost:
+        active = tuple(programme.active(step).items())
+        topology = programme.topology(step) is not None
+        return StepCost(tokens, flops(active, *programme.attention(step), topology), dense)
+
+    return cost
+
+
+def total_cost(plans: list[PhasePlan], steps: int | None = None) -> StepCost:
+    """Tokens and FLOPs of the first `steps` steps of a run, all of them by default."""
+    total = StepCost()
+    for cost in _costs(plans, steps):
+        total = total.plus(cost)
+    return total
+
+
+def _costs(plans: list[PhasePlan], steps: int | None) -> Iterator[StepCost]:
+    last = plans[-1].end if steps is None else steps
+    for plan in plans:
+        for step in range(plan.start, min(plan.end, last)):
+            yield plan.cost(step - plan.start)
+
+
+def flops_without_head(config: RunConfig, plans: list[PhasePlan]) -> tuple[int, int]:
+    """(train, dense) FLOPs of the whole run, the output head left out of both."""
+    train = dense = 0
+    head_name = "wte/embedding" if config.model.tied_head else "head/kernel"
+    size = head_size(config.model)
+    for plan in plans:
+        tokens = plan.config.batch_size * plan.seq_len
+        for step in range(plan.config.steps):
+            cost, active = plan.cost(step), plan.programme.active(step).get(head_name, size)
+            weight_gradient = size if plan.programme.topology(step) else active
+            train += cost.train_flops - tokens * 2 * (2 * active + weight_gradient)
+            dense += cost.dense_flops - tokens * 6 * size
+    return train, dense
+
+
+def describe(config: RunConfig, device_count: int = 1) -> str:
+    """The table of ``--job plan``: parameters, FLOPs dense and sparse, bytes a device."""
+    plans = make_plan(config)
+    total = total_cost(plans)
+    train, dense = flops_without_head(config, plans)
+    lines = [
+        f"{config.experiment}:{config.variant}",
+        f"parameters              {parameter_count(config.model):,} "
+        f"(linear {linear_size(config.model):,}, head {head_size(config.model):,} "
+        f"{'tied' if config.model.tied_head else 'untied'})",
+    ]
+    for plan in plans:
+        lines += _describe_phase(plan)
+    lines += [
+        f"tokens                  {total.tokens:,}",
+        f"train FLOPs             {total.train_flops:.4g}",
+        f"dense FLOPs             {total.dense_flops:.4g}",
+        f"FLOP reduction          {total.dense_flops / total.train_flops:.3f}x ({dense / train:.3f}x without the head)",
+        f"state bytes a device    {state_bytes(config, plans[0]) // device_count:,} "
+        f"(parameters, masks, optimiser; activations not counted)",
+    ]
+    return "\n".join(lines)
+
+
+def state_bytes(config: RunConfig, plan: PhasePlan) -> int:
+    """Bytes of parameters, masks and optimiser state together."""
+    state: Any = abstract_state(GPT(config.model), plan.tx, plan.config.sparsity, plan.filter)
+    return sum(
+        leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((state.params, state.masks, state.opt_state))
+    )
+
+
+def _describe_phase(plan: PhasePlan) -> list[str]:
+    steps = range(0, plan.config.steps, max(1, plan.config.steps // 1000))
+    sparsity = [plan.programme.sparsity(step) for step in steps]
+    head = "sparse" if plan.config.sparsity.sparsify_head and not plan.config.sparsity.dense else "dense"
+    c = plan.config.sparsity
+    window = f", {c.attention_pattern} attention on [{c.attention_start:g}, {c.attention_end:g})"
+    return [
+        f"phase {plan.name:<18}{plan.config.steps:,} steps x {plan.config.batch_size} x {plan.seq_len} tokens, rule {c.rule}, "
+        f"sparsity {sparsity[0]:.3f} at first, {max(sparsity):.3f} at most, {sparsity[-1]:.3f} at last, head {head}"
+        f"{window if c.attention_end > c.attention_start else ''}"
+    ]

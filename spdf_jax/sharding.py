@@ -1,0 +1,104 @@
+"""The device mesh, and which axis of which parameter lies on which mesh axis: rules as data.
+
+Mesh axes: ``data`` splits the batch; ``fsdp`` splits the batch and the parameters; ``tensor`` splits heads, MLP width and
+vocabulary. Masks and optimiser moments are laid out like their parameters.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from spdf_jax.errors import InputError
+from spdf_jax.tree import map_named
+
+#: Leaf name -> logical axes, first match wins; leaves matched by nothing are replicated.
+PARAMETER_AXES: Sequence[tuple[str, tuple[str, ...]]] = (
+    (r"^blocks/(attn_[qkv]|mlp_up)/kernel$", ("layers", "embed", "wide")),
+    (r"^blocks/(attn_o|mlp_down)/kernel$", ("layers", "wide", "embed")),
+    (r"^wte/embedding$", ("wide", "embed")),
+    (r"^head/kernel$", ("embed", "wide")),
+)
+#: Logical axis -> mesh axis.
+LOGICAL_TO_MESH = {"layers": None, "embed": "fsdp", "wide": "tensor"}
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis; one of them may be -1: all that are left.
+
+    Attributes:
+      data: splits the batch.
+      fsdp: splits the batch, and the parameters' d_model axis.
+      tensor: splits heads, MLP width and vocabulary.
+    """
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+def make_mesh(config: MeshConfig) -> Mesh:
+    """A (data, fsdp, tensor) mesh over the first devices.
+
+    Raises:
+      InputError: sizes that do not fit the devices at hand.
+    """
+    devices = jax.devices()
+    sizes = [config.data, config.fsdp, config.tensor]
+    if sizes.count(-1) > 1 or any(s == 0 or s < -1 for s in sizes):
+        raise InputError(f"mesh: sizes must be positive and at most one of them -1, got {config}")
+    if -1 in sizes:
+        fixed = -int(np.prod(sizes))
+        if len(devices) % fixed:
+            raise InputError(f"mesh: {len(devices)} devices are not divisible by {fixed}, got {config}")
+        sizes[sizes.index(-1)] = len(devices) // fixed
+    count = int(np.prod(sizes))
+    if count > len(devices):
+        raise InputError(f"mesh: {config} asks for {count} devices, {len(devices)} are there")
+    # Linen's modules expect automatic axes; make_mesh would default to explicit ones.
+    return jax.make_mesh(
+        tuple(sizes), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3, devices=devices[:count]
+    )
+
+
+def batch_sharding(mesh: Mesh, rank: int) -> NamedSharding:
+    """Batch axis is the last but one (``[B, T]``, or ``[A, B, T]`` with gradient accumulation)."""
+    return NamedSharding(mesh, PartitionSpec(*(None,) * (rank - 2), ("data", "fsdp"), None))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """On every device, whole."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def parameter_shardings(mesh: Mesh, params: Any) -> Any:
+    """A `NamedSharding` for every leaf of `params` (arrays or shapes). An axis that its mesh axis does not
+    divide stays whole.
+    """
+
+    def spec(name: str, leaf: Any) -> NamedSharding:
+        axes = next((axes for pattern, axes in PARAMETER_AXES if re.search(pattern, name)), ())
+        if len(axes) != len(leaf.shape):  # norms, biases, and the 0-d mask of a dense leaf
+            return replicated(mesh)
+        mesh_axes = (LOGICAL_TO_MESH[a] for a in axes)
+        fits = (m if m and n % mesh.shape[m] == 0 else None for m, n in zip(mesh_axes, leaf.shape, strict=True))
+        return NamedSharding(mesh, PartitionSpec(*fits))
+
+    return map_named(spec, params)
+
+
+def optimizer_shardings(mesh: Mesh, tx: optax.GradientTransformation, opt_state: Any, params: Any) -> Any:
+    """Per-weight state like its weight; everything else replicated."""
+    return optax.tree.map_params(
+        tx,
+        lambda _, sharding: sharding,
+        opt_state,
+        parameter_shardings(mesh, params),
+        transform_non_params=lambda _: replicated(mesh),
+    )

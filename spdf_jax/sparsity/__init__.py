@@ -1,0 +1,1 @@
+"""The sparsity engine: distribution x pattern x schedule x rule, on plain pytrees."""

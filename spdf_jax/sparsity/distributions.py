@@ -1,0 +1,78 @@
+"""How many weights each matrix keeps, as exact integers.
+
+Sources: uniform, SPDF (arXiv 2303.10464, section 2); Erdos-Renyi, SET (Mocanu et al. 2018) with density
+``eps * (n_in + n_out) / (n_in * n_out)``; ERK, RigL (arXiv 1911.11134), which counts the kernel's axes too.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from spdf_jax.errors import InputError
+
+DISTRIBUTIONS = ("uniform", "er", "erk")
+
+
+@dataclass(frozen=True)
+class MatrixGroup:
+    """One sparse leaf: `count` weight matrices of `shape` each (count 1 unless layers are stacked)."""
+
+    count: int
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """Weights in one matrix."""
+        return math.prod(self.shape)
+
+
+def check_sparsity(sparsity: float, where: str = "sparsity") -> None:
+    """Raises `InputError` unless 0 <= sparsity < 1."""
+    if not 0 <= sparsity < 1:
+        raise InputError(f"{where}: {sparsity} is outside [0, 1); it is the share of weights that are zero")
+
+
+def target_counts(groups: Mapping[str, MatrixGroup], sparsity: float, distribution: str = "uniform") -> dict[str, int]:
+    """Active weights of **one** matrix of every group.
+
+    Args:
+      groups: the sparse leaves by name.
+      sparsity: share of zeros over all groups together, in [0, 1).
+      distribution: ``uniform`` (the same share in every matrix), ``er`` or ``erk``.
+
+    Returns:
+      ``{name: active weights of one matrix}``. Uniform keeps ``N - round(sparsity * N)``.
+
+    Raises:
+      InputError: unknown distribution or sparsity out of range.
+
+    >>> target_counts({"w": MatrixGroup(12, (768, 3072))}, 0.75)
+    {'w': 589824}
+    """
+    check_sparsity(sparsity)
+    if distribution not in DISTRIBUTIONS:
+        raise InputError(f"distribution: {distribution!r} is not one of {DISTRIBUTIONS}")
+    if distribution == "uniform":
+        return {name: group.size - round(sparsity * group.size) for name, group in groups.items()}
+    densities = _erdos_renyi(groups, 1 - sparsity, kernel=distribution == "erk")
+    return {name: min(group.size, max(1, round(densities[name] * group.size))) for name, group in groups.items()}
+
+
+def _erdos_renyi(groups: Mapping[str, MatrixGroup], density: float, *, kernel: bool) -> dict[str, float]:
+    """Solves for eps; matrices that would exceed density 1 become dense and the rest is solved again."""
+
+    def raw(shape: tuple[int, ...]) -> float:
+        ends = shape if kernel or len(shape) < 2 else shape[-2:]
+        return sum(ends) / math.prod(ends)
+
+    dense: set[str] = set()
+    budget = density * sum(g.count * g.size for g in groups.values())
+    while True:
+        rest = {name: g for name, g in groups.items() if name not in dense}
+        left = budget - sum(groups[name].count * groups[name].size for name in dense)
+        weight = sum(g.count * g.size * raw(g.shape) for g in rest.values())
+        eps = left / weight if weight else 0.0
+        over = {name for name, g in rest.items() if eps * raw(g.shape) > 1}
+        if not over:
+            return {name: 1.0 if name in dense else eps * raw(g.shape) for name, g in groups.items()}
+        dense |= over

@@ -1,0 +1,157 @@
+"""A sparsity programme: distribution x schedule x rule x attention window of one phase, as pure functions of the step.
+
+Everything here is integer arithmetic on the host and depends on the config alone: what the masks hold at any step, which
+steps are topology steps, what they aim for, and what every step costs. A resumed run needs no schedule state but its step.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import NamedTuple
+
+from spdf_jax.errors import InputError
+from spdf_jax.sparsity import schedules
+from spdf_jax.sparsity.distributions import DISTRIBUTIONS, MatrixGroup, check_sparsity, target_counts
+from spdf_jax.sparsity.rules import RULES, Rule
+
+SCHEDULES = ("constant", "cubic", "three_phases", "table")
+
+
+@dataclass(frozen=True)
+class SparsityConfig:
+    """One phase's sparsity.
+
+    Attributes:
+      rule: ``dense`` (no masks; entering the phase drops them), or a name of `spdf_jax.RULES`.
+      sparsity: the constant, final or peak sparsity over the sparse matrices, in [0, 1).
+      distribution: ``uniform`` | ``er`` | ``erk``.
+      schedule: ``constant`` | ``cubic`` | ``three_phases`` (MST) | ``table``.
+      ramp_end: progress at which ``cubic`` arrives, or MST's warm-up ends.
+      ultra_end, restoration_end: progress at which MST's other two phases end.
+      table: ``((progress, sparsity), ...)`` for ``table``.
+      update_every_steps: topology step interval.
+      stop_fraction: no topology steps past this progress (RigL: 0.75).
+      drop_fraction: initial share exchanged; -1 takes the rule's.
+      sparsify_head: whether the output head (tied to the embedding or not) is sparse too.
+      init: ``random`` or ``magnitude`` initial masks.
+      attention_pattern, attention_width: sparse attention, see `spdf_jax.attention`, used while progress is in
+        [attention_start, attention_end); causal outside.
+    """
+
+    rule: str = "dense"
+    sparsity: float = 0.0
+    distribution: str = "uniform"
+    schedule: str = "constant"
+    ramp_end: float = 0.1
+    ultra_end: float = 0.75
+    restoration_end: float = 0.9
+    table: tuple[tuple[float, float], ...] = ()
+    update_every_steps: int = 100
+    stop_fraction: float = 1.0
+    drop_fraction: float = -1.0
+    sparsify_head: bool = False
+    init: str = "random"
+    attention_pattern: str = "causal"
+    attention_width: int = 128
+    attention_start: float = 0.0
+    attention_end: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_sparsity(self.sparsity, "sparsity.sparsity")
+        for name, allowed in (
+            ("rule", ("dense", *RULES)),
+            ("schedule", SCHEDULES),
+            ("distribution", DISTRIBUTIONS),
+            ("init", ("random", "magnitude")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise InputError(f"sparsity.{name}: {getattr(self, name)!r} is not one of {allowed}")
+        if self.rule == "static" and self.schedule != "constant":
+            raise InputError(
+                f"sparsity.schedule: a static mask cannot follow {self.schedule!r}; use 'constant' or a rule that evolves"
+            )
+        if self.update_every_steps < 1:
+            raise InputError(f"sparsity.update_every_steps: {self.update_every_steps} must be at least 1")
+
+    @property
+    def dense(self) -> bool:
+        """No masks at all."""
+        return self.rule == "dense"
+
+    @property
+    def topology_rule(self) -> Rule:
+        """The rule with this config's drop fraction."""
+        rule = RULES["static" if self.dense else self.rule]
+        return rule if self.drop_fraction < 0 else rule._replace(drop_fraction=self.drop_fraction)
+
+    @cached_property
+    def curve(self) -> schedules.Curve:
+        """Sparsity over progress."""
+        if self.schedule == "cubic":
+            return schedules.cubic(self.sparsity, 0.0, self.ramp_end)
+        if self.schedule == "three_phases":
+            return schedules.three_phases(self.sparsity, self.ramp_end, self.ultra_end, self.restoration_end)
+        if self.schedule == "table":
+            return schedules.step_table(dict(self.table))
+        return schedules.constant(self.sparsity)
+
+
+class TopologyTarget(NamedTuple):
+    """What one topology step aims for: active weights of one matrix by leaf, and the share to exchange."""
+
+    counts: Mapping[str, int]
+    drop_fraction: float
+
+
+class Programme:
+    """`SparsityConfig` over a phase of `total_steps` on the leaves `groups` (empty for a dense phase).
+
+    Step t of the phase, counted from 0, starts from the masks that `counts(t)` describes; if `topology(t)` is not None it
+    is a topology step, and step t + 1 starts from its target.
+    """
+
+    def __init__(self, config: SparsityConfig, groups: Mapping[str, MatrixGroup], total_steps: int) -> None:
+        self.config = config
+        self.groups = {} if config.dense else dict(groups)
+        self.total_steps = total_steps
+        self._counts_for = lru_cache(maxsize=None)(self._solve)
+
+    def counts(self, step: int) -> Mapping[str, int]:
+        """Active weights of one matrix of every sparse leaf at the start of `step`."""
+        last = step - 1 - (step - 1) % self.config.update_every_steps if step > 0 else 0
+        if not self.config.topology_rule.evolves or last <= 0:
+            return self._counts_for(self.config.curve(0.0))
+        stop = int(self.config.stop_fraction * self.total_steps)
+        last = min(last, stop - stop % self.config.update_every_steps)
+        return self._counts_for(self.config.curve(last / self.total_steps))
+
+    def topology(self, step: int) -> TopologyTarget | None:
+        """The target if `step` is a topology step. Fully dense masks that stay dense need none."""
+        config, rule = self.config, self.config.topology_rule
+        progress = step / self.total_steps
+        if not rule.evolves or step == 0 or step % config.update_every_steps or progress > config.stop_fraction:
+            return None
+        target = self._counts_for(config.curve(progress))
+        if all(n == self.groups[name].size for counts in (target, self.counts(step)) for name, n in counts.items()):
+            return None
+        start, end = config.curve.stage(progress)
+        zeta = schedules.cosine_drop_fraction(rule.drop_fraction, progress, start, min(end, config.stop_fraction))
+        return TopologyTarget(target, zeta)
+
+    def attention(self, step: int) -> tuple[str, int]:
+        """Attention pattern and width of `step`."""
+        c = self.config
+        inside = c.attention_start <= step / self.total_steps < c.attention_end
+        return (c.attention_pattern if inside else "causal", c.attention_width)
+
+    def sparsity(self, step: int) -> float:
+        """Share of zeros over all sparse leaves at the start of `step`."""
+        total = sum(g.count * g.size for g in self.groups.values())
+        return 1 - sum(self.active(step).values()) / total if total else 0.0
+
+    def active(self, step: int) -> dict[str, int]:
+        """Active weights by leaf, all its matrices together, at the start of `step`."""
+        return {name: n * self.groups[name].count for name, n in self.counts(step).items()}
+
+    def _solve(self, sparsity: float) -> Mapping[str, int]:
+        return target_counts(self.groups, sparsity, self.config.distribution) if self.groups else {}

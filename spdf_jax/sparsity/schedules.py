@@ -1,0 +1,81 @@
+"""Curves over training progress p in [0, 1]: sparsity, and the share of weights that a topology step exchanges."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+from spdf_jax.errors import InputError
+from spdf_jax.sparsity.distributions import check_sparsity
+
+
+class Curve(NamedTuple):
+    """Sparsity as a function of progress, and where its stages start (the drop fraction restarts there)."""
+
+    value: Callable[[float], float]
+    stages: tuple[float, ...] = (0.0,)
+
+    def __call__(self, progress: float) -> float:
+        return self.value(progress)
+
+    def stage(self, progress: float) -> tuple[float, float]:
+        """Start and end of the stage that holds `progress`."""
+        ends = (*self.stages[1:], 1.0)
+        return max((s, e) for s, e in zip(self.stages, ends, strict=True) if s <= progress or s == 0.0)
+
+
+def constant(sparsity: float) -> Curve:
+    """The same sparsity throughout (SPDF, SET, RigL)."""
+    check_sparsity(sparsity)
+    return Curve(lambda p: sparsity)
+
+
+def cubic(sparsity: float, start: float = 0.0, end: float = 1.0) -> Curve:
+    """Gradual magnitude pruning's ramp: ``s (1 - (1 - (p - start)/(end - start))^3)`` (Zhu & Gupta, arXiv 1710.01878)."""
+    check_sparsity(sparsity)
+    _check_order("cubic", (0.0, start, end, 1.0))
+    return Curve(lambda p: sparsity * _cubic_in(p, start, end))
+
+
+def three_phases(sparsity: float, warmup_end: float, ultra_end: float, restoration_end: float) -> Curve:
+    """MST: cubic rise from 0 on [0, warmup_end], hold to ultra_end, its mirror image down to 0 at restoration_end.
+
+    Source: Hu et al., TMLR 2025 (arXiv 2408.11746), abstract; the paper's own values are not public, so these are ours.
+    """
+    check_sparsity(sparsity)
+    _check_order("three_phases", (0.0, warmup_end, ultra_end, restoration_end, 1.0))
+
+    def value(p: float) -> float:
+        if p <= ultra_end:
+            return sparsity * _cubic_in(p, 0.0, warmup_end)
+        # Mirror image in time: slow to leave ultra-sparsity is what a reversed cubic_in gives.
+        return sparsity * _cubic_in(ultra_end + restoration_end - p, ultra_end, restoration_end)
+
+    return Curve(value, tuple(dict.fromkeys((0.0, warmup_end, ultra_end, restoration_end))))
+
+
+def step_table(table: Mapping[float, float]) -> Curve:
+    """``{progress: sparsity}``, each value holding from its progress to the next (the MST code's form)."""
+    points = sorted((float(p), float(s)) for p, s in table.items())
+    if not points or points[0][0] != 0.0:
+        raise InputError(f"step_table: needs an entry at progress 0, got {dict(table)}")
+    for p, s in points:
+        check_sparsity(s, f"step_table at progress {p}")
+    return Curve(lambda p: next(s for q, s in reversed(points) if q <= max(p, 0.0)), tuple(p for p, _ in points))
+
+
+def cosine_drop_fraction(initial: float, progress: float, start: float, end: float) -> float:
+    """``initial/2 (1 + cos(pi (p - start)/(end - start)))``: RigL's decay, restarted at each stage by MST."""
+    if end <= start:
+        return 0.0
+    return initial / 2 * (1 + math.cos(math.pi * min(1.0, max(0.0, (progress - start) / (end - start)))))
+
+
+def _cubic_in(p: float, start: float, end: float) -> float:
+    if p >= end:
+        return 1.0
+    return 1 - (1 - (p - start) / (end - start)) ** 3 if p > start else 0.0
+
+
+def _check_order(where: str, points: tuple[float, ...]) -> None:
+    if list(points) != sorted(points):
+        raise InputError(f"{where}: progress points must rise within [0, 1], got {points[1:-1]}")

@@ -1,0 +1,86 @@
+"""Optax transforms that keep masked weights exactly zero.
+
+The invariant lives in one place: the last transform of `sparse` overwrites the update of every masked weight, whatever the
+optimiser in between proposed. A caller who forgets ``masks=`` gets a TypeError, not a dense model.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from spdf_jax.errors import InputError
+from spdf_jax.sparsity.masks import keep_where
+from spdf_jax.tree import check_same_structure, path_name
+
+
+def sparse(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """Wraps any optax optimiser: zero masked gradients -> `inner` -> keep masked weights zero.
+
+    Clipping inside `inner` sees masked gradients, as MST's code does. Updates of masked weights are ``-params``, so the
+    weights are exactly 0 after `optax.apply_updates` even if they were not before.
+
+    Args:
+      inner: any optax transformation; its other keyword extras are passed on.
+
+    Returns:
+      A transformation whose ``update(grads, state, params, *, masks, **extra)`` requires `params` and `masks`.
+
+    >>> import jax.numpy as jnp, optax
+    >>> params, masks = {"w": jnp.array([1.0, 0.0])}, {"w": jnp.array([True, False])}
+    >>> tx = sparse(optax.sgd(0.5))
+    >>> updates, _ = tx.update({"w": jnp.array([1.0, 1.0])}, tx.init(params), params, masks=masks)
+    >>> optax.apply_updates(params, updates)["w"].tolist()
+    [0.5, 0.0]
+    """
+    inner = optax.with_extra_args_support(inner)
+
+    def update(grads: Any, state: Any, params: Any = None, *, masks: Any, **extra: Any) -> tuple[Any, Any]:
+        if params is None:
+            raise InputError("sparse(...).update needs params: tx.update(grads, state, params, masks=masks)")
+        check_same_structure("masks", masks, params)
+        grads = jax.tree.map(keep_where, masks, grads)
+        updates, state = inner.update(grads, state, params, masks=masks, **extra)
+        return jax.tree.map(_hold_at_zero, masks, updates, params), state
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
+def _hold_at_zero(mask: jax.Array, update: jax.Array, param: jax.Array) -> jax.Array:
+    return update if mask.ndim == 0 else jnp.where(mask, update, -param.astype(update.dtype))
+
+
+def reset_masked_state(tx: optax.GradientTransformation, state: Any, params: Any, masks: Any) -> Any:
+    """Sets the optimiser's per-weight state (moments) of every masked weight to exactly 0.
+
+    Called after a topology change, so that a weight that grows back later starts from fresh moments. The state's
+    parameter-shaped trees are found by following shapes (`optax.tree.map_params`): any optax optimiser whose per-weight
+    state has its weight's shape works.
+
+    Args:
+      tx: the transformation that made `state`.
+      state: its state.
+      params: parameters, for shapes.
+      masks: mask tree.
+
+    Returns:
+      The state with zeros where masks are False.
+
+    Raises:
+      InputError: per-weight state of another shape (factored moments, say), which cannot be followed.
+    """
+    leaves_with_path, treedef = jax.tree_util.tree_flatten_with_path(params)
+    names = jax.tree.unflatten(treedef, [path_name(path) for path, _ in leaves_with_path])
+
+    def reset(value: jax.Array, mask: jax.Array, name: str) -> jax.Array:
+        if mask.ndim == 0:
+            return value
+        if value.shape != mask.shape:
+            raise InputError(
+                f"optimiser state of {name} has shape {value.shape}, its weight {mask.shape}: this state cannot be reset "
+                f"per weight; use an optimiser with element-wise state"
+            )
+        return keep_where(mask, value)
+
+    return optax.tree.map_params(tx, reset, state, masks, names)

@@ -1,0 +1,133 @@
+"""Everything that a run carries from step to step, its sharded initialisation, and phase changes."""
+
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from spdf_jax.sharding import optimizer_shardings, parameter_shardings, replicated
+from spdf_jax.sparsity.masks import apply_masks, dense_masks, init_masks
+from spdf_jax.sparsity.programme import SparsityConfig
+from spdf_jax.tree import LINEAR_KERNELS, LINEAR_KERNELS_AND_HEAD, LINEAR_KERNELS_AND_TIED_HEAD, Filter
+
+
+class TrainState(flax.struct.PyTreeNode):
+    """One pytree: saved, sharded and donated as a whole.
+
+    Attributes:
+      step: int32 scalar, steps taken since the start of the run, topology steps included.
+      params: parameters; exactly 0 where `masks` is False.
+      masks: mask tree of the treedef of `params`.
+      opt_state: the optimiser's state; exactly 0 where `masks` is False.
+      key: typed PRNG key of the run; step t draws from ``fold_in(key, t)``.
+    """
+
+    step: jax.Array
+    params: Any
+    masks: Any
+    opt_state: Any
+    key: jax.Array
+
+
+def sparse_filter(config: SparsityConfig, tied_head: bool) -> Filter:
+    """Which leaves of `spdf_jax.GPT` are sparse."""
+    if not config.sparsify_head:
+        return LINEAR_KERNELS
+    return LINEAR_KERNELS_AND_TIED_HEAD if tied_head else LINEAR_KERNELS_AND_HEAD
+
+
+def abstract_params(model: nn.Module) -> Any:
+    """Shapes and dtypes of the parameters, without computing them."""
+    tokens_BT = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    return jax.eval_shape(model.init, jax.random.key(0), tokens_BT)["params"]
+
+
+def init_state(
+    model: nn.Module, tx: optax.GradientTransformation, config: SparsityConfig, filter: Filter, seed: int, mesh: Mesh
+) -> TrainState:
+    """The state before the first step, created sharded on `mesh`: no host copy.
+
+    Args:
+      model: the model.
+      tx: the first phase's optimiser.
+      config: the first phase's sparsity; its value at progress 0 makes the masks.
+      filter: which leaves are sparse.
+      seed: of parameters, masks and everything drawn later.
+      mesh: from `spdf_jax.sharding.make_mesh`.
+
+    Returns:
+      TrainState with masked parameters exactly 0.
+    """
+    init = jax.jit(
+        lambda key: _fresh(model, tx, config, filter, key),
+        out_shardings=state_shardings(mesh, tx, abstract_state(model, tx, config, filter)),
+    )
+    return init(jax.random.key(seed))
+
+
+def abstract_state(
+    model: nn.Module, tx: optax.GradientTransformation, config: SparsityConfig, filter: Filter
+) -> TrainState:
+    """Shapes and dtypes of the state in a phase."""
+    return jax.eval_shape(lambda: _fresh(model, tx, config, filter, jax.random.key(0)))
+
+
+def state_shardings(mesh: Mesh, tx: optax.GradientTransformation, state: TrainState) -> TrainState:
+    """A sharding for every leaf of a state (arrays or shapes)."""
+    return TrainState(  # a tree of shardings in the place of arrays
+        step=replicated(mesh),  # type: ignore[arg-type]
+        params=parameter_shardings(mesh, state.params),
+        masks=parameter_shardings(mesh, state.masks),
+        opt_state=optimizer_shardings(mesh, tx, state.opt_state, state.params),
+        key=replicated(mesh),  # type: ignore[arg-type]
+    )
+
+
+def start_phase(
+    state: TrainState,
+    tx: optax.GradientTransformation,
+    config: SparsityConfig,
+    filter: Filter,
+    *,
+    reset_optimizer: bool,
+) -> TrainState:
+    """The state at a phase's first step, from the last state of the phase before.
+
+    A dense phase drops the masks: revived weights start at exactly 0 (SPDF). A sparse phase keeps the masks it finds, or makes
+    them where there are none. The optimiser starts fresh, or carries its state over.
+    """
+    if config.dense:
+        state = drop_masks(state)
+    elif not any(mask.ndim for mask in jax.tree.leaves(state.masks)):
+        key = jax.random.fold_in(state.key, state.step)
+        masks = _masks(key, state.params, config, filter)
+        state = state.replace(masks=masks, params=apply_masks(state.params, masks))
+    return state.replace(opt_state=tx.init(state.params)) if reset_optimizer else state
+
+
+def drop_masks(state: TrainState) -> TrainState:
+    """Dense from here on: every mask becomes a 0-d True. Values do not change, so revived weights start at exactly 0."""
+    return state.replace(masks=dense_masks(state.params))
+
+
+def _fresh(model: nn.Module, tx: Any, config: SparsityConfig, filter: Filter, key: jax.Array) -> TrainState:
+    param_key, mask_key, run_key = jax.random.split(key, 3)
+    params = model.init(param_key, jnp.zeros((1, 1), jnp.int32))["params"]
+    masks = dense_masks(params) if config.dense else _masks(mask_key, params, config, filter)
+    params = apply_masks(params, masks)
+    return TrainState(jnp.zeros((), jnp.int32), params, masks, tx.init(params), run_key)
+
+
+def _masks(key: jax.Array, params: Any, config: SparsityConfig, filter: Filter) -> Any:
+    return init_masks(
+        key,
+        params,
+        sparsity=config.curve(0.0),
+        distribution=config.distribution,
+        filter=filter,
+        method=config.init,
+    )

@@ -1,0 +1,168 @@
+"""The two compiled steps of training, and evaluation.
+
+`train_step` is the hot path and knows nothing of topology; `topology_step` runs every hundred steps or so, takes its targets
+as arrays (so a moving schedule compiles nothing) and, as MST's code does, spends its batch on the dense gradient alone: the
+optimiser is skipped.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from spdf_jax.data import Batch
+from spdf_jax.losses import cross_entropy
+from spdf_jax.sparsity.masks import apply_masks
+from spdf_jax.sparsity.rules import Rule, prune_and_grow_tree
+from spdf_jax.sparsity.transforms import reset_masked_state
+from spdf_jax.state import TrainState
+from spdf_jax.tree import named_leaves
+
+
+class Steps(NamedTuple):
+    """Compiled functions of one phase; `pattern` and `width` are static keywords of all three.
+
+    Attributes:
+      train: ``(state, batch_ABT) -> (state, metrics)``.
+      topology: ``(state, batch_ABT, target_nnz, drop_fraction) -> (state, metrics)``.
+      evaluate: ``(params, batch_BT) -> (loss sum, weight sum)``.
+    """
+
+    train: Any
+    topology: Any
+    evaluate: Any
+
+
+def make_steps(
+    model: nn.Module,
+    tx: optax.GradientTransformationExtraArgs,
+    learning_rate: Callable[[jax.Array], jax.Array],
+    rule: Rule,
+    shardings: TrainState | None = None,
+) -> Steps:
+    """Compiles nothing yet: `jax.jit` does at the first call of each.
+
+    Args:
+      model: `spdf_jax.GPT`.
+      tx: from `spdf_jax.optim.make_optimizer`.
+      learning_rate: of the run's step.
+      rule: of the topology steps.
+      shardings: of the state; None leaves placement to JAX.
+
+    Returns:
+      `Steps`.
+    """
+    static = ("pattern", "width")
+    out = (shardings, None) if shardings is not None else None
+    jit = partial(jax.jit, static_argnames=static, donate_argnames="state", out_shardings=out)
+    return Steps(
+        train=jit(partial(train_step, model, tx, learning_rate)),
+        topology=jit(partial(topology_step, model, tx, rule)),
+        evaluate=jax.jit(partial(eval_step, model), static_argnames=static),
+    )
+
+
+def train_step(
+    model: nn.Module,
+    tx: optax.GradientTransformationExtraArgs,
+    learning_rate: Callable[[jax.Array], jax.Array],
+    state: TrainState,
+    batch_ABT: Batch,
+    *,
+    pattern: str,
+    width: int,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One optimiser step. The parameters are already exactly 0 where masked, so the forward pass needs no masks."""
+    loss, grads = loss_and_grads(model, state, batch_ABT, pattern=pattern, width=width)
+    rate = learning_rate(state.step)
+    updates, opt_state = tx.update(grads, state.opt_state, state.params, masks=state.masks, learning_rate=rate)
+    params = optax.apply_updates(state.params, updates)
+    metrics = {
+        "loss": loss,
+        "learning_rate": rate,
+        "grad_norm": optax.global_norm(apply_masks(grads, state.masks)),
+    }
+    return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
+
+
+def topology_step(
+    model: nn.Module,
+    tx: optax.GradientTransformationExtraArgs,
+    rule: Rule,
+    state: TrainState,
+    batch_ABT: Batch,
+    target_nnz: Mapping[str, jax.Array],
+    drop_fraction: jax.Array,
+    *,
+    pattern: str,
+    width: int,
+) -> tuple[TrainState, dict[str, Any]]:
+    """Prunes and grows every sparse matrix by the dense gradient of this batch; new weights and all masked state are 0."""
+    loss, grads = loss_and_grads(model, state, batch_ABT, pattern=pattern, width=width)
+    key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), 1)
+    masks = prune_and_grow_tree(
+        key, state.params, grads, state.masks, target_nnz=target_nnz, drop_fraction=drop_fraction, rule=rule
+    )
+    old = dict(named_leaves(state.masks))
+    new = state.replace(
+        step=state.step + 1,
+        params=apply_masks(state.params, masks),
+        masks=masks,
+        opt_state=reset_masked_state(tx, state.opt_state, state.params, masks),
+    )
+    metrics = {
+        "loss": loss,
+        "learning_rate": jnp.zeros(()),
+        "grad_norm": optax.global_norm(apply_masks(grads, state.masks)),
+        "churn": {
+            name: jnp.sum((mask & ~old[name]).reshape(target_nnz[name].shape[0], -1), axis=1)
+            / jnp.maximum(target_nnz[name], 1)
+            for name, mask in named_leaves(masks)
+            if name in target_nnz
+        },
+    }
+    return new, metrics
+
+
+def loss_and_grads(
+    model: nn.Module, state: TrainState, batch_ABT: Batch, *, pattern: str, width: int
+) -> tuple[jax.Array, Any]:
+    """Mean loss over all tokens of all micro-batches, and its **dense** gradient with respect to the masked parameters."""
+    key = jax.random.fold_in(state.key, state.step)
+
+    def loss_sum(params: Any, batch_BT: Batch, i: jax.Array) -> jax.Array:
+        logits_BTV = model.apply(
+            {"params": params},
+            batch_BT.tokens_BT,
+            pattern=pattern,
+            width=width,
+            deterministic=False,
+            rngs={"dropout": jax.random.fold_in(key, i)},
+        )
+        return cross_entropy(logits_BTV, batch_BT.targets_BT, batch_BT.weights_BT)
+
+    accumulate = batch_ABT.tokens_BT.shape[0]
+    value_and_grad = jax.value_and_grad(loss_sum)
+    if accumulate == 1:
+        loss, grads = value_and_grad(state.params, jax.tree.map(lambda x: x[0], batch_ABT), jnp.zeros((), jnp.int32))
+    else:
+
+        def add(total: Any, micro: Any) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, value_and_grad(state.params, *micro)), None
+
+        zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params))
+        (loss, grads), _ = jax.lax.scan(add, zero, (batch_ABT, jnp.arange(accumulate)))
+    tokens = jnp.sum(batch_ABT.weights_BT)
+    return loss / tokens, jax.tree.map(lambda g: g / tokens, grads)
+
+
+def eval_step(
+    model: nn.Module, params: Any, batch_BT: Batch, *, pattern: str, width: int
+) -> tuple[jax.Array, jax.Array]:
+    """Summed loss and summed weights of one batch."""
+    logits_BTV = model.apply({"params": params}, batch_BT.tokens_BT, pattern=pattern, width=width)
+    return cross_entropy(logits_BTV, batch_BT.targets_BT, batch_BT.weights_BT), jnp.sum(batch_BT.weights_BT)

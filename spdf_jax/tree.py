@@ -1,0 +1,94 @@
+"""Pytrees by name: readable leaf paths and ordered regex filters.
+
+A *filter* decides per leaf, a *mask* per element. A filter is a sequence of ``(pattern, decision)`` pairs, searched in
+order with `re.search` on the leaf's path; the first match wins. The decisions are
+
+* ``"dense"``: never masked;
+* ``"matrix"``: one weight tensor, masked as a whole;
+* ``"stack"``: the leading axis counts layers, each slice is a weight matrix masked by itself (layer-scanned models).
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.tree_util as jtu
+
+from spdf_jax.errors import InputError
+
+Filter = Sequence[tuple[str, str]]
+DECISIONS = ("dense", "matrix", "stack")
+
+#: Every linear kernel inside the transformer blocks of `spdf_jax.GPT`; embeddings, norms, biases and head stay dense
+#: (SPDF, section 2; arXiv 2303.10464).
+LINEAR_KERNELS: Filter = ((r"^blocks/.*kernel$", "stack"), (r".*", "dense"))
+#: The same and the output head, tied (``wte/embedding``) or not: what the MST code does (hupihe/Mixed-Sparsity-Training).
+LINEAR_KERNELS_AND_TIED_HEAD: Filter = ((r"^wte/embedding$", "matrix"), *LINEAR_KERNELS)
+LINEAR_KERNELS_AND_HEAD: Filter = ((r"^head/kernel$", "matrix"), *LINEAR_KERNELS)
+
+
+def path_name(path: Sequence[Any]) -> str:
+    """A key path of `jax.tree_util` as ``"blocks/attn/q/kernel"``, whatever containers it runs through."""
+    return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
+
+
+def named_leaves(tree: Any) -> list[tuple[str, Any]]:
+    """All leaves in tree order as ``(name, leaf)``."""
+    return [(path_name(path), leaf) for path, leaf in jtu.tree_leaves_with_path(tree)]
+
+
+def map_named(f: Callable[..., Any], tree: Any, *rest: Any) -> Any:
+    """`jax.tree.map` whose function receives the leaf's name first."""
+    return jtu.tree_map_with_path(lambda path, *leaves: f(path_name(path), *leaves), tree, *rest)
+
+
+def match_filter(filter: Filter, params: Any) -> dict[str, str]:
+    """The decision for every leaf of `params`.
+
+    Args:
+      filter: ordered ``(pattern, decision)`` pairs.
+      params: any pytree of arrays (or of shapes).
+
+    Returns:
+      ``{leaf name: decision}`` in tree order.
+
+    Raises:
+      InputError: an unknown decision; a pattern that matches no leaf; a leaf of two or more dimensions that no pattern
+        matches (leaves of fewer dimensions are dense unless a pattern says otherwise).
+
+    >>> import numpy as np
+    >>> match_filter([("w$", "matrix")], {"w": np.ones((2, 3)), "b": np.ones(3)})
+    {'b': 'dense', 'w': 'matrix'}
+    """
+    leaves = named_leaves(params)
+    names = [name for name, _ in leaves]
+    for pattern, decision in filter:
+        if decision not in DECISIONS:
+            raise InputError(f"filter: decision {decision!r} of pattern {pattern!r} is not one of {DECISIONS}")
+        if not any(re.search(pattern, name) for name in names):
+            raise InputError(f"filter: pattern {pattern!r} matches no leaf; the leaves are {', '.join(names)}")
+    decisions = {}
+    for name, leaf in leaves:
+        found = next((decision for pattern, decision in filter if re.search(pattern, name)), None)
+        if found is None and len(leaf.shape) >= 2:
+            raise InputError(
+                f"filter: no pattern matches leaf {name!r} of shape {tuple(leaf.shape)}; "
+                f"say 'matrix', 'stack' or 'dense' for it, or end the filter with ('.*', 'dense')"
+            )
+        if found == "stack" and len(leaf.shape) < 2:
+            raise InputError(f"filter: leaf {name!r} of shape {tuple(leaf.shape)} has no layers to stack; use 'matrix'")
+        decisions[name] = found or "dense"
+    return decisions
+
+
+def check_same_structure(what: str, tree: Any, params: Any) -> None:
+    """Raises `InputError` naming the first difference when `tree` has not the treedef of `params`."""
+    if str(jax.tree.structure(tree)) == str(jax.tree.structure(params)):
+        return
+    ours, theirs = ({name for name, _ in named_leaves(t)} for t in (tree, params))
+    missing, extra = sorted(theirs - ours), sorted(ours - theirs)
+    raise InputError(
+        f"{what} must have the tree structure of the parameters; missing {missing[:3]}, not in the parameters {extra[:3]}. "
+        f"Make them with spdf_jax.init_masks(key, params, ...)"
+    )

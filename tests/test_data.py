@@ -1,0 +1,638 @@
+"""Data: what reaches the model is all of the text, in an order that restarts and process counts cannot change."""
+
+import email
+import json
+import multiprocessing
+import pickle
+import shutil
+import signal
+import time
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tokenizers
+
+from spdf_jax.data import (
+    END_OF_TEXT,
+    Batch,
+    DataConfig,
+    TokenData,
+    load_tokenizer,
+    prepare,
+    train_batches,
+    unigram_loss,
+    validation_batches,
+)
+from spdf_jax.data.corpus import embedded_corpus, split_of, text_corpus
+from spdf_jax.data.tokenizer import _PIECE_CHARS, encode_texts, vocabulary_size
+from spdf_jax.errors import InputError
+
+VOCAB_SIZE = 300
+
+
+@pytest.fixture(scope="module")
+def embedded(tmp_path_factory) -> TokenData:
+    cache_dir = str(tmp_path_factory.mktemp("cache"))
+    return prepare(DataConfig(tokenizer_vocab_size=VOCAB_SIZE, cache_dir=cache_dir), progress=False)
+
+
+@pytest.fixture
+def text_folder(tmp_path) -> Path:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for n in range(40):
+        (folder / f"{n}.txt").write_text(f"Document {n} says hello.\nIt has number {n * n}, été and 漢字 too.\n")
+    return folder
+
+
+def config_of(path, tmp_path, /, **overrides) -> DataConfig:
+    return DataConfig(
+        **{
+            "source": "text",
+            "path": str(path),
+            "tokenizer_vocab_size": VOCAB_SIZE,
+            "validation_fraction": 0.3,
+            "cache_dir": str(tmp_path / "cache"),
+            **overrides,
+        }
+    )
+
+
+def documents(tokens, tokenizer) -> list[str]:
+    """The texts that the tokens spell, cut at end of text."""
+    end = tokenizer.token_to_id(END_OF_TEXT)
+    assert tokens[-1] == end
+    cuts = np.flatnonzero(tokens == end)
+    starts = [0, *(cuts[:-1] + 1)]
+    return [tokenizer.decode(tokens[a:b].tolist()) for a, b in zip(starts, cuts, strict=True)]
+
+
+# --- corpora and their splits ---
+
+
+def test_embedded_corpus_is_split_by_file_with_the_language_reference_in_train():
+    corpus = embedded_corpus(0.05)
+    train, validation = list(corpus.read("train")), list(corpus.read("validation"))
+    assert len(train) + len(validation) > 300
+    assert 0.01 < len(validation) / len(train) < 0.15
+    assert len({*train, *validation}) > 0.95 * (len(train) + len(validation))
+    assert split_of("pydoc_data/topics.py", 0.05) == "train"
+    assert any("The standard type hierarchy" in text for text in train)
+    assert not set(train) & set(validation)
+
+
+def test_embedded_tokens_decode_to_the_corpus(embedded):
+    corpus = embedded_corpus(0.05)
+    texts = list(corpus.read("validation"))
+    assert documents(embedded.validation, embedded.tokenizer) == texts
+    assert embedded.validation_bytes == sum(len(text.encode()) for text in texts)
+    assert isinstance(embedded.train, np.memmap)
+    assert embedded.train.dtype == np.uint16
+    assert embedded.vocab_size == VOCAB_SIZE == 1 + max(embedded.tokenizer.get_vocab().values())
+    assert embedded.train.max() < VOCAB_SIZE
+
+
+def test_text_folder_round_trips_every_document_into_one_split(text_folder, tmp_path):
+    data = prepare(config_of(text_folder, tmp_path), progress=False)
+    train, validation = documents(data.train, data.tokenizer), documents(data.validation, data.tokenizer)
+    assert sorted(train + validation) == sorted(file.read_text() for file in text_folder.iterdir())
+    assert train
+    assert validation
+    assert not set(train) & set(validation)
+
+
+def test_adding_a_document_moves_no_other(text_folder):
+    def read():
+        return set(text_corpus(str(text_folder), text_key="text", validation_fraction=0.3).read("validation"))
+
+    before = read()
+    (text_folder / "new.md").write_text("new")
+    assert read() - {"new"} == before
+
+
+def test_named_files_are_the_splits_and_others_are_not_read(tmp_path):
+    (tmp_path / "train.txt").write_text("to train on")
+    (tmp_path / "val.jsonl").write_text('{"text": "to validate on"}\n\n{"text": "and on"}\n')
+    (tmp_path / "README.md").write_text("not data")
+    corpus = text_corpus(str(tmp_path), text_key="text", validation_fraction=0.5)
+    assert list(corpus.read("train")) == ["to train on"]
+    assert list(corpus.read("validation")) == ["to validate on", "and on"]
+
+
+def test_jsonl_lines_are_documents_of_another_key(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps({"body": f"row {n}"}) + "\n" for n in range(50)))
+    corpus = text_corpus(str(file), text_key="body", validation_fraction=0.3)
+    train, validation = set(corpus.read("train")), set(corpus.read("validation"))
+    assert train | validation == {f"row {n}" for n in range(50)}
+    assert not train & validation
+
+
+def test_the_tail_of_a_single_file_validates(tmp_path):
+    text = "".join(f"line {n}\n" for n in range(100))
+    (tmp_path / "book").write_text(text)
+    corpus = text_corpus(str(tmp_path / "book"), text_key="text", validation_fraction=0.1)
+    (train,), (validation,) = corpus.read("train"), corpus.read("validation")
+    assert train + validation == text
+    assert validation.startswith("line ")
+    assert 0.05 < len(validation) / len(text) < 0.15
+
+
+def test_hidden_and_binary_files_and_byte_order_marks_are_left_out(tmp_path):
+    (tmp_path / ".hidden.txt").write_text("hidden")
+    (tmp_path / "picture.png").write_bytes(b"\x89PNG\0\0")
+    (tmp_path / "train.rst").write_bytes(b"\xef\xbb\xbfkept\r\n")
+    (tmp_path / "other.txt").write_text("kept too")
+    corpus = text_corpus(str(tmp_path), text_key="text", validation_fraction=0.5)
+    assert {*corpus.read("train"), *corpus.read("validation")} == {"kept\r\n", "kept too"}
+
+
+# --- tokenizer ---
+
+
+def test_a_spelled_end_of_text_inside_a_document_does_not_end_it(text_folder, tmp_path):
+    (text_folder / "spelled.txt").write_text(f"one {END_OF_TEXT} document")
+    data = prepare(config_of(text_folder, tmp_path), progress=False)
+    both = documents(data.train, data.tokenizer) + documents(data.validation, data.tokenizer)
+    assert f"one {END_OF_TEXT} document" in both
+
+
+def test_a_long_document_encodes_as_if_in_one_piece(embedded):
+    text = "".join(embedded_corpus(0.05).read("validation"))[: 4 * _PIECE_CHARS]
+    assert len(text) > 3 * _PIECE_CHARS
+    pieces = [ids for ids, _ in encode_texts(embedded.tokenizer, [text])]
+    whole = embedded.tokenizer.encode(text).ids
+    np.testing.assert_array_equal(np.concatenate(pieces), [*whole, embedded.tokenizer.token_to_id(END_OF_TEXT)])
+
+
+def test_gpt2_format_with_a_last_special_id(embedded, text_folder, tmp_path):
+    """GPT-2's own file: old fields, merges as strings, `<|endoftext|>` as the last id, here 1000 to leave a gap."""
+    parsed = json.loads(embedded.tokenizer.to_str())
+    parsed["model"]["merges"] = [" ".join(pair) for pair in parsed["model"]["merges"]]
+    parsed["model"]["vocab"][END_OF_TEXT] = parsed["added_tokens"][0]["id"] = 1000
+    parsed["model"] |= {"continuing_subword_prefix": "", "end_of_word_suffix": ""}
+    del parsed["model"]["type"], parsed["model"]["byte_fallback"], parsed["model"]["ignore_merges"]
+    parsed["added_tokens"][0]["normalized"] = True
+    parsed["pre_tokenizer"] = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    parsed["post_processor"] = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False}
+    parsed["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+    file = tmp_path / "tokenizer.json"
+    file.write_text(json.dumps(parsed))
+    assert vocabulary_size(load_tokenizer(file)) == 1001
+    data = prepare(config_of(text_folder, tmp_path, tokenizer=str(file)), progress=False)
+    assert data.vocab_size == 1001
+    assert data.train[-1] == 1000
+    expected = sorted(file.read_text() for file in text_folder.iterdir())
+    assert sorted(documents(data.train, data.tokenizer) + documents(data.validation, data.tokenizer)) == expected
+
+
+def test_over_65536_ids_are_stored_as_uint32(embedded, text_folder, tmp_path):
+    parsed = json.loads(embedded.tokenizer.to_str())
+    parsed["model"]["vocab"][END_OF_TEXT] = parsed["added_tokens"][0]["id"] = 70_000
+    (tmp_path / "tokenizer.json").write_text(json.dumps(parsed))
+    config = config_of(text_folder, tmp_path, tokenizer=str(tmp_path / "tokenizer.json"))
+    for _ in ("built", "cached"):
+        data = prepare(config, progress=False)
+        assert data.train.dtype == np.uint32
+        assert data.train[-1] == 70_000
+
+
+# --- cache ---
+
+
+def cached_files(cache_dir) -> dict[str, bytes]:
+    return {file.relative_to(cache_dir).as_posix(): file.read_bytes() for file in Path(cache_dir).rglob("*.*")}
+
+
+def test_two_caches_get_the_same_bytes(tmp_path):
+    source = Path(email.__file__).parent
+    configs = [
+        config_of(source, tmp_path, tokenizer_vocab_size=1000, cache_dir=str(tmp_path / name)) for name in ("a", "b")
+    ]
+    assert len({prepare(config, progress=False).fingerprint for config in configs}) == 1
+    first, second = (cached_files(config.cache_dir) for config in configs)
+    assert first == second
+    assert {name.split("/")[1] for name in first} == {"meta.json", "tokenizer.json", "train.bin", "val.bin"}
+
+
+def test_a_second_start_reads_the_cache_and_changed_text_does_not(text_folder, tmp_path, monkeypatch):
+    config = config_of(text_folder, tmp_path)
+    first = prepare(config, progress=False)
+    with monkeypatch.context() as patch:
+        patch.setattr("spdf_jax.data.tokens._build", lambda *_: pytest.fail("tokenized again"))
+        assert prepare(config, progress=False).fingerprint == first.fingerprint
+    (text_folder / "0.txt").write_text("changed")
+    assert prepare(config, progress=False).fingerprint != first.fingerprint
+
+
+@pytest.mark.parametrize("damage", ["truncated", "odd", "no meta", "bad meta", "no tokenizer", "empty folder"])
+def test_a_damaged_cache_is_built_again(damage, text_folder, tmp_path):
+    config = config_of(text_folder, tmp_path)
+    first = prepare(config, progress=False)
+    expected = cached_files(config.cache_dir)
+    folder = Path(first.train.filename).parent
+    if damage == "truncated":
+        (folder / "train.bin").write_bytes((folder / "train.bin").read_bytes()[:-2])
+    elif damage == "odd":
+        (folder / "val.bin").write_bytes((folder / "val.bin").read_bytes()[:-1])
+    elif damage == "no meta":
+        (folder / "meta.json").unlink()
+    elif damage == "bad meta":
+        (folder / "meta.json").write_text("[1, 2")
+    elif damage == "no tokenizer":
+        (folder / "tokenizer.json").unlink()
+    else:
+        shutil.rmtree(folder)
+        folder.mkdir()
+    again = prepare(config, progress=False)
+    assert again.fingerprint == first.fingerprint
+    assert cached_files(config.cache_dir) == expected
+
+
+def _prepare_slowly(config, started):
+    """A run that hangs while it writes the validation tokens."""
+    import spdf_jax.data.tokens as tokens
+
+    encode = tokens.encode_texts
+    calls = []
+
+    def slow(tokenizer, texts):
+        calls.append(1)
+        if len(calls) == 2:
+            started.set()
+            time.sleep(60)
+        return encode(tokenizer, texts)
+
+    tokens.encode_texts = slow
+    prepare(config, progress=False)
+
+
+def test_a_run_killed_half_way_leaves_nothing_to_read(text_folder, tmp_path):
+    config = config_of(text_folder, tmp_path)
+    spawn = multiprocessing.get_context("spawn")
+    started = spawn.Event()
+    process = spawn.Process(target=_prepare_slowly, args=(config, started))
+    process.start()
+    assert started.wait(30)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    (leftover,) = Path(config.cache_dir).iterdir()
+    assert leftover.name.startswith("unfinished-")
+    data = prepare(config, progress=False)
+    assert len(documents(data.train, data.tokenizer)) + len(documents(data.validation, data.tokenizer)) == 40
+
+
+def test_two_runs_at_once_both_get_their_tokens(text_folder, tmp_path, monkeypatch):
+    """The other run finishes between our last look at the cache and our rename."""
+    import spdf_jax.data.tokens as tokens
+
+    config = config_of(text_folder, tmp_path)
+    publish, others = tokens._publish, []
+
+    def publish_second(draft, folder):
+        monkeypatch.setattr(tokens, "_publish", publish)
+        others.append(prepare(config, progress=False))
+        publish(draft, folder)
+
+    monkeypatch.setattr(tokens, "_publish", publish_second)
+    ours = prepare(config, progress=False)
+    np.testing.assert_array_equal(ours.train, others[0].train)
+    assert len(list(Path(config.cache_dir).iterdir())) == 1
+
+
+def test_a_cache_folder_that_cannot_be_written(text_folder, tmp_path):
+    (tmp_path / "cache").write_text("a file")
+    with pytest.raises(InputError, match=r"cannot keep tokens there.*data\.cache_dir"):
+        prepare(config_of(text_folder, tmp_path), progress=False)
+
+
+# --- TensorFlow Datasets ---
+
+
+def build_tfds(data_dir, *, with_validation) -> None:
+    import tensorflow_datasets as tfds
+
+    class TinyText(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            features = tfds.features.FeaturesDict({"body": tfds.features.Text(), "n": tfds.features.Scalar(np.int32)})
+            return tfds.core.DatasetInfo(builder=self, features=features)
+
+        def _split_generators(self, dl_manager):
+            validation = {"validation": self._generate_examples(5)} if with_validation else {}
+            return {"train": self._generate_examples(30), **validation}
+
+        def _generate_examples(self, count):
+            for n in range(count):
+                yield n, {"body": f"example {n} of {count}, été", "n": n}
+
+    TinyText(data_dir=data_dir, file_format="array_record").download_and_prepare()
+
+
+@pytest.mark.parametrize("with_validation", [True, False])
+def test_tfds_through_array_record(with_validation, tmp_path):
+    build_tfds(str(tmp_path / "tfds"), with_validation=with_validation)
+    config = config_of(tmp_path / "tfds", tmp_path, source="tfds", tfds_name="tiny_text", text_key="body")
+    data = prepare(config, progress=False)
+    train, validation = documents(data.train, data.tokenizer), documents(data.validation, data.tokenizer)
+    of_train, of_validation = ({f"example {n} of {count}, été" for n in range(count)} for count in (30, 5))
+    if with_validation:
+        assert (set(train), set(validation)) == (of_train, of_validation)
+    else:
+        assert {*train, *validation} == of_train
+        assert len(train) + len(validation) == 30
+    assert prepare(config, progress=False).fingerprint == data.fingerprint
+    for text_key, message in (("text", "no feature data.text_key='text'.*body"), ("n", "not UTF-8 text")):
+        with pytest.raises(InputError, match=message):
+            prepare(config_of(config.path, tmp_path, source="tfds", tfds_name="tiny_text", text_key=text_key))
+
+
+@pytest.mark.parametrize("name", ["mnist", "no_such_thing", "kubric:movi", "not a name"])
+def test_tfds_that_is_not_prepared(name, tmp_path):
+    with pytest.raises(InputError, match=r"no prepared dataset found; .*download_and_prepare"):
+        prepare(config_of(tmp_path, tmp_path, source="tfds", tfds_name=name))
+
+
+# --- token files ---
+
+
+def write_token_files(folder, train=range(500), validation=range(40)) -> DataConfig:
+    folder.mkdir(exist_ok=True)
+    np.array(train, dtype="<u2").tofile(folder / "train.bin")
+    np.array(validation, dtype="<u2").tofile(folder / "val.bin")
+    return DataConfig(source="token_files", path=str(folder))
+
+
+def test_token_files_are_mapped_as_they_are(embedded, tmp_path):
+    config = write_token_files(tmp_path / "tokens", train=[*range(250), 299, 0], validation=[1, 2, 65])
+    data = prepare(config)
+    assert isinstance(data.train, np.memmap)
+    assert data.train.tolist() == [*range(250), 299, 0]
+    assert (data.vocab_size, data.tokenizer, data.validation_bytes) == (300, None, None)
+    embedded.tokenizer.save(str(tmp_path / "tokens/tokenizer.json"))
+    assert prepare(config).tokenizer.to_str() == embedded.tokenizer.to_str()
+    assert prepare(config).fingerprint == data.fingerprint
+    write_token_files(tmp_path / "tokens", train=[*range(250), 298, 0], validation=[1, 2, 65])
+    assert prepare(config).fingerprint != data.fingerprint
+    write_token_files(tmp_path / "tokens", train=[300, 1], validation=[1, 2])
+    with pytest.raises(InputError, match=r"token id 300, but .*tokenizer\.json' ends at 299"):
+        prepare(config)
+
+
+def test_the_fingerprint_of_a_large_file_samples_it_to_its_end(tmp_path, monkeypatch):
+    monkeypatch.setattr("spdf_jax.data.token_files._FULL_HASH_BYTES", 100)
+    fingerprints = {
+        prepare(write_token_files(tmp_path / "tokens", train=train)).fingerprint
+        for train in ([1] * 9000, [1] * 9002, [*[1] * 8999, 2], [2, *[1] * 8999])
+    }
+    assert len(fingerprints) == 4
+
+
+NPY = b"\x93NUMPY\x01\x00" + bytes(120)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "missing"),
+        (b"", "empty"),
+        (b"\1\0\2", "3 bytes, an odd number"),
+        (b"\1\0", "one token only"),
+        (b"just some text\n" * 1000, "looks like text"),
+        ("é漢".encode() * 2000, "looks like text"),
+        (NPY, "looks like a NumPy array"),
+        (b"PK\x03\x04" + bytes(100), "looks like a zip archive"),
+        *[(pickle.dumps(list(range(99)), protocol), "looks like a pickle") for protocol in (2, 3, 4, 5)],
+    ],
+)
+@pytest.mark.parametrize("name", ["train.bin", "val.bin"])
+def test_token_files_of_the_wrong_kind(name, content, message, tmp_path):
+    config = write_token_files(tmp_path / "tokens")
+    file = tmp_path / "tokens" / name
+    file.unlink() if content is None else file.write_bytes(content)
+    with pytest.raises(InputError, match=f"{name}.*{message}"):
+        prepare(config)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("vocab_size", [256, 4096, 50257, 65536])
+def test_real_ids_are_not_taken_for_another_type(vocab_size, seed, tmp_path):
+    ids = np.random.default_rng(seed).integers(vocab_size, size=5000)
+    assert prepare(write_token_files(tmp_path / "tokens", train=ids)).train.tolist() == ids.tolist()
+
+
+# --- bad input ---
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"source": "web"}, r"data\.source='web'.*embedded, text"),
+        ({"path": ""}, r"data\.path is empty"),
+        ({"source": "token_files", "path": ""}, r"data\.path is empty"),
+        ({"source": "token_files", "path": "nowhere"}, "no such folder"),
+        ({"source": "tfds"}, r"data\.tfds_name is empty"),
+        ({"path": "nowhere"}, "'nowhere': no such file or folder"),
+        ({"validation_fraction": 0.0}, "validation_fraction"),
+        ({"validation_fraction": 1.0}, "validation_fraction"),
+        ({"tokenizer_vocab_size": 256}, "at least 257"),
+        ({"tokenizer": "nowhere.json"}, r"'nowhere\.json': no such file"),
+        ({"validation_fraction": 1e-9}, "no document fell into the validation split"),
+        ({"validation_fraction": 1 - 1e-9}, "no document fell into the train split"),
+    ],
+)
+def test_configs_that_cannot_work(overrides, message, text_folder, tmp_path):
+    with pytest.raises(InputError, match=message):
+        prepare(config_of(text_folder, tmp_path, **overrides), progress=False)
+    assert not list(tmp_path.glob("cache/*"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"", "no text found"),
+        ("a.txt", b" \n\n", "no text found"),
+        ("a.txt", b"latin \xe9t\xe9", r"a\.txt: not UTF-8 \(byte 6\)"),
+        ("train.bin", b"\1\0\2\0", "no text found"),
+        ("a.jsonl", b'{"text": "x"}\n{"body": "y"}\n', r"a\.jsonl:2: no text under data\.text_key='text'.*body"),
+        ("a.jsonl", b'{"text": "x"}\n\n["text"]\n', r"a\.jsonl:3: no text under"),
+        ("a.jsonl", b'{"text": 3}\n', r"a\.jsonl:1: no text under"),
+        ("a.jsonl", b'{"text": "x"\n', r"a\.jsonl:1: not a line of JSON"),
+        ("a.jsonl", b"[" * 100_000, r"a\.jsonl:1: not a line of JSON"),
+        ("a.jsonl", b'{"text": "\xff"}\n', r"a\.jsonl:1: not UTF-8"),
+    ],
+)
+def test_texts_that_cannot_be_read(name, content, message, tmp_path):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / name).write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        prepare(config_of(folder, tmp_path), progress=False)
+
+
+def test_an_empty_folder_and_a_binary_file(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="no text found"):
+        prepare(config_of(tmp_path / "empty", tmp_path))
+    (tmp_path / "file.txt").write_bytes(b"a\0b")
+    with pytest.raises(InputError, match=r"file\.txt: holds zero bytes"):
+        prepare(config_of(tmp_path / "file.txt", tmp_path))
+
+
+def test_half_a_surrogate_pair_in_json_becomes_a_replacement_character(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a\\ud800b \\ud83d\\ude00"}\n' * 2)
+    corpus = text_corpus(str(tmp_path), text_key="text", validation_fraction=0.5)
+    assert {*corpus.read("train"), *corpus.read("validation")} == {"a\ufffdb \U0001f600"}
+
+
+def test_tokenizers_that_cannot_be_used(tmp_path):
+    file = tmp_path / "tokenizer.json"
+    file.write_bytes(pickle.dumps("not JSON"))
+    with pytest.raises(InputError, match=r"not a Hugging Face tokenizer\.json"):
+        load_tokenizer(file)
+    tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0}, [])).save(str(file))
+    with pytest.raises(InputError, match=r"has no '<\|endoftext\|>'"):
+        load_tokenizer(file)
+
+
+# --- batches ---
+
+
+def take(count, tokens, **kwargs) -> list[Batch]:
+    return list(islice(train_batches(tokens, **kwargs), count))
+
+
+def assert_same(actual: list[Batch], expected: list[Batch]) -> None:
+    assert len(actual) == len(expected)
+    for a, b in zip(actual, expected, strict=True):
+        for x, y in zip(a, b, strict=True):
+            assert x.dtype == y.dtype
+            np.testing.assert_array_equal(x, y)
+
+
+def joined(shares: list[list[Batch]]) -> list[Batch]:
+    """Global batches from what each process got."""
+    return [Batch(*map(np.concatenate, zip(*parts, strict=True))) for parts in zip(*shares, strict=True)]
+
+
+def test_batches_have_their_types_and_targets_are_the_next_tokens(embedded):
+    (batch,) = take(1, embedded.train, seq_len=32, batch_size=4, seed=0)
+    assert [array.shape for array in batch] == [(4, 32)] * 3
+    assert [array.dtype for array in batch] == [np.int32, np.int32, np.float32]
+    np.testing.assert_array_equal(batch.tokens_BT[:, 1:], batch.targets_BT[:, :-1])
+    assert batch.weights_BT.all()
+
+
+@pytest.mark.parametrize("n_tokens", [41, 43, 44])
+def test_an_epoch_has_each_window_once_and_the_next_another_order(n_tokens):
+    tokens = np.arange(n_tokens, dtype=np.uint16)  # 10 windows of 4, and up to 3 tokens over
+    batches = take(10, tokens, seq_len=4, batch_size=2, seed=7)
+    starts = np.concatenate([batch.tokens_BT[:, 0] for batch in batches])
+    first, second = starts[:10].tolist(), starts[10:].tolist()
+    assert sorted(first) == sorted(second) == list(range(0, 40, 4))
+    assert first != second
+    assert first != sorted(first)
+    for batch in batches:
+        np.testing.assert_array_equal(batch.targets_BT, batch.tokens_BT + 1)
+
+
+def test_the_order_is_the_seeds_and_neighbouring_seeds_share_none():
+    tokens = np.arange(401)
+    orders = [
+        np.concatenate([batch.tokens_BT[:, 0] for batch in take(20, tokens, seq_len=4, batch_size=10, seed=seed)])
+        for seed in (0, 0, 1)
+    ]
+    np.testing.assert_array_equal(orders[0], orders[1])
+    assert (orders[0][:100] != orders[2][:100]).any()
+    assert (orders[0][100:] != orders[2][:100]).any()
+
+
+@pytest.mark.parametrize("start_batch", [1, 3, 12])
+def test_starting_at_a_batch_equals_skipping_to_it(start_batch):
+    kwargs = {"seq_len": 4, "batch_size": 6, "seed": 3}  # 10 windows: batches span epochs
+    tokens = np.arange(41)
+    assert_same(
+        take(9, tokens, **kwargs, start_batch=start_batch), take(9 + start_batch, tokens, **kwargs)[start_batch:]
+    )
+    shares = [take(4, tokens, **kwargs, start_batch=start_batch, process_index=p, process_count=2) for p in range(2)]
+    assert_same(joined(shares), take(4, tokens, **kwargs, start_batch=start_batch))
+
+
+@pytest.mark.parametrize("process_count", [2, 4, 8])
+def test_any_number_of_processes_shares_the_same_global_batches(process_count):
+    tokens = np.arange(101)
+    kwargs = {"seq_len": 4, "batch_size": 8}
+    shares = [
+        take(7, tokens, **kwargs, seed=5, process_index=p, process_count=process_count) for p in range(process_count)
+    ]
+    assert shares[0][0].tokens_BT.shape == (8 // process_count, 4)
+    assert_same(joined(shares), take(7, tokens, **kwargs, seed=5))
+    shares = [
+        list(validation_batches(tokens[:75], **kwargs, process_index=p, process_count=process_count))
+        for p in range(process_count)
+    ]
+    assert_same(joined(shares), list(validation_batches(tokens[:75], **kwargs)))
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_one_window_fills_any_batch(batch_size):
+    for batch in take(3, np.arange(5), seq_len=4, batch_size=batch_size, seed=0):
+        assert batch.tokens_BT.tolist() == [[0, 1, 2, 3]] * batch_size
+
+
+@pytest.mark.parametrize("n_tokens", [2, 4, 5, 6, 33, 34, 40, 65, 66])
+def test_validation_scores_every_target_once(n_tokens):
+    tokens = np.arange(1, n_tokens + 1, dtype=np.uint16)
+    batches = list(validation_batches(tokens, seq_len=4, batch_size=8))
+    assert all(array.shape == (8, 4) for batch in batches for array in batch)
+    real = np.concatenate([batch.weights_BT.ravel() for batch in batches]) == 1
+    inputs, targets = (np.concatenate([batch[i].ravel() for batch in batches]) for i in (0, 1))
+    np.testing.assert_array_equal(inputs[real], tokens[:-1])
+    np.testing.assert_array_equal(targets[real], tokens[1:])
+    assert not inputs[~real].any()
+    assert not targets[~real].any()
+    assert sum(batch.weights_BT.sum() for batch in batches) == n_tokens - 1
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"seq_len": 10}, "10 tokens is shorter than one example of seq_len=10"),
+        ({"batch_size": 3, "process_count": 2}, "batch_size=3 is not divisible by process_count=2"),
+        ({"process_index": 1}, "process_index=1"),
+        ({"seq_len": 0}, "seq_len=0"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"seed": -1}, "seed=-1"),
+        ({"start_batch": -1}, "start_batch=-1"),
+    ],
+)
+def test_batches_that_cannot_be_made(kwargs, message):
+    with pytest.raises(InputError, match=message):
+        train_batches(np.arange(10), **{"seq_len": 4, "batch_size": 2, "seed": 0, **kwargs})
+
+
+def test_validation_batches_that_cannot_be_made():
+    with pytest.raises(InputError, match="1 tokens has no target"):
+        validation_batches(np.arange(1), seq_len=4, batch_size=2)
+    with pytest.raises(InputError, match="not divisible"):
+        validation_batches(np.arange(9), seq_len=4, batch_size=3, process_count=2)
+
+
+# --- the unigram baseline ---
+
+
+def test_unigram_loss_by_hand(monkeypatch):
+    monkeypatch.setattr("spdf_jax.data.token_files._CHUNK_TOKENS", 2)
+    # Train counts 3, 1, 0 with one added: 4/7, 2/7, 1/7. Targets: 0, 2, 1 (the first token is none).
+    loss = unigram_loss(np.array([0, 0, 1, 0]), np.array([2, 0, 2, 1], dtype=np.uint16), 3)
+    assert loss == pytest.approx(-np.log([4 / 7, 1 / 7, 2 / 7]).mean())
+    with pytest.raises(InputError, match="token id 3 is not under vocab_size=3"):
+        unigram_loss(np.array([0, 3]), np.array([0, 1]), 3)
+
+
+def test_unigram_loss_of_the_embedded_corpus_beats_uniform(embedded):
+    assert 0 < unigram_loss(embedded.train, embedded.validation, VOCAB_SIZE) < np.log(VOCAB_SIZE)
