@@ -1,6 +1,7 @@
 """A static random mask at 80 %: the baseline that any dynamic method has to beat.
 
-Claim   keeping the first random mask throughout is worse than evolving it, at the same FLOPs (MST, arXiv 2408.11746, baselines).
+Claim   keeping the first random mask throughout is worse than evolving it, at the same FLOPs
+        (MST, arXiv 2408.11746, baselines).
 Source  set-up of hupihe/Mixed-Sparsity-Training (nanoGPT).
 Command python -m spdf_jax.main --config experiments/gpt2_static.py
         python -m spdf_jax.main --config experiments/gpt2_static.py:124m   (OpenWebText as nanoGPT's train.bin and val.bin)

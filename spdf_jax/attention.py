@@ -307,7 +307,8 @@ def _band_forward(band: _Band, q_BTHD: jax.Array, k_BTHD: jax.Array, v_BTHD: jax
     def query_block(_: None, x: tuple[jax.Array, jax.Array]) -> tuple[None, tuple[jax.Array, jax.Array]]:
         i, q_BGHCD = x
         first = jnp.maximum(i - tiles.blocks_back, 0)
-        return None, lax.fori_loop(first, i, lambda j, done: _merge(done, tile(q_BGHCD, i, j)), tile(q_BGHCD, i, i))
+        nothing = jnp.zeros_like(q_BGHCD, _wide(q_BGHCD)), jnp.full_like(q_BGHCD[..., :1], _NOWHERE, _wide(q_BGHCD))
+        return None, lax.fori_loop(first, i + 1, lambda j, done: _merge(done, tile(q_BGHCD, i, j)), nothing)
 
     _, (out, lse) = lax.scan(query_block, None, (jnp.arange(len(q_NBGHCD)), q_NBGHCD))
     return _untile(tiles.queries, out, q_BTHD.shape), _untile(tiles.queries, lse, (*q_BTHD.shape[:3], 1))

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from spdf_jax.errors import InputError
-from spdf_jax.sparsity.masks import pack_masks, unpack_masks
+from spdf_jax.sparsity.masks import active_counts, pack_masks, unpack_masks
+from spdf_jax.sparsity.programme import Programme
 from spdf_jax.state import TrainState
-from spdf_jax.tree import named_leaves
+from spdf_jax.tree import Filter, named_leaves
 
 
 class Checkpoints:
@@ -29,7 +31,7 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(
             directory.absolute(),
             options=ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True),
-            item_names=("state", "record"),
+            item_handlers={"state": ocp.StandardCheckpointHandler(), "record": ocp.JsonCheckpointHandler()},
         )
 
     def latest_step(self) -> int | None:
@@ -86,18 +88,17 @@ class Checkpoints:
 
     def _check(self, step: int, packed: TrainState) -> None:
         metadata = self._manager.item_metadata(step)["state"]
-        saved = {
-            name: tuple(leaf.shape)
-            for name, leaf in named_leaves(metadata.tree if hasattr(metadata, "tree") else metadata)
-        }
-        wanted = {name: tuple(leaf.shape) for name, leaf in named_leaves(packed)}
+        saved = {name: tuple(leaf.shape) for name, leaf in named_leaves(metadata)}
+        plain_key = jax.eval_shape(lambda s: s.replace(key=jax.random.key_data(s.key)), packed)
+        wanted = {name: tuple(leaf.shape) for name, leaf in named_leaves(plain_key)}
         masks = [
             name for name, shape in wanted.items() if name.startswith("masks/") and shape and saved.get(name) == ()
         ]
         if masks:
             raise InputError(
-                f"{self.directory}: the checkpoint at step {step} has no masks for {', '.join(m[6:] for m in masks[:3])}, but the "
-                f"phase is sparse; start it with --workdir of its own, or make the phase dense"
+                f"{self.directory}: the checkpoint at step {step} has no masks for "
+                f"{', '.join(m[6:] for m in masks[:3])}, but the phase is sparse; "
+                f"start it with --workdir of its own, or make the phase dense"
             )
         differing = [
             f"{name} {saved.get(name, 'absent')} there, {wanted.get(name, 'absent')} here"
@@ -114,3 +115,32 @@ class Checkpoints:
 
 def _pack(state: TrainState) -> TrainState:
     return state.replace(masks=pack_masks(state.masks))
+
+
+def check_invariants(programme: Programme, filter: Filter, state: TrainState, phase_start: int) -> None:
+    """Masks hold the exact target counts, and every masked weight is exactly 0; anything else is a bug, and is not saved.
+
+    Raises:
+      RuntimeError: naming the leaf.
+    """
+    if not programme.groups:
+        return
+    local = int(state.step) - phase_start
+    counts = jax.device_get(_counts(state.masks, state.params, filter))
+    nonzero = jax.device_get(_nonzero_where_masked(state.params, state.masks))
+    for name, target in programme.counts(local).items():
+        if not (counts[name] == target).all():
+            raise RuntimeError(f"{name}: masks hold {counts[name]} active weights, the programme says {target}")
+        if nonzero[name]:
+            raise RuntimeError(f"{name}: {nonzero[name]} masked weights are not zero")
+
+
+_counts = jax.jit(active_counts, static_argnums=2)
+
+
+@jax.jit
+def _nonzero_where_masked(params: Any, masks: Any) -> dict[str, jax.Array]:
+    return {
+        name: jnp.sum((value != 0) & ~mask)
+        for (name, value), (_, mask) in zip(named_leaves(params), named_leaves(masks), strict=True)
+    }

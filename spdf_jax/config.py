@@ -135,9 +135,9 @@ def resolve(config: ConfigDict) -> RunConfig:
     """
     values = config.to_dict()
     phases = values.pop("phases", ())
-    _check_keys("config", values, [*_SCALARS, *_SECTIONS, *phases])
     if not phases:
         raise InputError("config.phases: at least one phase is needed")
+    _check_keys("config", values, [*_SCALARS, *_SECTIONS, *phases])
     for name in (*_SECTIONS, *phases):
         if not isinstance(values.get(name), dict):
             raise InputError(f"config.{name}: the section is missing")

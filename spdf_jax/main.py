@@ -49,8 +49,8 @@ def _parse(argv: Sequence[str]) -> None:
     """Reads the flags. A bad one is the user's to mend, however ml_collections raises it."""
     try:
         rest = flags.FLAGS(list(argv))[1:]
-    except InputError:
-        raise
+    except InputError as error:
+        raise _innermost(error) from None
     except flags.Error as error:
         raise InputError(f"command line: {_one_line(error)}") from error
     except (KeyError, AttributeError) as error:  # ml_collections: an override of a key that is not there
@@ -67,6 +67,12 @@ def _parse(argv: Sequence[str]) -> None:
         raise InputError(f"--config: {_config_file()} is not there")
 
 
+def _innermost(error: InputError) -> InputError:
+    """What an experiment file itself said: ml_collections raises it again with a traceback for a message."""
+    cause = error.__cause__ or error.__context__
+    return _innermost(cause) if isinstance(cause, InputError) else error
+
+
 def _one_line(error: Exception) -> str:
     return "; ".join(str(error.args[0] if error.args else error).split("\n")).rstrip(".; ")
 
@@ -80,9 +86,9 @@ def _run(argv: Sequence[str]) -> int:
     logging.set_verbosity(logging.ERROR)  # orbax and grain narrate
     # Imported here so that a mistyped command answers at once.
     from spdf_jax.config import resolve
+    from spdf_jax.jobs import evaluate_checkpoint, train
     from spdf_jax.plan import describe
     from spdf_jax.report import write_report
-    from spdf_jax.train import evaluate_checkpoint, train
 
     config = resolve(_CONFIG.value)
     workdir = Path(_WORKDIR.value or f"runs/{config.experiment}-{config.variant}")

@@ -85,21 +85,20 @@ def _cost(config: RunConfig, phase: PhaseConfig, programme: Programme) -> Callab
     dense = step_flops(config.model, seq_len=seq_len, sequences=phase.batch_size, active={})
 
     @cache
-    def flops(active: tuple[tuple[str, int], ...], pattern: str, width: int, dense_gradient: bool) -> int:
+    def flops(level: float, pattern: str, width: int, dense_gradient: bool) -> int:
         return step_flops(
             config.model,
             seq_len=seq_len,
             sequences=phase.batch_size,
-            active=dict(active),
+            active={name: n * programme.groups[name].count for name, n in programme.counts_for(level).items()},
             pattern=pattern,
             width=width,
             dense_gradient=dense_gradient,
         )
 
     def cost(step: int) -> StepCost:
-        active = tuple(programme.active(step).items())
         topology = programme.topology(step) is not None
-        return StepCost(tokens, flops(active, *programme.attention(step), topology), dense)
+        return StepCost(tokens, flops(programme.level(step), *programme.attention(step), topology), dense)
 
     return cost
 

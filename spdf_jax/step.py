@@ -84,7 +84,7 @@ def train_step(
     metrics = {
         "loss": loss,
         "learning_rate": rate,
-        "grad_norm": optax.global_norm(apply_masks(grads, state.masks)),
+        "grad_norm": optax.tree.norm(apply_masks(grads, state.masks)),
     }
     return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
@@ -117,7 +117,7 @@ def topology_step(
     metrics = {
         "loss": loss,
         "learning_rate": jnp.zeros(()),
-        "grad_norm": optax.global_norm(apply_masks(grads, state.masks)),
+        "grad_norm": optax.tree.norm(apply_masks(grads, state.masks)),
         "churn": {
             name: jnp.sum((mask & ~old[name]).reshape(target_nnz[name].shape[0], -1), axis=1)
             / jnp.maximum(target_nnz[name], 1)

@@ -99,6 +99,8 @@ def keep_where(mask: jax.Array, value: jax.Array) -> jax.Array:
     """`value` where the mask is True, else an exact 0 (a product would keep NaN and the sign of zero)."""
     if mask.ndim == 0:
         return value
+    if mask.shape != value.shape:
+        raise InputError(f"masks: a mask of shape {mask.shape} does not fit its weight of shape {value.shape}")
     return jnp.where(mask, value, jnp.zeros((), value.dtype))
 
 
@@ -138,7 +140,8 @@ class MaskReport(NamedTuple):
     sparsity: float
 
     def __str__(self) -> str:
-        head = f"{'leaf':<28}{'shape':<22}{'active':>12}{'of':>12}{'sparsity':>10}{'dead rows':>11}{'dead cols':>11}{'churn':>8}"
+        head = f"{'leaf':<28}{'shape':<22}{'active':>12}{'of':>12}{'sparsity':>10}"
+        head += f"{'dead rows':>11}{'dead cols':>11}{'churn':>8}"
         lines = [head]
         for r in self.rows:
             churn = "-" if r.churn is None else f"{r.churn:.3f}"

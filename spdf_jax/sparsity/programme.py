@@ -114,16 +114,22 @@ class Programme:
         self.config = config
         self.groups = {} if config.dense else dict(groups)
         self.total_steps = total_steps
-        self._counts_for = lru_cache(maxsize=None)(self._solve)
+        # Counts depend on the sparsity aimed at alone, and a run of 600,000 steps aims at a few thousand values.
+        self.counts_for = lru_cache(maxsize=None)(self._solve)
+
+    def level(self, step: int) -> float:
+        """The sparsity last aimed at before `step`: that of the last topology step, or of the initial masks."""
+        last = step - 1 - (step - 1) % self.config.update_every_steps if step > 0 else 0
+        if not self.config.topology_rule.evolves or last <= 0:
+            return self.config.curve(0.0)
+        stop = round(self.config.stop_fraction * self.total_steps)
+        stop -= stop / self.total_steps > self.config.stop_fraction  # the very comparison that `topology` makes
+        last = min(last, stop - stop % self.config.update_every_steps)
+        return self.config.curve(last / self.total_steps)
 
     def counts(self, step: int) -> Mapping[str, int]:
         """Active weights of one matrix of every sparse leaf at the start of `step`."""
-        last = step - 1 - (step - 1) % self.config.update_every_steps if step > 0 else 0
-        if not self.config.topology_rule.evolves or last <= 0:
-            return self._counts_for(self.config.curve(0.0))
-        stop = int(self.config.stop_fraction * self.total_steps)
-        last = min(last, stop - stop % self.config.update_every_steps)
-        return self._counts_for(self.config.curve(last / self.total_steps))
+        return self.counts_for(self.level(step))
 
     def topology(self, step: int) -> TopologyTarget | None:
         """The target if `step` is a topology step. Fully dense masks that stay dense need none."""
@@ -131,7 +137,7 @@ class Programme:
         progress = step / self.total_steps
         if not rule.evolves or step == 0 or step % config.update_every_steps or progress > config.stop_fraction:
             return None
-        target = self._counts_for(config.curve(progress))
+        target = self.counts_for(config.curve(progress))
         if all(n == self.groups[name].size for counts in (target, self.counts(step)) for name, n in counts.items()):
             return None
         start, end = config.curve.stage(progress)

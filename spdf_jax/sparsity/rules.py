@@ -92,7 +92,8 @@ def prune_and_grow(
     delta = n - jnp.asarray(target_nnz, jnp.int32)
     n_prune = jnp.clip(jnp.floor(n * jnp.asarray(drop_fraction, jnp.float32)).astype(jnp.int32), delta, n)
     n_grow = n_prune - delta
-    n_by_gradient = jnp.floor(n_grow * gradient_share).astype(jnp.int32)
+    # The float product rounds up past 2^24; never more than n_grow.
+    n_by_gradient = jnp.minimum(jnp.floor(n_grow * gradient_share).astype(jnp.int32), n_grow)
 
     kept = select_top_k(drop_score(weights, grads), n - n_prune, eligible=mask)
     grown = select_top_k(jnp.abs(grads), n_by_gradient, eligible=~kept)

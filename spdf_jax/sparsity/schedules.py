@@ -58,6 +58,7 @@ def step_table(table: Mapping[float, float]) -> Curve:
     points = sorted((float(p), float(s)) for p, s in table.items())
     if not points or points[0][0] != 0.0:
         raise InputError(f"step_table: needs an entry at progress 0, got {dict(table)}")
+    _check_order("step_table", (*(p for p, _ in points), 1.0))
     for p, s in points:
         check_sparsity(s, f"step_table at progress {p}")
     return Curve(lambda p: next(s for q, s in reversed(points) if q <= max(p, 0.0)), tuple(p for p, _ in points))

@@ -28,6 +28,7 @@ def order_keys(scores: jax.Array) -> jax.Array:
     return jnp.where(jnp.isnan(scores), jnp.iinfo(integer).min + 1, keys)
 
 
+@jax.jit
 def select_top_k(scores: jax.Array, k: jax.Array | int, eligible: jax.Array | None = None) -> jax.Array:
     """Marks the `k` largest of the eligible scores, ties by lowest index in row-major order.
 

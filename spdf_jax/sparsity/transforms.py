@@ -48,7 +48,7 @@ def sparse(inner: optax.GradientTransformation) -> optax.GradientTransformationE
 
 
 def _hold_at_zero(mask: jax.Array, update: jax.Array, param: jax.Array) -> jax.Array:
-    return update if mask.ndim == 0 else jnp.where(mask, update, -param.astype(update.dtype))
+    return update if mask.ndim == 0 else jnp.where(mask, update, -param)  # not in the update's dtype: exact
 
 
 def reset_masked_state(tx: optax.GradientTransformation, state: Any, params: Any, masks: Any) -> Any:
@@ -73,8 +73,8 @@ def reset_masked_state(tx: optax.GradientTransformation, state: Any, params: Any
     leaves_with_path, treedef = jax.tree_util.tree_flatten_with_path(params)
     names = jax.tree.unflatten(treedef, [path_name(path) for path, _ in leaves_with_path])
 
-    def reset(value: jax.Array, mask: jax.Array, name: str) -> jax.Array:
-        if mask.ndim == 0:
+    def reset(value: Any, mask: jax.Array, name: str) -> Any:
+        if mask.ndim == 0 or isinstance(value, optax.MaskedNode):  # `optax.masked`, `partition`: no state here
             return value
         if value.shape != mask.shape:
             raise InputError(
@@ -83,4 +83,6 @@ def reset_masked_state(tx: optax.GradientTransformation, state: Any, params: Any
             )
         return keep_where(mask, value)
 
-    return optax.tree.map_params(tx, reset, state, masks, names)
+    return optax.tree.map_params(
+        tx, reset, state, masks, names, is_leaf=lambda value: isinstance(value, optax.MaskedNode)
+    )

@@ -1,0 +1,68 @@
+"""Config: one place, typed, unknown keys refused with the nearest known one."""
+
+import json
+
+import pytest
+from ml_collections import ConfigDict
+
+import spdf_jax as spdf
+
+
+def base():
+    return spdf.default_config("e", "v", variants=("v",), phases=("one", "two"))
+
+
+def test_round_trip_to_json_holds_every_value():
+    run = spdf.resolve(base())
+    values = run.as_dict()
+    assert json.loads(json.dumps(values)) == values
+    assert values["phases"] == ["one", "two"]
+    assert values["two"]["optimizer"]["beta2"] == 0.95
+    assert run.total_steps == values["one"]["steps"] + values["two"]["steps"]
+
+
+def changed(path, value):
+    values = base().to_dict()
+    *sections, key = path.split(".")
+    node = values
+    for section in sections:
+        node = node[section]
+    node[key] = value
+    return ConfigDict(values)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("modle", {}, "unknown key 'modle'; did you mean 'model'"),
+        ("model.n_layr", 2, "config.model: unknown key 'n_layr'; did you mean 'n_layer'"),
+        ("one.optimizer.beta3", 2.0, "config.one.optimizer: unknown key 'beta3'; did you mean 'beta"),
+        ("model.n_layer", 2.5, "config.model.n_layer: expected int, got 2.5"),
+        ("model.tied_head", "yes", "config.model.tied_head: expected bool, got 'yes'"),
+        ("model", 3, "config.model: the section is missing"),
+        ("phases", (), "at least one phase"),
+        ("one.steps", 0, "must be at least 1"),
+        ("one.sparsity.sparsity", -0.1, r"outside \[0, 1\)"),
+        ("one.sparsity.schedule", "quadratic", "'quadratic' is not one of"),
+        ("one.optimizer.schedule", "exp", "'exp' is not"),
+        ("one.optimizer.peak_learning_rate", 0.0, "must be positive"),
+    ],
+)
+def test_bad_values_are_named(path, value, message):
+    with pytest.raises(spdf.InputError, match=message):
+        spdf.resolve(changed(path, value))
+
+
+def test_a_static_mask_cannot_follow_a_schedule():
+    c = base()
+    c.one.sparsity.rule, c.one.sparsity.schedule = "static", "cubic"
+    with pytest.raises(spdf.InputError, match="a static mask cannot follow 'cubic'"):
+        spdf.resolve(c)
+
+
+def test_a_step_table_is_a_schedule():
+    c = base()
+    c.one.sparsity.rule, c.one.sparsity.schedule = "rigl", "table"
+    c.one.sparsity.table = ((0.0, 0.5), (0.5, 0.9))
+    curve = spdf.resolve(c).phases["one"].sparsity.curve
+    assert [curve(p) for p in (0.0, 0.49, 0.5, 1.0)] == [0.5, 0.5, 0.9, 0.9]

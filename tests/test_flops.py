@@ -1,0 +1,109 @@
+"""FLOP accounting against the published tables, and the experiments' own claims."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+import spdf_jax as spdf
+from spdf_jax.flops import step_flops
+from spdf_jax.plan import flops_without_head, make_plan, state_bytes, total_cost
+
+EXPERIMENTS = Path(__file__).parent.parent / "experiments"
+
+
+def config(experiment: str, variant: str = ""):
+    spec = importlib.util.spec_from_file_location(experiment, EXPERIMENTS / f"{experiment}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return spdf.resolve(module.get_config(variant))
+
+
+@pytest.mark.parametrize(
+    ("experiment", "variant", "flops_a_sequence", "exaflops", "ratio"),
+    [  # SPDF (arXiv 2303.10464), the appendix's table of pre-training FLOPs
+        ("gpt2_spdf", "125m_dense", 1.99e12, 2.43, 1.0),
+        ("gpt2_spdf", "125m_50", 1.47e12, 1.79, 0.737),
+        ("gpt2_spdf", "125m_75", 1.20e12, 1.46, 0.601),
+        ("gpt3_xl_spdf", "dense", 1.86e13, 236.10, 1.0),
+        ("gpt3_xl_spdf", "50", 1.12e13, 141.87, 0.601),
+        ("gpt3_xl_spdf", "75", 7.46e12, 94.76, 0.401),
+    ],
+)
+def test_spdf_table(experiment, variant, flops_a_sequence, exaflops, ratio):
+    run = config(experiment, variant)
+    cost = total_cost(make_plan(run))
+    assert cost.train_flops / 1e18 == pytest.approx(exaflops, rel=0.01)
+    assert cost.train_flops / cost.dense_flops == pytest.approx(ratio, rel=0.01)
+    assert cost.train_flops / (cost.tokens / 2048) == pytest.approx(flops_a_sequence, rel=0.01)
+    by_formula = spdf.train_flops(run.model, sparsity=run.phases["pretrain"].sparsity.sparsity)
+    assert by_formula == pytest.approx(flops_a_sequence, rel=0.01)
+
+
+def test_mst_124m_is_calibrated_to_four_times():
+    run = config("gpt2_mst", "124m")
+    plans = make_plan(run)
+    cost = total_cost(plans)
+    assert cost.dense_flops / cost.train_flops == pytest.approx(4.0, rel=0.01)
+    train, dense = flops_without_head(run, plans)
+    assert 3 < dense / train < 4
+
+
+def test_mst_mini_saves_three_times():
+    cost = total_cost(make_plan(config("gpt2_mst", "mini")))
+    assert cost.dense_flops / cost.train_flops >= 3.0
+
+
+def test_shares_of_dense_gpt2_small():
+    run = config("gpt2_mst", "124m")
+    total = spdf.train_flops(run.model)
+    head = 1 - spdf.train_flops(run.model, include_head=False) / total
+    linear = 1 - spdf.train_flops(run.model, sparsity=1.0) / total
+    assert (linear, 1 - linear - head, head) == pytest.approx((0.596, 0.133, 0.271), abs=0.001)
+
+
+@pytest.mark.parametrize(("head_sparsity", "ratio"), [(0.0, 0.363), (0.9, 0.119)])
+def test_best_step_at_90_percent_with_the_head_dense_or_sparse(head_sparsity, ratio):
+    model = config("gpt2_mst", "124m").model
+    share = 0.241  # local_strided at 1024/128
+    step = spdf.train_flops(model, sparsity=0.9, head_sparsity=head_sparsity, attention_share=share)
+    assert step / spdf.train_flops(model) == pytest.approx(ratio, abs=0.001)
+
+
+def test_vspdf_saves_two_thirds_of_dense_pre_training():
+    plans = make_plan(config("gpt_6p7b_vspdf"))
+    dense = plans[0].cost(0).dense_flops * plans[0].config.steps
+    assert 1 - total_cost(plans).train_flops / dense == pytest.approx(0.657, abs=0.001)
+    assert total_cost(plans[:1]).tokens / 1e9 == pytest.approx(133.2, abs=0.05)
+
+
+def test_a_topology_step_pays_for_dense_weight_gradients():
+    run = config("gpt2_rigl", "124m")
+    plan = make_plan(run)[0]
+    sparse, topology = plan.cost(101), plan.cost(100)
+    weights = 85e6 * 0.8  # weights that only the topology step multiplies
+    extra = topology.train_flops - sparse.train_flops
+    assert extra == pytest.approx(2 * weights * sparse.tokens, rel=0.01)
+
+
+def test_step_flops_refuse_a_leaf_that_is_no_linear_layer():
+    with pytest.raises(spdf.InputError, match="ln_f"):
+        step_flops(spdf.GPTConfig(), seq_len=8, sequences=1, active={"ln_f/scale": 1})
+
+
+def test_state_bytes_counts_weights_masks_and_moments():
+    run = config("gpt2_static", "mini")
+    plan = make_plan(run)[0]
+    wte, wpe, linear, norms, biases = 4096 * 256, 256 * 256, 12 * 4 * 256**2, 9 * 2 * 256, 4 * (5 * 256 + 1024)
+    dense_leaves, adam_count = 14, 4  # a 0-d bool each, an int32
+    weights = wte + wpe + linear + norms + biases
+    assert state_bytes(run, plan) == weights * 12 + linear + dense_leaves + adam_count
+
+
+@pytest.mark.parametrize("path", sorted(EXPERIMENTS.glob("*.py")), ids=lambda p: p.stem)
+def test_every_variant_of_every_experiment_resolves(path):
+    first = config(path.stem)
+    for variant in first.variants:
+        assert config(path.stem, variant).variant == variant
+    with pytest.raises(spdf.InputError, match=r"no variant 'nope'.*known are"):
+        config(path.stem, "nope")

@@ -1,0 +1,192 @@
+"""The command line: jobs, overrides, and every bad input with its message, exit code 2, and nothing touched."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny import tiny_config, write_text
+
+import spdf_jax as spdf
+from spdf_jax import jobs
+
+ROOT = Path(__file__).parent.parent
+MST = "experiments/gpt2_mst.py"
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return write_text(tmp_path_factory.mktemp("data") / "text")
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "spdf_jax.main", *arguments],
+        cwd=ROOT,
+        env=os.environ | {"XLA_FLAGS": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+BAD_COMMANDS = {
+    "no config": ([], "--config FILE[:VARIANT] is needed"),
+    "missing file": (["--config", "experiments/nope.py"], "experiments/nope.py is not there"),
+    "unknown variant": (["--config", f"{MST}:125m"], "no variant '125m'; did you mean '124m'?"),
+    "unknown section": (["--config", MST, "--config.modle.n_layer=2"], 'Did you mean "model" instead of "modle"?'),
+    "unknown key": (["--config", MST, "--config.model.n_layr=2"], 'Did you mean "n_layer" instead of "n_layr"?'),
+    "wrong type": (["--config", MST, "--config.model.n_layer=two"], "invalid literal for int()"),
+    "unknown job": (["--config", MST, "--job", "tain"], "value should be one of"),
+    "unknown flag": (["--config", MST, "--wrkdir", "x"], "Unknown command line flag 'wrkdir'"),
+    "stray word": (["--config", MST, "train"], "'train' is no flag"),
+    "sparsity": (["--config", MST, "--config.pretrain.sparsity.sparsity=1.0"], "1.0 is outside [0, 1)"),
+    "rule": (["--config", MST, "--config.pretrain.sparsity.rule=mts"], "'mts' is not one of"),
+    "sequence length": (["--config", MST, "--config.pretrain.seq_len=512"], "512 exceeds config.model.context 256"),
+    "accumulation": (["--config", MST, "--config.pretrain.grad_accumulation_steps=3"], "16 is not divisible by"),
+    "no data there": (["--config", f"{MST}:124m", "--workdir", "{tmp}/run"], "data/openwebtext"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_COMMANDS)
+def test_bad_commands_exit_2_with_one_message(case, tmp_path):
+    arguments, message = BAD_COMMANDS[case]
+    result = command(*(a.format(tmp=tmp_path) for a in arguments))
+    assert result.returncode == 2, result.stderr
+    assert message in result.stderr
+    assert result.stderr.startswith("error: ")
+    assert "Traceback" not in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_a_good_override_works_and_plan_trains_nothing(tmp_path):
+    result = command("--config", MST, "--config.model.n_layer=2", "--job", "plan", "--workdir", str(tmp_path / "w"))
+    assert result.returncode == 0, result.stderr
+    assert "linear 1,572,864" in result.stdout
+    assert not (tmp_path / "w").exists()
+
+
+def test_an_interrupted_job_without_a_run_says_what_to_do(tmp_path):
+    for job in ("evaluate", "report"):
+        result = command("--config", MST, "--job", job, "--workdir", str(tmp_path / "none"))
+        assert result.returncode == 2
+        assert "none" in result.stderr
+
+
+def in_process(config, workdir: Path) -> str:
+    """The message of a refused run; asserts that no file of the workdir changed."""
+    before = {p: p.read_bytes() for p in sorted(workdir.rglob("*")) if p.is_file()}
+    with pytest.raises(spdf.InputError) as caught:
+        jobs.train(spdf.resolve(config), workdir, progress=False)
+    after = {p: p.read_bytes() for p in sorted(workdir.rglob("*")) if p.is_file()}
+    assert {p: b for p, b in after.items() if p.name != ".lock"} == {
+        p: b for p, b in before.items() if p.name != ".lock"
+    }
+    return str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def half_run(text, tmp_path_factory):
+    """A run that stopped after its first checkpoints."""
+    workdir = tmp_path_factory.mktemp("runs") / "half"
+    script = Path(__file__).with_name("tiny.py")
+    subprocess.run([sys.executable, script, workdir, text, "topology"], env=os.environ | {"XLA_FLAGS": ""}, check=False)
+    assert (workdir / "checkpoints" / "10").is_dir()
+    return workdir
+
+
+def fresh(text, **model):
+    c = tiny_config(text, text.parent / "cache")
+    c.model.update(model)
+    return c
+
+
+def test_batch_not_divisible_by_devices(text, tmp_path):
+    c = fresh(text)
+    c.mesh.data = 8
+    assert "4 sequences a micro-batch are not divisible by 8 devices; use a multiple of 8" in in_process(c, tmp_path)
+
+
+def test_more_devices_than_there_are(text, tmp_path):
+    c = fresh(text)
+    c.mesh.data = 16
+    assert "asks for 16 devices, 8 are there" in in_process(c, tmp_path)
+
+
+def test_token_id_over_the_vocabulary(text, tmp_path):
+    message = in_process(fresh(text, vocab_size=200), tmp_path)
+    assert "is at or over config.model.vocab_size 200" in message
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "train.bin"), (b"", "empty"), (b"\x01\x00\x02", "odd"), (b"PK\x03\x04" + b"x" * 400, "zip")],
+    ids=["missing", "empty", "truncated", "wrong type"],
+)
+def test_bad_data_files(content, message, text, tmp_path):
+    folder = tmp_path / "bins"
+    folder.mkdir()
+    if content is not None:
+        (folder / "train.bin").write_bytes(content)
+    np.arange(200, dtype=np.uint16).tofile(folder / "val.bin")
+    c = fresh(text)
+    c.data.source, c.data.path = "token_files", str(folder)
+    said = in_process(c, tmp_path / "run")
+    assert message in said.lower()
+    assert "train.bin" in said
+
+
+def test_checkpoint_of_another_model_names_the_shapes(text, half_run):
+    message = in_process(fresh(text, d_model=32), half_run)
+    assert "is of another model" in message
+    assert "(2, 16" in message
+    assert "(2, 32" in message
+
+
+def test_checkpoint_without_masks_where_the_phase_is_sparse(text, tmp_path):
+    dense = fresh(text)
+    dense.phases, dense.pretrain.steps = ("pretrain",), 10
+    del dense.finetune
+    dense.pretrain.sparsity.rule = "dense"
+    jobs.train(spdf.resolve(dense), tmp_path, progress=False)
+    (tmp_path / "summary.json").unlink()
+    sparse = dense.copy_and_resolve_references()
+    sparse.pretrain.sparsity.rule = "mst"
+    message = in_process(sparse, tmp_path)
+    assert "has no masks for" in message
+    assert "but the phase is sparse" in message
+
+
+def test_another_config_in_a_used_workdir(text, half_run):
+    c = fresh(text)
+    c.pretrain.optimizer.peak_learning_rate = 1.0
+    message = in_process(c, half_run)
+    assert "pretrain.optimizer.peak_learning_rate was 0.01, is 1.0" in message
+
+
+def test_data_replaced_between_runs(text, half_run, tmp_path):
+    other = write_text(tmp_path / "text")
+    (other / "train.txt").write_text((other / "train.txt").read_text() + "\nand more")
+    c = fresh(text)
+    saved = json.loads((half_run / "config.json").read_text())
+    c.data.path = saved["data"]["path"]
+    original = (text / "train.txt").read_text()
+    try:
+        (text / "train.txt").write_text((other / "train.txt").read_text())
+        assert "the data is not what this run was trained on" in in_process(c, half_run)
+    finally:
+        (text / "train.txt").write_text(original)
+
+
+def test_workdir_that_cannot_be_made(text, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(spdf.InputError, match="cannot write there"):
+        jobs.train(spdf.resolve(fresh(text)), tmp_path / "file" / "run", progress=False)
+
+
+def test_a_second_run_in_a_workdir_in_use_is_refused(text, tmp_path):
+    with jobs._lock(tmp_path), pytest.raises(spdf.InputError, match="another run is using it"):
+        jobs.train(spdf.resolve(fresh(text)), tmp_path, progress=False)

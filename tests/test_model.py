@@ -1,0 +1,134 @@
+"""GPT: shapes and published sizes, causality by gradients, masks in the forward pass, options."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import spdf_jax as spdf
+from spdf_jax.flops import parameter_count
+from spdf_jax.state import abstract_params
+
+TINY = spdf.GPTConfig(n_layer=2, n_head=2, d_model=16, vocab_size=50, context=12)
+
+
+def make(config=TINY, **changes):
+    config = dataclasses.replace(config, **changes)
+    model = spdf.GPT(config)
+    tokens_BT = jax.random.randint(jax.random.key(1), (2, config.context), 0, config.vocab_size)
+    return model, model.init(jax.random.key(0), tokens_BT)["params"], tokens_BT
+
+
+@pytest.mark.parametrize("changes", [{}, {"tied_head": False}, {"use_bias": False}, {"d_ff": 24}])
+def test_parameter_count_is_that_of_the_model(changes):
+    config = dataclasses.replace(TINY, **changes)
+    params = abstract_params(spdf.GPT(config))
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == parameter_count(config)
+
+
+@pytest.mark.parametrize(
+    ("size", "millions"),
+    [  # GPT-2's checkpoints to the decimal; GPT-3's and SPDF's papers round
+        ("124m", 124.44),
+        ("350m", 354.82),
+        ("774m", 774.03),
+        ("1.5b", 1557.61),
+        ("125m", 125),
+        ("1.3b", 1300),
+        ("6.7b", 6700),
+    ],
+)
+def test_published_sizes(size, millions):
+    tolerance = 0.01 if isinstance(millions, float) else 0.02 * millions
+    assert parameter_count(spdf.GPT_SIZES[size]) / 1e6 == pytest.approx(millions, abs=tolerance)
+
+
+@pytest.mark.parametrize("pattern", ["causal", "local_strided"])
+def test_no_logit_depends_on_a_later_token(pattern):
+    model, params, tokens_BT = make()
+
+    def from_embeddings(offset_TD, t):
+        wte = params["wte"]["embedding"]
+        wpe = {"embedding": params["wpe"]["embedding"] + offset_TD}
+        logits = model.apply(
+            {"params": params | {"wpe": wpe, "wte": {"embedding": wte}}}, tokens_BT, pattern=pattern, width=4
+        )
+        return logits[0, t].sum()
+
+    for t in (0, 5, 11):
+        grads_TD = jax.grad(from_embeddings)(jnp.zeros((12, 16)), t)
+        depends = np.abs(np.asarray(grads_TD)).sum(1) > 0
+        assert not depends[t + 1 :].any()
+        assert depends[t]
+        if pattern == "causal":
+            assert depends[: t + 1].all()
+
+
+def test_forward_needs_masks_and_applies_them():
+    model, params, tokens_BT = make()
+    masks = spdf.init_masks(jax.random.key(2), params, sparsity=0.5)
+    zeroed = jax.tree.map(lambda m, p: p * m, masks, params)
+    np.testing.assert_array_equal(
+        spdf.forward(model, params, tokens_BT, masks=masks), model.apply({"params": zeroed}, tokens_BT)
+    )
+    with pytest.raises(TypeError, match="masks"):
+        spdf.forward(model, params, tokens_BT)
+    with pytest.raises(spdf.InputError, match="tree structure"):
+        spdf.forward(model, params, tokens_BT, masks={"wte": masks["wte"]})
+
+
+def test_layer_scan_with_and_without_remat_agree_in_values_and_gradients():
+    model, params, tokens_BT = make()
+    remat = spdf.GPT(dataclasses.replace(TINY, remat=True))
+
+    def loss(m):
+        return jax.value_and_grad(lambda p: (m.apply({"params": p}, tokens_BT) ** 2).mean())(params)
+
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7), loss(model), loss(remat))
+
+
+def test_bfloat16_keeps_float32_parameters_and_is_close():
+    model, params, tokens_BT = make()
+    half = spdf.GPT(dataclasses.replace(TINY, dtype="bfloat16"))
+    half_params = half.init(jax.random.key(0), tokens_BT)["params"]
+    assert {leaf.dtype for leaf in jax.tree.leaves(half_params)} == {jnp.dtype("float32")}
+    logits = half.apply({"params": params}, tokens_BT)
+    assert logits.dtype == jnp.bfloat16
+    np.testing.assert_allclose(logits.astype(jnp.float32), model.apply({"params": params}, tokens_BT), atol=0.02)
+
+
+def test_dropout_acts_in_training_only():
+    model, params, tokens_BT = make(dropout=0.5)
+    still = model.apply({"params": params}, tokens_BT)
+    np.testing.assert_array_equal(still, model.apply({"params": params}, tokens_BT))
+    dropped = model.apply({"params": params}, tokens_BT, deterministic=False, rngs={"dropout": jax.random.key(3)})
+    assert np.abs(np.asarray(dropped - still)).max() > 0
+
+
+def test_residual_projections_start_smaller():
+    _, params, _ = make(spdf.GPTConfig(n_layer=8, n_head=2, d_model=64, vocab_size=50, context=12))
+    std = {name: float(params["blocks"][name]["kernel"].std()) for name in ("attn_q", "attn_o", "mlp_up", "mlp_down")}
+    assert std["attn_o"] / std["attn_q"] == pytest.approx(1 / 4, rel=0.05)
+    assert std["mlp_down"] / std["mlp_up"] == pytest.approx(1 / 4, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"d_model": 15}, "d_model: 15 is not divisible by model.n_head 2"),
+        ({"dropout": 1.0}, "dropout: 1.0"),
+        ({"dtype": "float16"}, "dtype: 'float16'"),
+        ({"n_layer": 0}, "n_layer: 0"),
+    ],
+)
+def test_impossible_architectures_are_refused(changes, message):
+    with pytest.raises(spdf.InputError, match=message):
+        dataclasses.replace(TINY, **changes)
+
+
+def test_a_sequence_over_the_context_is_refused():
+    model, params, _ = make()
+    with pytest.raises(spdf.InputError, match=r"sequence length 13 exceeds model\.context 12"):
+        model.apply({"params": params}, jnp.zeros((1, 13), int))

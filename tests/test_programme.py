@@ -1,0 +1,175 @@
+"""A phase's plan against a walk through all of its steps that applies every topology target."""
+
+from fractions import Fraction
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from spdf_jax.errors import InputError
+from spdf_jax.sparsity.distributions import MatrixGroup, target_counts
+from spdf_jax.sparsity.programme import Programme, SparsityConfig
+from spdf_jax.sparsity.rules import RULES
+
+QUICK = settings(deadline=None, derandomize=True, max_examples=60)
+GROUPS = {"attn": MatrixGroup(2, (8, 8)), "mlp": MatrixGroup(2, (8, 32)), "head": MatrixGroup(1, (50, 8))}
+HUNDREDTHS = st.integers(0, 100).map(lambda n: n / 100)
+CURVES = st.sampled_from(
+    [
+        {"schedule": "constant"},
+        {"schedule": "cubic", "ramp_end": 0.4},
+        {"schedule": "three_phases", "ramp_end": 0.1, "ultra_end": 0.7, "restoration_end": 0.9},
+        {"schedule": "table", "table": ((0.0, 0.0), (0.3, 0.9), (0.5, 0.9), (0.8, 0.0))},
+    ]
+)
+
+
+def share(value: float) -> Fraction:
+    """The decimal that a config means: 0.29 is 29/100."""
+    return Fraction(repr(value))
+
+
+def expected_counts(config, step, total_steps):
+    return dict(target_counts(GROUPS, config.curve(step / total_steps), config.distribution))
+
+
+@QUICK
+@given(
+    rule=st.sampled_from(["set", "rigl", "mst"]),
+    curve=CURVES,
+    distribution=st.sampled_from(["uniform", "er"]),
+    total_steps=st.integers(1, 130) | st.just(100),
+    every=st.integers(1, 12),
+    stop_fraction=HUNDREDTHS | st.just(1.0),
+)
+def test_counts_and_topology_steps_equal_a_walk_through_the_phase(
+    rule, curve, distribution, total_steps, every, stop_fraction
+):
+    config = SparsityConfig(
+        rule=rule,
+        sparsity=0.8,
+        distribution=distribution,
+        update_every_steps=every,
+        stop_fraction=stop_fraction,
+        **curve,
+    )
+    programme = Programme(config, GROUPS, total_steps)
+    full = {name: g.size for name, g in GROUPS.items()}
+    now = expected_counts(config, 0, total_steps)
+    for step in range(total_steps):
+        assert dict(programme.counts(step)) == now
+        assert programme.active(step) == {name: n * GROUPS[name].count for name, n in now.items()}
+        assert programme.sparsity(step) == pytest.approx(
+            1 - sum(programme.active(step).values()) / sum(g.count * g.size for g in GROUPS.values())
+        )
+        due = step > 0 and step % every == 0 and Fraction(step, total_steps) <= share(stop_fraction)
+        aim = expected_counts(config, step, total_steps)
+        target = programme.topology(step)
+        assert (target is not None) == (due and not (now == full and aim == full))
+        if target is not None:
+            assert dict(target.counts) == aim
+            assert 0 <= target.drop_fraction <= RULES[rule].drop_fraction
+            now = aim
+    assert dict(programme.counts(total_steps)) == now
+
+
+@pytest.mark.parametrize("stop_fraction", [0.29, 0.57, 0.58])  # 100 times these falls short of an integer in floats
+def test_the_last_topology_step_counts_when_the_stop_falls_on_it(stop_fraction):
+    config = SparsityConfig(
+        rule="set", sparsity=0.9, schedule="cubic", ramp_end=1.0, update_every_steps=1, stop_fraction=stop_fraction
+    )
+    programme = Programme(config, GROUPS, 100)
+    last = round(stop_fraction * 100)
+    assert dict(programme.counts(99)) == dict(programme.topology(last).counts) == expected_counts(config, last, 100)
+    assert programme.topology(last + 1) is None
+
+
+@QUICK
+@given(start=HUNDREDTHS, end=HUNDREDTHS, total_steps=st.integers(1, 100))
+def test_sparse_attention_runs_in_its_half_open_window(start, end, total_steps):
+    config = SparsityConfig(
+        rule="static",
+        sparsity=0.5,
+        attention_pattern="strided",
+        attention_width=16,
+        attention_start=start,
+        attention_end=end,
+    )
+    programme = Programme(config, GROUPS, total_steps)
+    for step in range(total_steps):
+        inside = share(start) <= Fraction(step, total_steps) < share(end)
+        assert programme.attention(step) == ("strided" if inside else "causal", 16)
+
+
+def test_rigl_stops_at_three_quarters_and_its_drop_fraction_falls_to_zero_there():
+    config = SparsityConfig(rule="rigl", sparsity=0.8, stop_fraction=0.75)
+    programme = Programme(config, GROUPS, 1000)
+    steps = [step for step in range(1000) if programme.topology(step)]
+    assert steps == [100, 200, 300, 400, 500, 600, 700]
+    # 0.3/2 (1 + cos(pi p/0.75)): p = 0.25 is a third, 0.5 two thirds: 3/4 and 1/4 of 0.3.
+    programme = Programme(config, GROUPS, 2000)
+    assert [programme.topology(step).drop_fraction for step in (500, 1000, 1500)] == pytest.approx([0.225, 0.075, 0.0])
+    assert programme.topology(1600) is None
+
+
+def test_the_drop_fraction_restarts_at_every_stage():
+    config = SparsityConfig(
+        rule="mst", sparsity=0.9, schedule="three_phases", ramp_end=0.2, ultra_end=0.6, restoration_end=0.8
+    )
+    programme = Programme(config, GROUPS, 10_000)
+    zetas = {p: programme.topology(round(p * 10_000)).drop_fraction for p in (0.1, 0.2, 0.4, 0.59, 0.6, 0.7)}
+    assert zetas == pytest.approx({0.1: 0.15, 0.2: 0.3, 0.4: 0.15, 0.59: 0.000462, 0.6: 0.3, 0.7: 0.15}, abs=1e-5)
+
+
+def test_mst_needs_no_topology_step_once_it_is_dense():
+    config = SparsityConfig(
+        rule="mst", sparsity=0.9, schedule="three_phases", ramp_end=0.1, ultra_end=0.5, restoration_end=0.7
+    )
+    programme = Programme(config, GROUPS, 10_000)
+    steps = [step for step in range(10_000) if programme.topology(step)]
+    assert steps == list(range(100, 7_001, 100))
+    assert programme.sparsity(0) == programme.sparsity(7_001) == programme.sparsity(9_999) == 0.0
+    assert programme.sparsity(7_000) > 0.0
+    assert programme.sparsity(1_001) == pytest.approx(0.9, abs=0.005)
+
+
+@pytest.mark.parametrize(("drop_fraction", "expected"), [(-1.0, 0.3), (0.0, 0.0), (0.5, 0.5)])
+def test_the_config_s_drop_fraction_goes_before_the_rule_s(drop_fraction, expected):
+    config = SparsityConfig(rule="set", sparsity=0.5, drop_fraction=drop_fraction)
+    assert config.topology_rule.drop_fraction == expected
+    assert config.topology_rule._replace(drop_fraction=0.3) == RULES["set"]
+    assert Programme(config, GROUPS, 10**9).topology(100).drop_fraction == pytest.approx(expected)
+
+
+def test_a_static_phase_has_one_count_and_no_topology_step():
+    programme = Programme(SparsityConfig(rule="static", sparsity=0.75, update_every_steps=1), GROUPS, 50)
+    assert {tuple(programme.counts(step).items()) for step in range(50)} == {(("attn", 16), ("mlp", 64), ("head", 100))}
+    assert [programme.topology(step) for step in range(50)] == [None] * 50
+    assert programme.sparsity(0) == 0.75
+    assert programme.active(7) == {"attn": 32, "mlp": 128, "head": 100}
+
+
+def test_a_dense_phase_has_nothing_to_count():
+    programme = Programme(SparsityConfig(), GROUPS, 50)
+    assert SparsityConfig().dense
+    assert dict(programme.counts(10)) == {}
+    assert programme.sparsity(10) == 0.0
+    assert [programme.topology(step) for step in range(50)] == [None] * 50
+    assert programme.attention(10) == ("causal", 128)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sparsity": 1.0}, "sparsity.sparsity"),
+        ({"rule": "magic"}, "sparsity.rule"),
+        ({"schedule": "sine"}, "sparsity.schedule"),
+        ({"distribution": "normal"}, "sparsity.distribution"),
+        ({"init": "zeros"}, "sparsity.init"),
+        ({"update_every_steps": 0}, "sparsity.update_every_steps"),
+        ({"rule": "static", "schedule": "cubic"}, "static mask cannot follow"),
+    ],
+)
+def test_bad_settings_are_refused_by_name(change, message):
+    with pytest.raises(InputError, match=message):
+        SparsityConfig(**change)

@@ -1,0 +1,173 @@
+"""The loop as a whole: exact zeros in every checkpoint, the same bits after kill -9, nothing compiled twice, phases."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from tiny import tiny_config, write_text
+
+import spdf_jax as spdf
+from spdf_jax import jobs, train
+from spdf_jax.plan import make_plan, total_cost
+from spdf_jax.tracking import read_metrics
+from spdf_jax.tree import named_leaves
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return write_text(tmp_path_factory.mktemp("data") / "text")
+
+
+def run(text: Path, workdir: Path, moment: str) -> int:
+    """Trains the tiny run in a process of its own."""
+    env = os.environ | {"XLA_FLAGS": ""}
+    script = Path(__file__).with_name("tiny.py")
+    return subprocess.run([sys.executable, script, workdir, text, moment], env=env, check=False).returncode
+
+
+def checkpoint(workdir: Path, step: int) -> dict[str, np.ndarray]:
+    """All arrays of a checkpoint by name, read by orbax alone."""
+    with ocp.StandardCheckpointer() as reader:
+        tree = reader.restore((workdir / "checkpoints" / str(step) / "state").absolute())
+    return {name: np.asarray(jax.random.key_data(leaf) if name == "key" else leaf) for name, leaf in named_leaves(tree)}
+
+
+def unpacked(arrays: dict[str, np.ndarray], name: str) -> np.ndarray:
+    """The element mask of a parameter."""
+    shape = arrays[f"params/{name}"].shape
+    return np.unpackbits(arrays[f"masks/{name}"], axis=-1, count=shape[-1]).astype(bool)
+
+
+def rows_without_clock(workdir: Path) -> list[dict]:
+    """metrics.jsonl but for tokens_per_second, which is a reading of the clock."""
+    return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in read_metrics(workdir)]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(text, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("run") / "whole"
+    assert run(text, workdir, "none") == 0
+    return workdir
+
+
+def test_every_checkpoint_holds_exact_zeros_and_exact_counts(uninterrupted, text):
+    config = spdf.resolve(tiny_config(text, text.parent / "cache"))
+    pretrain = make_plan(config)[0]
+    steps = sorted(int(p.name) for p in (uninterrupted / "checkpoints").iterdir() if p.name.isdigit())
+    assert steps == [10, 20, 30, 40, 50, 60, 70, 72]
+    seen = set()
+    for step in steps[:6]:
+        arrays = checkpoint(uninterrupted, step)
+        for name, count in pretrain.programme.counts(step).items():
+            mask = unpacked(arrays, name)
+            layers = mask.reshape(pretrain.programme.groups[name].count, -1)
+            assert (layers.sum(1) == count).all()
+            seen.add(count / layers.shape[1])
+            state_of_leaf = [k for k in arrays if k.endswith(name) and not k.startswith("masks/")]
+            assert len(state_of_leaf) == 3  # the weight and both moments
+            for key in state_of_leaf:
+                assert not arrays[key][~mask].any(), f"{key} at step {step}"
+    assert min(seen) < 0.25
+    assert max(seen) == 1.0
+
+
+@pytest.mark.parametrize("moment", ["save", "topology", "phase"])
+def test_killed_run_ends_with_the_same_bits(moment, uninterrupted, text, tmp_path):
+    assert run(text, tmp_path, moment) == -signal.SIGKILL
+    assert not (tmp_path / "summary.json").exists()
+    assert run(text, tmp_path, "none") == 0
+    whole, resumed = checkpoint(uninterrupted, 72), checkpoint(tmp_path, 72)
+    assert whole.keys() == resumed.keys()
+    for name, array in whole.items():
+        np.testing.assert_array_equal(array, resumed[name], err_msg=name)
+    assert rows_without_clock(tmp_path) == rows_without_clock(uninterrupted)
+    steps = [row["step"] for row in read_metrics(tmp_path) if "loss" in row]
+    assert steps == list(range(1, 73))
+
+
+def test_a_finished_run_says_so_and_changes_nothing(uninterrupted, text, capsys):
+    before = (uninterrupted / "metrics.jsonl").read_bytes()
+    summary = jobs.train(spdf.resolve(tiny_config(text, text.parent / "cache")), uninterrupted)
+    assert "finished" in capsys.readouterr().out
+    assert summary == json.loads((uninterrupted / "summary.json").read_text())
+    assert (uninterrupted / "metrics.jsonl").read_bytes() == before
+
+
+def test_summary_has_every_key_and_the_planned_flops(uninterrupted, text):
+    summary = json.loads((uninterrupted / "summary.json").read_text())
+    wanted = "status experiment variant steps tokens val_loss sparsity train_flops dense_flops flops_reduction"
+    assert set(f"{wanted} tokens_per_second wall_seconds device".split()) <= summary.keys()
+    cost = total_cost(make_plan(spdf.resolve(tiny_config(text, text.parent / "cache"))))
+    assert (summary["tokens"], summary["train_flops"], summary["dense_flops"]) == cost
+    assert summary["val_loss"] < summary["initial_val_loss"] - 1
+    assert (uninterrupted / "report.html").stat().st_size > 10_000
+
+
+def test_dropping_the_masks_changes_no_value_and_then_masked_weights_move(text, tmp_path):
+    c = tiny_config(text, text.parent / "cache")
+    c.pretrain.steps, c.finetune.steps = 10, 1
+    c.pretrain.sparsity.rule, c.pretrain.sparsity.schedule = "static", "constant"
+    c.pretrain.sparsity.attention_end = 0.0
+    jobs.train(spdf.resolve(c), tmp_path, progress=False)
+    sparse, dense = checkpoint(tmp_path, 10), checkpoint(tmp_path, 11)
+    name = "blocks/mlp_up/kernel"
+    mask = unpacked(sparse, name)
+    assert not sparse[f"params/{name}"][~mask].any()
+    assert dense[f"masks/{name}"].shape == ()
+    assert (dense[f"params/{name}"][~mask] != 0).mean() > 0.99
+
+
+def test_nothing_compiles_twice(text, tmp_path, monkeypatch):
+    made = []
+    original = train.make_steps
+    monkeypatch.setattr(train, "make_steps", lambda *args: made.append(original(*args)) or made[-1])
+    c = tiny_config(text, text.parent / "cache")
+    jobs.train(spdf.resolve(c), tmp_path, progress=False)
+    pretrain, finetune = made
+    # One compilation an attention pattern, however often sparsity changes.
+    assert pretrain.train._cache_size() == 2
+    assert pretrain.topology._cache_size() == 2
+    assert (finetune.train._cache_size(), finetune.topology._cache_size()) == (1, 0)
+
+
+def test_gradient_accumulation_gives_the_same_run(text, tmp_path):
+    losses = []
+    for accumulate in (1, 4):
+        c = tiny_config(text, text.parent / "cache")
+        c.pretrain.steps, c.phases = 12, ("pretrain",)
+        del c.finetune
+        c.pretrain.grad_accumulation_steps = accumulate
+        jobs.train(spdf.resolve(c), tmp_path / str(accumulate), progress=False)
+        losses.append([row["loss"] for row in read_metrics(tmp_path / str(accumulate)) if "loss" in row])
+    np.testing.assert_allclose(*losses, atol=2e-4)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(text, tmp_path, monkeypatch):
+    config = spdf.resolve(tiny_config(text, text.parent / "cache"))
+    one_step = train._one_step
+
+    def poisoned(steps, plan, local, state, batch):
+        state, metrics = one_step(steps, plan, local, state, batch)
+        return state, metrics | ({"loss": np.float32(np.nan)} if local == 14 else {})
+
+    monkeypatch.setattr(train, "_one_step", poisoned)
+    with pytest.raises(spdf.InputError, match=r"step 15: loss nan.*checkpoint at step 10 is kept"):
+        jobs.train(config, tmp_path, progress=False)
+    assert checkpoint(tmp_path, 10)["step"] == 10
+    monkeypatch.undo()
+    jobs.train(config, tmp_path, progress=False)
+    assert len([row for row in read_metrics(tmp_path) if "loss" in row]) == 72
+
+
+def test_evaluate_gives_the_last_validation_loss(uninterrupted, text):
+    result = jobs.evaluate_checkpoint(spdf.resolve(tiny_config(text, text.parent / "cache")), uninterrupted)
+    summary = json.loads((uninterrupted / "summary.json").read_text())
+    assert result["val_loss"] == pytest.approx(summary["val_loss"], abs=1e-6)
+    assert 1 < result["perplexity_per_byte"] < result["perplexity"]

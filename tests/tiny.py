@@ -1,0 +1,86 @@
+"""A run small enough for tests: real loop, real data files, seconds on one core.
+
+As a program it trains such a run and dies by SIGKILL at a named moment:
+``python tiny.py WORKDIR DATA save|topology|phase|none``.
+"""
+
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+
+import spdf_jax as spdf
+
+WORDS = ("mask", "weight", "sparse", "dense", "grow", "prune", "step", "layer", "token", "loss")
+
+
+def write_text(folder: Path) -> Path:
+    """A folder of a few documents with some structure to learn."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, count in (("train", 30), ("validation", 3)):
+        lines = [" ".join(WORDS[(i * j + j) % len(WORDS)] for j in range(1, 90)) for i in range(1, count)]
+        (folder / f"{split}.txt").write_text("\n".join(lines))
+    return folder
+
+
+def tiny_config(text: Path, cache: Path):
+    """MST with all its phases in 60 steps, then a dense phase of 12."""
+    c = spdf.default_config("tiny", "test", variants=("test",), phases=("pretrain", "finetune"))
+    c.model.n_layer, c.model.n_head, c.model.d_model, c.model.vocab_size, c.model.context = 2, 2, 16, 300, 32
+    c.data.source, c.data.path, c.data.cache_dir, c.data.tokenizer_vocab_size = "text", str(text), str(cache), 280
+    c.mesh.data = 1
+    c.pretrain.steps, c.finetune.steps = 60, 12
+    for phase in (c.pretrain, c.finetune):
+        phase.batch_size = 4
+        phase.optimizer.warmup_steps = 4
+        phase.optimizer.peak_learning_rate = 1e-2
+    s = c.pretrain.sparsity
+    s.rule, s.schedule, s.sparsity, s.sparsify_head, s.update_every_steps = "mst", "three_phases", 0.8, True, 6
+    s.ramp_end, s.ultra_end, s.restoration_end = 0.2, 0.6, 0.9
+    s.attention_pattern, s.attention_width, s.attention_start, s.attention_end = "local_strided", 8, 0.2, 0.6
+    c.loop.log_every_steps, c.loop.eval_every_steps, c.loop.checkpoint_every_steps = 1, 20, 10
+    c.loop.eval_batch_size, c.loop.keep_checkpoints = 8, 100
+    return c
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_at(moment: str) -> None:
+    """Arms one SIGKILL."""
+    from spdf_jax import checkpoint, jobs, train
+
+    if moment == "save":  # while the third save is being written
+        save, saves = checkpoint.Checkpoints.save, []
+
+        def saving(self, *args):
+            saves.append(1)
+            if len(saves) == 3:
+                threading.Timer(0.003, die).start()
+            save(self, *args)
+
+        checkpoint.Checkpoints.save = saving
+    elif moment == "topology":  # with the fourth topology step dispatched, its result not yet seen
+        one_step, topology_steps = train._one_step, []
+
+        def stepping(steps, plan, local, state, batch):
+            result = one_step(steps, plan, local, state, batch)
+            if plan.programme.topology(local):
+                topology_steps.append(1)
+            if len(topology_steps) == 4:
+                die()
+            return result
+
+        train._one_step = stepping
+    elif moment == "phase":  # the first phase is saved, the second not begun
+        jobs.start_phase = lambda *args, **kwargs: die()
+
+
+if __name__ == "__main__":
+    workdir, text, moment = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+    from spdf_jax.jobs import train as train_job
+
+    die_at(moment)
+    train_job(spdf.resolve(tiny_config(text, text.parent / "cache")), workdir, progress=False)
