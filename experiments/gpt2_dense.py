@@ -5,7 +5,7 @@ Source  set-up of hupihe/Mixed-Sparsity-Training (nanoGPT).
 Command python -m spdf_jax.main --config experiments/gpt2_dense.py
         python -m spdf_jax.main --config experiments/gpt2_dense.py:124m   (OpenWebText as nanoGPT's train.bin and val.bin)
 
-mini    4 layers x 256, 600 steps x 16 x 256 = 2.5M tokens; about 5 minutes on 2 CPU cores.
+mini    4 layers x 256, 400 steps x 16 x 256 = 1.6M tokens; about 5 minutes on 2 CPU cores.
 124m    GPT-2 small without biases, vocabulary 50304; 600,000 steps x 480 x 1024 = 295B tokens. Not run here.
 """
 
@@ -16,7 +16,7 @@ def get_config(variant="mini"):
     c = spdf.default_config("gpt2_dense", variant or "mini", variants=("mini", "124m"))
     c.pretrain.sparsity.rule = "dense"
     if c.variant == "mini":
-        c.pretrain.steps = 600
+        c.pretrain.steps = 400
         c.pretrain.optimizer.peak_learning_rate = 3e-3
         c.pretrain.optimizer.warmup_steps = 50
         return c

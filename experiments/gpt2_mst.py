@@ -6,7 +6,7 @@ Source  set-up and topology step: hupihe/Mixed-Sparsity-Training; the paper's sc
 Command python -m spdf_jax.main --config experiments/gpt2_mst.py            (mini, any machine, no data)
         python -m spdf_jax.main --config experiments/gpt2_mst.py:124m       (OpenWebText as nanoGPT's train.bin and val.bin)
 
-mini    4 layers x 256, context 256, vocabulary 4096: 4.3M parameters. 600 steps x 16 x 256 = 2.5M tokens.
+mini    4 layers x 256, context 256, vocabulary 4096: 4.3M parameters. 400 steps x 16 x 256 = 1.6M tokens.
         About 5 minutes on 2 CPU cores; FLOP reduction 3.26x.
 124m    GPT-2 small without biases, vocabulary 50304. 600,000 steps x 480 x 1024 = 295B tokens (33 epochs of the 9B).
         A pod or 8 A100s for days; not run here. FLOP reduction 4.00x (spdf_jax.main --job plan).
@@ -26,7 +26,7 @@ def get_config(variant="mini"):
     sparsity.sparsify_head = True
     sparsity.attention_pattern = "local_strided"
     if c.variant == "mini":
-        c.pretrain.steps = 600
+        c.pretrain.steps = 400
         sparsity.ramp_end, sparsity.ultra_end, sparsity.restoration_end = 0.05, 0.75, 0.85
         sparsity.update_every_steps = 20
         sparsity.attention_width = 32

@@ -6,7 +6,7 @@ Source  the paper; what it leaves open (vocabulary, positions, tied embeddings, 
 Command python -m spdf_jax.main --config experiments/gpt2_spdf.py           (mini: 75 %, any machine, no data)
         python -m spdf_jax.main --config experiments/gpt2_spdf.py:125m_75   (GPT-2 tokens of the Pile in data/pile)
 
-mini, mini_50   4 layers x 256; 400 sparse steps and 100 dense ones, x 16 x 256 = 2.0M tokens. The second phase goes on
+mini, mini_50   4 layers x 256; 320 sparse steps and 80 dense ones, x 16 x 256 = 1.6M tokens. The second phase goes on
                 with the same corpus, to show the mask drop. About 5 minutes on 2 CPU cores.
 125m_*          12 x 768, context 2048. 4768 steps x 256 x 2048 = 2.5B tokens. FLOPs 2.43e18 dense, 1.79e18 at 50 %, 1.46e18
                 at 75 % (spdf_jax.main --job plan). Not run here.
@@ -26,7 +26,7 @@ def get_config(variant="mini"):
     c.pretrain.sparsity.sparsity = SPARSITY[variant]
     c.pretrain.optimizer.beta2 = 0.999
     if mini:
-        c.pretrain.steps, c.finetune.steps = 400, 100
+        c.pretrain.steps, c.finetune.steps = 320, 80
         c.pretrain.optimizer.peak_learning_rate = 3e-3
         c.pretrain.optimizer.warmup_steps = 50
         c.finetune.optimizer.peak_learning_rate = 1e-3

@@ -49,10 +49,8 @@ def _parse(argv: Sequence[str]) -> None:
     """Reads the flags. A bad one is the user's to mend, however ml_collections raises it."""
     try:
         rest = flags.FLAGS(list(argv))[1:]
-    except InputError as error:
-        raise _innermost(error) from None
-    except flags.Error as error:
-        raise InputError(f"command line: {_one_line(error)}") from error
+    except (InputError, flags.Error) as error:
+        raise _said_by_the_file(error) or InputError(f"command line: {_one_line(error)}") from error
     except (KeyError, AttributeError) as error:  # ml_collections: an override of a key that is not there
         raise InputError(f"--config: unknown key {_one_line(error)}") from error
     except (TypeError, ValueError, IndexError) as error:
@@ -67,10 +65,12 @@ def _parse(argv: Sequence[str]) -> None:
         raise InputError(f"--config: {_config_file()} is not there")
 
 
-def _innermost(error: InputError) -> InputError:
-    """What an experiment file itself said: ml_collections raises it again with a traceback for a message."""
-    cause = error.__cause__ or error.__context__
-    return _innermost(cause) if isinstance(cause, InputError) else error
+def _said_by_the_file(error: BaseException | None) -> InputError | None:
+    """The innermost InputError, which an experiment file raised; ml_collections and absl wrap it with a traceback."""
+    if error is None:
+        return None
+    inner = _said_by_the_file(error.__cause__ or error.__context__)
+    return inner or (error if isinstance(error, InputError) else None)
 
 
 def _one_line(error: Exception) -> str:

@@ -140,7 +140,7 @@ def test_inside_scan_and_checkpoint(pattern):
         mask_TT, out = pattern_mask(pattern, 70, 16), np.asarray(x, np.float64)
         for scale in scales:
             out = out + scale * reference(out, k, v, dout, mask_TT)[0]
-        return np.sum(dout * out)
+        return np.sum(np.asarray(dout, np.float64) * out)
 
     at, steps = np.asarray(scales, np.float64), 1e-4 * np.eye(3)
     slopes = [(loss(at + step) - loss(at - step)) / 2e-4 for step in steps]
@@ -171,6 +171,17 @@ def test_scratch_memory_is_linear_in_length(pattern):
 def test_scratch_memory_of_the_other_patterns_has_no_dense_array():
     for pattern in ("strided", "local_strided", "fixed"):
         assert scratch_bytes(pattern, 4096) < 16 * 2**20, pattern
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype", "kernel"), [("tpu", "bfloat16", None), ("gpu", "float32", None), ("gpu", "bfloat16", "cudnn")]
+)
+def test_causal_on_accelerators_is_jax_own(monkeypatch, backend, dtype, kernel):
+    calls = []
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *args, **options: calls.append(options))
+    attention(*inputs(4, dtype=dtype)[:3])
+    assert calls == [{"is_causal": True, "implementation": kernel}]
 
 
 def test_bad_input_says_what_to_do():

