@@ -27,8 +27,8 @@ def get_config(variant="mini"):
     sparsity.attention_pattern = "local_strided"
     if c.variant == "mini":
         c.pretrain.steps = 400
-        sparsity.ramp_end, sparsity.ultra_end, sparsity.restoration_end = 0.05, 0.75, 0.85
-        sparsity.update_every_steps = 20
+        sparsity.ramp_end, sparsity.ultra_end, sparsity.restoration_end = 0.1, 0.75, 0.9
+        sparsity.update_every_steps = 10
         sparsity.attention_width = 32
         optimizer.peak_learning_rate = 3e-3
         optimizer.warmup_steps = 50

@@ -73,10 +73,8 @@ class Checkpoints:
         layout = shardings.replace(masks=jax.tree.map(lambda _: shardings.step, shardings.masks))
         target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), packed, layout)
         restored = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target)))["state"]
-        unpack = jax.jit(
-            lambda s: s.replace(masks=unpack_masks(s.masks, s.params)), donate_argnums=0, out_shardings=shardings
-        )
-        return unpack(restored)
+        unpack = jax.jit(unpack_masks, out_shardings=shardings.masks)
+        return restored.replace(masks=unpack(restored.masks, restored.params))
 
     def wait(self) -> None:
         """Until everything started is on disk; raises what went wrong."""

@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import json
 import math
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -59,6 +60,8 @@ def train(config: RunConfig, workdir: Path, *, command: str = "", progress: bool
             step = int(state.step)
             if record is None:
                 write_json(workdir / "config.json", config.as_dict() | {"command": command})
+                if data.tokenizer is not None:
+                    data.tokenizer.save(str(workdir / "tokenizer.json"))
             else:
                 print(f"{workdir}: resuming after step {step} of {plans[-1].end}.")
             tracker = Tracker(workdir, resume_step=step, total_steps=plans[-1].end, progress=progress)
@@ -75,9 +78,8 @@ def train(config: RunConfig, workdir: Path, *, command: str = "", progress: bool
 def _run_phases(run: Run, state: TrainState, index: int) -> dict[str, Any]:
     for plan in run.plans[index:]:
         if plan.index > index:
-            state = start_phase(
-                state, plan.tx, plan.config.sparsity, plan.filter, reset_optimizer=plan.config.reset_optimizer
-            )
+            reset = plan.config.reset_optimizer
+            state = start_phase(state, plan.tx, plan.config.sparsity, plan.filter, run.mesh, reset_optimizer=reset)
         state = run_phase(run, plan, state)
     return _finish(run)
 
@@ -129,7 +131,8 @@ def _finish(run: Run) -> dict[str, Any]:
         "flops_reduction": run.total.dense_flops / run.total.train_flops,
         "tokens_per_second": run.total.tokens / seconds,
         "wall_seconds": seconds,
-        "device": f"{jax.device_count()} x {device.platform} {device.device_kind}",
+        "device": f"{jax.device_count()} x {device.device_kind}"
+        + (f", {os.cpu_count()} cores" if device.platform == "cpu" else ""),
         "parameters": parameter_count(run.config.model),
     }
     write_json(run.workdir / "summary.json", summary)

@@ -92,6 +92,7 @@ def start_phase(
     tx: optax.GradientTransformation,
     config: SparsityConfig,
     filter: Filter,
+    mesh: Mesh,
     *,
     reset_optimizer: bool,
 ) -> TrainState:
@@ -100,13 +101,18 @@ def start_phase(
     A dense phase drops the masks: revived weights start at exactly 0 (SPDF). A sparse phase keeps the masks it finds, or makes
     them where there are none. The optimiser starts fresh, or carries its state over.
     """
-    if config.dense:
-        state = drop_masks(state)
-    elif not any(mask.ndim for mask in jax.tree.leaves(state.masks)):
-        key = jax.random.fold_in(state.key, state.step)
-        masks = _masks(key, state.params, config, filter)
-        state = state.replace(masks=masks, params=apply_masks(state.params, masks))
-    return state.replace(opt_state=tx.init(state.params)) if reset_optimizer else state
+
+    def start(state: TrainState) -> TrainState:
+        if config.dense:
+            state = drop_masks(state)
+        elif not any(mask.ndim for mask in jax.tree.leaves(state.masks)):
+            key = jax.random.fold_in(state.key, state.step)
+            masks = _masks(key, state.params, config, filter)
+            state = state.replace(masks=masks, params=apply_masks(state.params, masks))
+        return state.replace(opt_state=tx.init(state.params)) if reset_optimizer else state
+
+    # Laid out like every later state of the phase, so that its first step compiles no extra program.
+    return jax.jit(start, out_shardings=state_shardings(mesh, tx, jax.eval_shape(start, state)))(state)
 
 
 def drop_masks(state: TrainState) -> TrainState:

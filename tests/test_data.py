@@ -84,7 +84,7 @@ def test_embedded_corpus_is_split_by_file_with_the_language_reference_in_train()
 
 
 def test_embedded_tokens_decode_to_the_corpus(embedded):
-    corpus = embedded_corpus(0.05)
+    corpus = embedded_corpus(DataConfig().validation_fraction)
     texts = list(corpus.read("validation"))
     assert documents(embedded.validation, embedded.tokenizer) == texts
     assert embedded.validation_bytes == sum(len(text.encode()) for text in texts)

@@ -121,7 +121,11 @@ def test_dropping_the_masks_changes_no_value_and_then_masked_weights_move(text, 
     mask = unpacked(sparse, name)
     assert not sparse[f"params/{name}"][~mask].any()
     assert dense[f"masks/{name}"].shape == ()
-    assert (dense[f"params/{name}"][~mask] != 0).mean() > 0.99
+    # All move whose gradient is not exactly 0: that of a hidden unit is, when the mask cut all its outputs.
+    reaches_output = np.broadcast_to(unpacked(sparse, "blocks/mlp_down/kernel").any(-1)[:, None, :], mask.shape)
+    moved = dense[f"params/{name}"] != 0
+    assert moved[~mask & reaches_output].all()
+    assert (~mask & reaches_output).mean() > 0.7
 
 
 def test_nothing_compiles_twice(text, tmp_path, monkeypatch):
