@@ -4,6 +4,11 @@ A checkpoint holds the state (masks packed to one bit a weight) and a small JSON
 position and fingerprint, running totals. A save that is cut short leaves the one before it untouched.
 """
 
+import contextlib
+import errno
+import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +21,9 @@ from spdf_jax.sparsity.masks import active_counts, pack_masks, unpack_masks
 from spdf_jax.sparsity.programme import Programme
 from spdf_jax.state import TrainState
 from spdf_jax.tree import Filter, named_leaves
+
+# Metadata and index files of one checkpoint; about 60 kB were seen.
+_CHECKPOINT_OVERHEAD_BYTES = 256 * 1024
 
 
 class Checkpoints:
@@ -43,10 +51,11 @@ class Checkpoints:
         step = int(state.step)
         if step in self._manager.all_steps():
             return
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(state=ocp.args.StandardSave(_pack(state)), record=ocp.args.JsonSave(record)),
-        )
+        packed = _pack(state)
+        args = ocp.args.Composite(state=ocp.args.StandardSave(packed), record=ocp.args.JsonSave(record))
+        with self._full_disk_named():
+            self._check_room(packed)
+            self._manager.save(step, args=args)
 
     def record(self) -> dict[str, Any]:
         """The JSON record of the newest checkpoint."""
@@ -78,11 +87,30 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Until everything started is on disk; raises what went wrong."""
-        self._manager.wait_until_finished()
+        with self._full_disk_named():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Waits and releases."""
-        self._manager.close()
+        with self._full_disk_named():
+            self._manager.close()
+
+    def _check_room(self, packed: TrainState) -> None:
+        """Refuses to start what cannot end: a full disk found half-way costs pages of tracebacks from other threads."""
+        self._manager.wait_until_finished()  # the save before has taken its room
+        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(packed.replace(key=jax.random.key_data(packed.key))))
+        if shutil.disk_usage(self.directory).free < 1.1 * needed + _CHECKPOINT_OVERHEAD_BYTES:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    @contextlib.contextmanager
+    def _full_disk_named(self) -> Iterator[None]:
+        """A full disk reaches us from tensorstore as a ValueError, often from the save before."""
+        try:
+            yield
+        except (ValueError, OSError) as error:
+            if "No space left on device" not in str(error):
+                raise
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.directory)) from error
 
     def _check(self, step: int, packed: TrainState) -> None:
         metadata = self._manager.item_metadata(step)["state"]

@@ -226,7 +226,7 @@ def _check_same_run(config: RunConfig, workdir: Path) -> None:
     if not path.exists():
         return
     saved, ours = (_flat(c) for c in (json.loads(path.read_text()), config.as_dict()))
-    free = ("loop.", "mesh.", "command", "data.cache_dir")
+    free = ("loop.", "mesh.", "command", "variants", "data.cache_dir")
     differing = [
         f"{key} was {saved.get(key)!r}, is {ours.get(key)!r}"
         for key in sorted(saved.keys() | ours.keys())

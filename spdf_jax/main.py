@@ -83,7 +83,7 @@ def _config_file() -> str:
 
 
 def _run(argv: Sequence[str]) -> int:
-    logging.set_verbosity(logging.ERROR)  # orbax and grain narrate
+    logging.set_verbosity(logging.FATAL)  # orbax and grain narrate; what matters they raise
     # Imported here so that a mistyped command answers at once.
     from spdf_jax.config import resolve
     from spdf_jax.jobs import evaluate_checkpoint, train

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,11 +23,11 @@ def text(tmp_path_factory):
     return write_text(tmp_path_factory.mktemp("data") / "text")
 
 
-def command(*arguments: str) -> subprocess.CompletedProcess:
+def command(*arguments: str, prefix: tuple[str, ...] = (), **env: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-m", "spdf_jax.main", *arguments],
+        [*prefix, sys.executable, "-m", "spdf_jax.main", *arguments],
         cwd=ROOT,
-        env=os.environ | {"XLA_FLAGS": ""},
+        env=os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(Path(__file__).parent)} | env,
         capture_output=True,
         text=True,
         check=False,
@@ -190,3 +191,26 @@ def test_workdir_that_cannot_be_made(text, tmp_path):
 def test_a_second_run_in_a_workdir_in_use_is_refused(text, tmp_path):
     with jobs._lock(tmp_path), pytest.raises(spdf.InputError, match="another run is using it"):
         jobs.train(spdf.resolve(fresh(text)), tmp_path, progress=False)
+
+
+def can_mount() -> bool:
+    return (
+        shutil.which("unshare") is not None and not subprocess.run(["unshare", "-rm", "true"], check=False).returncode
+    )
+
+
+@pytest.mark.skipif(not can_mount(), reason="needs user namespaces, to mount a small disk")
+def test_a_full_disk_exits_2_and_keeps_the_last_checkpoint(text, tmp_path):
+    """The run's disk has room for some checkpoints only; what it holds at the end is copied out and resumed."""
+    disk, saved = tmp_path / "disk", tmp_path / "saved"
+    disk.mkdir()
+    mounted = f'mount -t tmpfs -o size=900k tmpfs {disk} && {{ "$@"; code=$?; cp -r {disk} {saved}; exit $code; }}'
+    prefix = ("unshare", "-rm", "sh", "-c", mounted, "sh")
+    tiny = ("--config", "tests/tiny_experiment.py", "--noprogress")
+    result = command(*tiny, "--workdir", str(disk / "run"), prefix=prefix, TINY_TEXT=str(text))
+    assert result.returncode == 2, result.stderr
+    assert "No space left on device; what was saved before is intact" in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+    again = command(*tiny, "--workdir", str(saved / "run"), TINY_TEXT=str(text))
+    assert again.returncode == 0, again.stderr
+    assert "resuming after step" in again.stdout

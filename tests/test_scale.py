@@ -1,0 +1,52 @@
+"""The paper's model on this machine: three optimiser steps and one topology step of 124m, within memory."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("steps", "gigabytes"), [(3, 12), (4, 16)], ids=["3 steps", "and a topology step"])
+def test_124m_trains_within_memory(steps, gigabytes, tmp_path):
+    """Step 3, counted from 0, is the topology step."""
+    overrides = {
+        "data.source": "embedded",
+        "data.cache_dir": tmp_path / "cache",
+        "data.validation_fraction": 0.0002,
+        "pretrain.steps": steps,
+        "pretrain.batch_size": 2,
+        "pretrain.grad_accumulation_steps": 2,
+        "pretrain.sparsity.update_every_steps": 3,
+        "loop.log_every_steps": 1,
+        "loop.eval_batch_size": 1,
+    }
+    script = (
+        "import resource, runpy, sys; sys.argv = sys.argv[1:]\n"
+        "try: runpy.run_module('spdf_jax.main', run_name='__main__', alter_sys=True)\n"
+        "except SystemExit as end: code = end.code\n"
+        "print('kilobytes', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss); sys.exit(code)"
+    )
+    arguments = ["spdf_jax.main", "--config", "experiments/gpt2_mst.py:124m", "--workdir", str(tmp_path / "run")]
+    arguments += [f"--config.{key}={value}" for key, value in overrides.items()]
+    result = subprocess.run(
+        [sys.executable, "-c", script, *arguments],
+        cwd=ROOT,
+        env=os.environ | {"XLA_FLAGS": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    peak = int(result.stdout.split("kilobytes")[-1]) * 1024
+    assert peak <= gigabytes * 1e9, f"{peak / 1e9:.2f} GB"
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    losses = [row["loss"] for row in rows if "loss" in row]
+    assert len(losses) == steps
+    assert losses[2] < losses[0]
+    assert any("churn" in row for row in rows) == (steps == 4)
