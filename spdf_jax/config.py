@@ -148,6 +148,13 @@ def resolve(config: ConfigDict) -> RunConfig:
     )
     for name, phase in run.phases.items():
         _check_phase(run, name, phase)
+    for before, (name, phase) in zip(run.phases.values(), list(run.phases.items())[1:], strict=False):
+        own_step = {p.optimizer.regrowth == "smet" for p in (before, phase)}
+        if not phase.reset_optimizer and len(own_step) > 1:
+            raise InputError(
+                f"config.{name}.reset_optimizer: False cannot carry the state over, since optimizer.regrowth "
+                f"{before.optimizer.regrowth!r} and {phase.optimizer.regrowth!r} differ in it; make them equal, or reset"
+            )
     return run
 
 

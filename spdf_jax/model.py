@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from spdf_jax.attention import attention
 from spdf_jax.errors import InputError
 from spdf_jax.sparsity.masks import apply_masks
+from spdf_jax.sparsity.mupar import mup_scales
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class GPTConfig:
       layer_norm_eps: epsilon.
       init_std: truncated normal; residual output projections get ``init_std / sqrt(2 n_layer)``.
       remat: recompute each block in the backward pass instead of storing its activations.
+      mup_base_width, mup_density, mup_alpha: S-muPar, see `spdf_jax.sparsity.mupar`; a base width of 0 turns it off.
     """
 
     n_layer: int = 4
@@ -47,6 +49,9 @@ class GPTConfig:
     layer_norm_eps: float = 1e-5
     init_std: float = 0.02
     remat: bool = False
+    mup_base_width: int = 0
+    mup_density: float = 1.0
+    mup_alpha: float = 1.0
 
     def __post_init__(self) -> None:
         if self.d_model % self.n_head:
@@ -58,6 +63,7 @@ class GPTConfig:
         for name in ("n_layer", "n_head", "d_model", "vocab_size", "context"):
             if getattr(self, name) < 1:
                 raise InputError(f"model.{name}: {getattr(self, name)} must be at least 1")
+        mup_scales(self)  # raises where they are wrong
 
     @property
     def mlp_width(self) -> int:
@@ -105,7 +111,7 @@ class Block(nn.Module):
         q_BTHK, k_BTHK, v_BTHK = (
             _linear(c, c.d_model, f"attn_{name}")(x_BTD).reshape(*x_BTD.shape[:2], *heads) for name in "qkv"
         )
-        y_BTHK = attention(q_BTHK, k_BTHK, v_BTHK, pattern=self.pattern, width=self.width)
+        y_BTHK = attention(q_BTHK * mup_scales(c).query, k_BTHK, v_BTHK, pattern=self.pattern, width=self.width)
         return _linear(c, c.d_model, "attn_o", residual=True)(y_BTHK.reshape(x_BTD.shape))
 
     def _dropout(self, x_BTD: jax.Array) -> jax.Array:
@@ -146,7 +152,7 @@ class GPT(nn.Module):
             block, variable_axes={"params": 0}, split_rngs={"params": True, "dropout": True}, length=c.n_layer
         )
         x_BTD, _ = blocks(c, pattern, width, deterministic, name="blocks")(x_BTD)
-        x_BTD = _layer_norm(c, "ln_f")(x_BTD)
+        x_BTD = _layer_norm(c, "ln_f")(x_BTD) * mup_scales(c).logits
         if c.tied_head:
             return embed.attend(x_BTD)
         return nn.Dense(c.vocab_size, use_bias=False, dtype=c.dtype, kernel_init=_truncated(c.init_std), name="head")(
@@ -182,7 +188,7 @@ def _truncated(std: float) -> Any:
 
 
 def _linear(c: GPTConfig, features: int, name: str, *, residual: bool = False) -> nn.Dense:
-    std = c.init_std / (2 * c.n_layer) ** 0.5 if residual else c.init_std
+    std = c.init_std * mup_scales(c).init / ((2 * c.n_layer) ** 0.5 if residual else 1)
     return nn.Dense(features, use_bias=c.use_bias, dtype=c.dtype, kernel_init=_truncated(std), name=name)
 
 

@@ -8,6 +8,7 @@ import jax
 import optax
 
 from spdf_jax.errors import InputError
+from spdf_jax.sparsity.regrowth import scale_by_density, scale_by_smet_adam
 from spdf_jax.sparsity.transforms import sparse
 from spdf_jax.tree import map_named
 
@@ -24,6 +25,10 @@ class OptimizerConfig:
       beta1, beta2, eps: Adam.
       weight_decay: decoupled; on matrices and embeddings, not on biases and norms.
       clip_norm: global gradient norm, on masked gradients; 0 turns it off.
+      regrowth: where the moments of a weight that grows back start. ``reset``: at 0; ``smet``: at 0 with a step count and a
+        warm-up of its own; ``keep``: as dropped, decayed since (for comparison: masked state is then not 0).
+      regrowth_warmup_steps: of ``smet``.
+      density_exponent: learning rate of a sparse tensor x ``1 / density ** exponent``.
     """
 
     peak_learning_rate: float = 6e-4
@@ -35,10 +40,19 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.1
     clip_norm: float = 1.0
+    regrowth: str = "reset"
+    regrowth_warmup_steps: int = 100
+    density_exponent: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.schedule not in ("cosine", "linear", "constant"):
-            raise InputError(f"optimizer.schedule: {self.schedule!r} is not 'cosine', 'linear' or 'constant'")
+        choices = {"schedule": ("cosine", "linear", "constant"), "regrowth": ("reset", "keep", "smet")}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise InputError(f"optimizer.{name}: {getattr(self, name)!r} is not one of {allowed}")
+        if self.regrowth_warmup_steps < 1:
+            raise InputError(f"optimizer.regrowth_warmup_steps: {self.regrowth_warmup_steps} must be at least 1")
+        if self.density_exponent < 0:
+            raise InputError(f"optimizer.density_exponent: {self.density_exponent} must not be negative")
         if self.peak_learning_rate <= 0:
             raise InputError(f"optimizer.peak_learning_rate: {self.peak_learning_rate} must be positive")
 
@@ -65,11 +79,16 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformationExtra
       topology steps skip the optimiser: a count inside it would fall behind the run's step.
     """
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
+    adam: optax.GradientTransformation = optax.scale_by_adam(config.beta1, config.beta2, config.eps)
+    if config.regrowth == "smet":
+        warmup_steps = config.regrowth_warmup_steps
+        adam = scale_by_smet_adam(config.beta1, config.beta2, config.eps, warmup_steps=warmup_steps)
     return sparse(
         optax.chain(
             clip,
-            optax.scale_by_adam(config.beta1, config.beta2, config.eps),
+            adam,
             optax.add_decayed_weights(config.weight_decay, mask=_decayed),
+            scale_by_density(config.density_exponent),
             _scale_by_given_learning_rate(),
         )
     )

@@ -15,7 +15,7 @@ import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from spdf_jax.errors import InputError
-from spdf_jax.tree import map_named
+from spdf_jax.tree import along_state, map_named
 
 #: Leaf name -> logical axes, first match wins; leaves matched by nothing are replicated.
 PARAMETER_AXES: Sequence[tuple[str, tuple[str, ...]]] = (
@@ -94,11 +94,7 @@ def parameter_shardings(mesh: Mesh, params: Any) -> Any:
 
 
 def optimizer_shardings(mesh: Mesh, tx: optax.GradientTransformation, opt_state: Any, params: Any) -> Any:
-    """Per-weight state like its weight; everything else replicated."""
-    return optax.tree.map_params(
-        tx,
-        lambda _, sharding: sharding,
-        opt_state,
-        parameter_shardings(mesh, params),
-        transform_non_params=lambda _: replicated(mesh),
-    )
+    """Per-weight state like its weight; everything else (counts, factored moments) replicated."""
+    whole = replicated(mesh)
+    like_weights = along_state(tx, opt_state, parameter_shardings(mesh, params), whole)
+    return jax.tree.map(lambda leaf, s: s if len(s.spec) == len(leaf.shape) else whole, opt_state, like_weights)

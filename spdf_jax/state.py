@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from spdf_jax.sharding import optimizer_shardings, parameter_shardings, replicated
 from spdf_jax.sparsity.masks import apply_masks, dense_masks, init_masks
 from spdf_jax.sparsity.programme import SparsityConfig
+from spdf_jax.sparsity.regrowth import reset_masked_state
 from spdf_jax.tree import LINEAR_KERNELS, LINEAR_KERNELS_AND_HEAD, LINEAR_KERNELS_AND_TIED_HEAD, Filter
 
 
@@ -22,7 +23,7 @@ class TrainState(flax.struct.PyTreeNode):
       step: int32 scalar, steps taken since the start of the run, topology steps included.
       params: parameters; exactly 0 where `masks` is False.
       masks: mask tree of the treedef of `params`.
-      opt_state: the optimiser's state; exactly 0 where `masks` is False.
+      opt_state: the optimiser's state; exactly 0 where `masks` is False, unless ``OptimizerConfig.regrowth`` is ``keep``.
       key: typed PRNG key of the run; step t draws from ``fold_in(key, t)``.
     """
 
@@ -103,13 +104,15 @@ def start_phase(
     """
 
     def start(state: TrainState) -> TrainState:
+        if reset_optimizer:
+            state = state.replace(opt_state=tx.init(state.params))
         if config.dense:
-            state = drop_masks(state)
-        elif not any(mask.ndim for mask in jax.tree.leaves(state.masks)):
-            key = jax.random.fold_in(state.key, state.step)
-            masks = _masks(key, state.params, config, filter)
-            state = state.replace(masks=masks, params=apply_masks(state.params, masks))
-        return state.replace(opt_state=tx.init(state.params)) if reset_optimizer else state
+            return drop_masks(state)
+        if any(mask.ndim for mask in jax.tree.leaves(state.masks)):
+            return state
+        masks = _masks(jax.random.fold_in(state.key, state.step), state.params, config, filter)
+        opt_state = reset_masked_state(tx, state.opt_state, state.params, masks)
+        return state.replace(masks=masks, params=apply_masks(state.params, masks), opt_state=opt_state)
 
     # Laid out like every later state of the phase, so that its first step compiles no extra program.
     return jax.jit(start, out_shardings=state_shardings(mesh, tx, jax.eval_shape(start, state)))(state)
@@ -136,4 +139,5 @@ def _masks(key: jax.Array, params: Any, config: SparsityConfig, filter: Filter) 
         distribution=config.distribution,
         filter=filter,
         method=config.init,
+        pattern=config.pattern,
     )

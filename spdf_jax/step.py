@@ -17,8 +17,8 @@ import optax
 from spdf_jax.data import Batch
 from spdf_jax.losses import cross_entropy
 from spdf_jax.sparsity.masks import apply_masks
+from spdf_jax.sparsity.regrowth import reset_masked_state
 from spdf_jax.sparsity.rules import Rule, prune_and_grow_tree
-from spdf_jax.sparsity.transforms import reset_masked_state
 from spdf_jax.state import TrainState
 from spdf_jax.tree import named_leaves
 
@@ -43,6 +43,7 @@ def make_steps(
     learning_rate: Callable[[jax.Array], jax.Array],
     rule: Rule,
     shardings: TrainState | None = None,
+    regrowth: str = "reset",
 ) -> Steps:
     """Compiles nothing yet: `jax.jit` does at the first call of each.
 
@@ -52,6 +53,7 @@ def make_steps(
       learning_rate: of the run's step.
       rule: of the topology steps.
       shardings: of the state; None leaves placement to JAX.
+      regrowth: see `spdf_jax.optim.OptimizerConfig`.
 
     Returns:
       `Steps`.
@@ -61,7 +63,7 @@ def make_steps(
     jit = partial(jax.jit, static_argnames=static, donate_argnames="state", out_shardings=out)
     return Steps(
         train=jit(partial(train_step, model, tx, learning_rate)),
-        topology=jit(partial(topology_step, model, tx, rule)),
+        topology=jit(partial(topology_step, model, tx, rule, regrowth)),
         evaluate=jax.jit(partial(eval_step, model), static_argnames=static),
     )
 
@@ -93,6 +95,7 @@ def topology_step(
     model: nn.Module,
     tx: optax.GradientTransformationExtraArgs,
     rule: Rule,
+    regrowth: str,
     state: TrainState,
     batch_ABT: Batch,
     target_nnz: Mapping[str, jax.Array],
@@ -101,19 +104,19 @@ def topology_step(
     pattern: str,
     width: int,
 ) -> tuple[TrainState, dict[str, Any]]:
-    """Prunes and grows every sparse matrix by the dense gradient of this batch; new weights and all masked state are 0."""
+    """Prunes and grows every sparse matrix by the dense gradient of this batch; new weights start at 0."""
     loss, grads = loss_and_grads(model, state, batch_ABT, pattern=pattern, width=width)
     key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), 1)
     masks = prune_and_grow_tree(
         key, state.params, grads, state.masks, target_nnz=target_nnz, drop_fraction=drop_fraction, rule=rule
     )
     old = dict(named_leaves(state.masks))
-    new = state.replace(
-        step=state.step + 1,
-        params=apply_masks(state.params, masks),
-        masks=masks,
-        opt_state=reset_masked_state(tx, state.opt_state, state.params, masks),
-    )
+    opt_state = state.opt_state
+    if regrowth != "keep":  # one dropped and regrown at once stays active, and keeps its state
+        stayed = jax.tree.map(jnp.logical_and, state.masks, masks)
+        opt_state = reset_masked_state(tx, opt_state, state.params, stayed)
+    params = apply_masks(state.params, masks)
+    new = state.replace(step=state.step + 1, params=params, masks=masks, opt_state=opt_state)
     metrics = {
         "loss": loss,
         "learning_rate": jnp.zeros(()),

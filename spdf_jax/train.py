@@ -50,9 +50,10 @@ def run_phase(run: Run, plan: PhasePlan, state: TrainState) -> TrainState:
     """Steps of one phase. Step n + 1 is dispatched before the metrics of step n are fetched."""
     loop, programme = run.config.loop, plan.programme
     shardings = state_shardings(run.mesh, plan.tx, state)
-    steps = make_steps(run.model, plan.tx, plan.learning_rate, programme.config.topology_rule, shardings)
+    regrowth = plan.config.optimizer.regrowth
+    steps = make_steps(run.model, plan.tx, plan.learning_rate, programme.config.topology_rule, shardings, regrowth)
     first = int(state.step)
-    batches = _device_batches(run, plan, first - plan.start)
+    batches = device_batches(run.data, run.mesh, plan, run.config.seed, first - plan.start)
     pictures = _picture_steps(plan)
     if first == 0:
         _evaluate_and_log(run, plan, steps, state, 0)
@@ -62,7 +63,7 @@ def run_phase(run: Run, plan: PhasePlan, state: TrainState) -> TrainState:
         local = step - plan.start
         if local in pictures:
             _save_pictures(run, state, step)
-        state, metrics = _one_step(steps, plan, local, state, next(batches))
+        state, metrics = one_step(steps, plan, local, state, next(batches))
         if pending is not None:
             _fetch_and_log(run, plan, *pending)
         pending = (step, metrics)
@@ -83,7 +84,8 @@ def run_phase(run: Run, plan: PhasePlan, state: TrainState) -> TrainState:
     return state
 
 
-def _one_step(steps: Steps, plan: PhasePlan, local: int, state: TrainState, batch_ABT: Batch) -> tuple[TrainState, Any]:
+def one_step(steps: Steps, plan: PhasePlan, local: int, state: TrainState, batch_ABT: Batch) -> tuple[TrainState, Any]:
+    """Dispatches step `local` of a phase: a topology step or an optimiser step."""
     pattern, width = plan.programme.attention(local)
     target = plan.programme.topology(local)
     if target is None:
@@ -93,15 +95,15 @@ def _one_step(steps: Steps, plan: PhasePlan, local: int, state: TrainState, batc
     return steps.topology(state, batch_ABT, target_nnz, drop_fraction, pattern=pattern, width=width)
 
 
-def _device_batches(run: Run, plan: PhasePlan, start_batch: int) -> Iterator[Batch]:
+def device_batches(data: TokenData, mesh: Mesh, plan: PhasePlan, seed: int, start_batch: int) -> Iterator[Batch]:
     """Endless ``[A, B, T]`` batches on the mesh; each process loads its rows only."""
     accumulate = plan.config.grad_accumulation_steps
-    sharding = batch_sharding(run.mesh, rank=3)
+    sharding = batch_sharding(mesh, rank=3)
     for batch in train_batches(
-        run.data.train,
+        data.train,
         seq_len=plan.seq_len,
         batch_size=plan.config.batch_size,
-        seed=run.config.seed + plan.index,
+        seed=seed + plan.index,
         start_batch=start_batch,
         process_index=jax.process_index(),
         process_count=jax.process_count(),

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.tree_util as jtu
+import optax
 
 from spdf_jax.errors import InputError
 
@@ -29,7 +30,12 @@ LINEAR_KERNELS_AND_HEAD: Filter = ((r"^head/kernel$", "matrix"), *LINEAR_KERNELS
 
 
 def path_name(path: Sequence[Any]) -> str:
-    """A key path of `jax.tree_util` as ``"blocks/attn/q/kernel"``, whatever containers it runs through."""
+    """A key path of `jax.tree_util` as ``"blocks/attn/q/kernel"``, whatever containers it runs through.
+
+    Boxes around an array (`flax.nnx.Param`, Linen's partitioning metadata) end in ``.value``; the name leaves it out.
+    """
+    if len(path) > 1 and path[-1] == jtu.GetAttrKey("value"):
+        path = path[:-1]
     return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
 
 
@@ -92,3 +98,32 @@ def check_same_structure(what: str, tree: Any, params: Any) -> None:
         f"{what} must have the tree structure of the parameters; missing {missing[:3]}, not in the parameters {extra[:3]}. "
         f"Make them with spdf_jax.init_masks(key, params, ...)"
     )
+
+
+def along_state(tx: optax.GradientTransformation, state: Any, values: Any, elsewhere: Any) -> Any:
+    """One value a weight tensor, laid along an optimiser's state: the only place that knows which state is whose.
+
+    Found by following shapes (`optax.tree.map_params`), so it holds for any optax optimiser and any wrapper around it.
+
+    Args:
+      tx: the transformation that made `state`.
+      state: its state (arrays or shapes).
+      values: tree of the parameters' structure.
+      elsewhere: for the leaves of the state that follow no parameter: counts, hyperparameters.
+
+    Returns:
+      A tree of the structure of `state`; where it repeats the tree of the parameters, `values`.
+
+    >>> import jax.numpy as jnp
+    >>> tx = optax.trace(0.9)
+    >>> along_state(tx, tx.init({"w": jnp.ones(2)}), {"w": "momentum of w"}, "").trace
+    {'w': 'momentum of w'}
+    """
+
+    def follow(leaf: Any, value: Any) -> Any:
+        return leaf if is_absent(leaf) else value
+
+    def is_absent(leaf: Any) -> bool:  # `optax.masked`, `partition`: no state for this weight in this place
+        return isinstance(leaf, optax.MaskedNode)
+
+    return optax.tree.map_params(tx, follow, state, values, transform_non_params=lambda _: elsewhere, is_leaf=is_absent)

@@ -56,7 +56,7 @@ def test_bad_values_are_named(path, value, message):
 def test_a_static_mask_cannot_follow_a_schedule():
     c = base()
     c.one.sparsity.rule, c.one.sparsity.schedule = "static", "cubic"
-    with pytest.raises(spdf.InputError, match="a static mask cannot follow 'cubic'"):
+    with pytest.raises(spdf.InputError, match="rule 'static' cannot follow 'cubic'"):
         spdf.resolve(c)
 
 

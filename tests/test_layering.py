@@ -9,21 +9,40 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "spdf_jax"
 FLOORS = [
     ["errors", "tree"],
-    ["sparsity.select", "sparsity.distributions", "sparsity.schedules", "sharding", "losses", "attention"],
-    ["sparsity.masks", "sparsity.rules", "sparsity.transforms"],
+    [
+        "sparsity.select",
+        "sparsity.patterns",
+        "sparsity.distributions",
+        "sparsity.schedules",
+        "sharding",
+        "losses",
+        "attention",
+    ],
+    [
+        "sparsity.masks",
+        "sparsity.rules",
+        "sparsity.transforms",
+        "sparsity.regrowth",
+        "sparsity.mupar",
+        "sparsity.scaling",
+    ],
     ["sparsity.programme", "model", "flops", "optim", "data"],
     ["state"],
     ["step", "checkpoint", "tracking"],
     ["config"],
     ["plan", "report"],
     ["train"],
-    ["jobs"],
+    ["jobs", "watch"],
     ["main"],
 ]
 # Within a floor that lists both, the left may be used by the right.
-SAME_FLOOR = {("errors", "tree"), ("sparsity.distributions", "sparsity.schedules"), ("model", "flops")} | {
-    ("sparsity.masks", other) for other in ("sparsity.rules", "sparsity.transforms")
-}
+SAME_FLOOR = {
+    ("errors", "tree"),
+    ("sparsity.select", "sparsity.patterns"),
+    ("sparsity.patterns", "sparsity.distributions"),
+    ("sparsity.distributions", "sparsity.schedules"),
+    ("model", "flops"),
+} | {("sparsity.masks", other) for other in ("sparsity.rules", "sparsity.transforms", "sparsity.regrowth")}
 ROOMS = {
     "grain": {"data"},
     "tensorflow_datasets": {"data"},
@@ -31,6 +50,7 @@ ROOMS = {
     "orbax": {"checkpoint"},
     "ml_collections": {"config", "main"},
     "absl": {"main"},
+    "safetensors": {"sparsity.masks", "huggingface"},
     "matplotlib": {"report"},
     "tensorboard": {"tracking"},
     "tensorflow": set(),

@@ -1,5 +1,7 @@
 """Masks: exact counts in every matrix, exact zeros, one bit a weight, and numbers that a reader can check."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
 from spdf_jax.errors import InputError
 from spdf_jax.sparsity.distributions import DISTRIBUTIONS, MatrixGroup, target_counts
@@ -15,9 +19,11 @@ from spdf_jax.sparsity.masks import (
     apply_masks,
     dense_masks,
     init_masks,
+    load_masks,
     mask_report,
     matrix_groups,
     pack_masks,
+    save_masks,
     unpack_masks,
 )
 from spdf_jax.tree import named_leaves
@@ -191,3 +197,80 @@ def test_reported_sparsity_is_the_share_of_zeros_in_the_masked_weights(sparsity,
     assert mask_report(masks).sparsity == pytest.approx(zeros)
     assert abs(zeros - sparsity) <= 0.5 / 96 + 1e-9
     assert [name for name, _ in named_leaves(masks)] == ["w"]
+
+
+@pytest.fixture
+def mask_file(tmp_path):
+    params = {"big": jnp.ones((3, 131, 67)), "list": [jnp.ones((5, 3)), jnp.ones(4)]}
+    masks = init_masks(jax.random.key(0), params, sparsity=0.5, filter=[("big", "stack"), ("list/0", "matrix")])
+    path = tmp_path / "masks.safetensors"
+    save_masks(path, masks)
+    return path, params, masks
+
+
+def test_saved_masks_come_back_bit_for_bit_at_one_bit_a_weight(mask_file):
+    path, params, masks = mask_file
+    for target in (params, jax.eval_shape(lambda: params)):
+        loaded = load_masks(path, target)
+        assert jax.tree.structure(loaded) == jax.tree.structure(params)
+        for a, b in zip(jax.tree.leaves(loaded), jax.tree.leaves(masks), strict=True):
+            assert a.dtype == b.dtype == bool
+            np.testing.assert_array_equal(a, b)
+    large = path.with_name("large.safetensors")
+    save_masks(large, {"w": np.ones((512, 161), bool)})
+    assert 8 * large.stat().st_size <= 1.05 * 512 * 161
+    with safe_open(path, framework="numpy") as file:  # as a stranger would read it
+        stranger = np.unpackbits(file.get_tensor("big"), count=3 * 131 * 67).reshape(3, 131, 67)
+        assert json.loads(file.metadata()["spdf_jax.masks"])["leaves"]["big"]["shape"] == [3, 131, 67]
+    np.testing.assert_array_equal(stranger, masks["big"])
+
+
+def test_masks_of_other_parameters_are_refused_by_name_and_shape(mask_file):
+    path, params, _ = mask_file
+    with pytest.raises(InputError, match=r"big has shape \(3, 131, 67\), the parameter \(3, 67, 131\)"):
+        load_masks(path, {**params, "big": jnp.ones((3, 67, 131))})
+    with pytest.raises(InputError, match="without head, with big besides"):
+        load_masks(path, {"head": params["big"], "list": params["list"]})
+    with pytest.raises(InputError, match="two leaves have one name"):
+        save_masks(path, {"a/b": np.ones(3, bool), "a": {"b": np.ones(3, bool)}})
+
+
+def test_every_damaged_byte_is_refused_or_harmless(mask_file):
+    path, params, masks = mask_file
+    whole = path.read_bytes()
+    for position in (*range(0, len(whole), 41), *range(8)):
+        damaged = bytearray(whole)
+        damaged[position] ^= 0x04
+        path.write_bytes(damaged)
+        try:
+            loaded = load_masks(path, params)
+        except InputError:
+            continue
+        assert all(bool((a == b).all()) for a, b in zip(jax.tree.leaves(loaded), jax.tree.leaves(masks), strict=True))
+    damaged = bytearray(whole)
+    damaged[-1000] ^= 1  # in the middle of the largest mask
+    path.write_bytes(damaged)
+    with pytest.raises(InputError, match=r"mask of big, shape \(3, 131, 67\), is damaged"):
+        load_masks(path, params)
+
+
+def test_files_that_are_no_mask_files_are_refused(mask_file):
+    path, params, _ = mask_file
+    whole = path.read_bytes()
+    for text, message in ((whole[:-5], "not a readable"), (b"", "not a readable"), (b"PK" * 99, "not a readable")):
+        path.write_bytes(text)
+        with pytest.raises(InputError, match=message):
+            load_masks(path, params)
+    with pytest.raises(InputError, match="nowhere"):
+        load_masks(path.with_name("nowhere"), params)
+    save_file({"big": np.zeros(3, np.uint8)}, path)
+    with pytest.raises(InputError, match="not of masks"):
+        load_masks(path, params)
+    for index, message in (
+        ({"version": 2, "leaves": {}}, "version 2; this library reads 1"),
+        ([], "index is damaged"),
+        ({"version": 1, "leaves": {"big": {}}}, "index is damaged"),
+    ):
+        save_file({"big": np.zeros(3, np.uint8)}, path, metadata={"spdf_jax.masks": json.dumps(index)})
+        with pytest.raises(InputError, match=message):
+            load_masks(path, params)

@@ -132,7 +132,37 @@ def test_both_extras_are_required(missing):
         jax.eval_shape(lambda: tx.update(PARAMS, tx.init(PARAMS), PARAMS, **extras))
 
 
-@pytest.mark.parametrize("change", [{"schedule": "exponential"}, {"peak_learning_rate": 0.0}])
+@pytest.mark.parametrize("regrowth", ["reset", "keep"])
+def test_reset_and_keep_differ_at_topology_steps_only(regrowth):
+    config = OptimizerConfig(regrowth=regrowth)
+    plain, ours = make_optimizer(OptimizerConfig()).init(PARAMS), make_optimizer(config).init(PARAMS)
+    assert jax.tree.structure(ours) == jax.tree.structure(plain)
+
+
+def test_smet_is_adam_on_dense_leaves_and_warms_up_sparse_ones_scaled_by_density():
+    params = {"a": {"kernel": jnp.ones((2, 4))}, "b": {"kernel": jnp.ones((2, 4))}}
+    grads = jax.tree.map(lambda p: 0.3 * p, params)
+    masks = {"a": {"kernel": jnp.array([[True, False, False, False]] * 2)}, "b": {"kernel": jnp.array(True)}}
+    settings = {"weight_decay": 0.0, "clip_norm": 0.0}
+    adam = one_update(OptimizerConfig(**settings), grads, params, masks)
+    config = OptimizerConfig(**settings, regrowth="smet", regrowth_warmup_steps=8, density_exponent=0.5)
+    smet = one_update(config, grads, params, masks)
+    np.testing.assert_allclose(smet["b"]["kernel"], adam["b"]["kernel"], rtol=1e-4)
+    # Density 1/4: twice the rate; the first of eight warm-up steps.
+    np.testing.assert_allclose(smet["a"]["kernel"][:, 0], adam["a"]["kernel"][:, 0] * 2 / 8, rtol=1e-4)
+    np.testing.assert_array_equal(smet["a"]["kernel"][:, 1:], -1.0)  # held at zero
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"schedule": "exponential"},
+        {"peak_learning_rate": 0.0},
+        {"regrowth": "maybe"},
+        {"regrowth_warmup_steps": 0},
+        {"density_exponent": -0.5},
+    ],
+)
 def test_bad_settings_are_refused_by_name(change):
     with pytest.raises(InputError, match=f"optimizer.{next(iter(change))}"):
         OptimizerConfig(**change)

@@ -133,12 +133,48 @@ def test_mst_needs_no_topology_step_once_it_is_dense():
     assert programme.sparsity(1_001) == pytest.approx(0.9, abs=0.005)
 
 
-@pytest.mark.parametrize(("drop_fraction", "expected"), [(-1.0, 0.3), (0.0, 0.0), (0.5, 0.5)])
+@pytest.mark.parametrize(("drop_fraction", "expected"), [(-1.0, 0.3), (0.1, 0.1), (0.5, 0.5)])
 def test_the_config_s_drop_fraction_goes_before_the_rule_s(drop_fraction, expected):
     config = SparsityConfig(rule="set", sparsity=0.5, drop_fraction=drop_fraction)
     assert config.topology_rule.drop_fraction == expected
     assert config.topology_rule._replace(drop_fraction=0.3) == RULES["set"]
     assert Programme(config, GROUPS, 10**9).topology(100).drop_fraction == pytest.approx(expected)
+
+
+def test_a_step_that_would_exchange_nothing_is_an_ordinary_one():
+    frozen = Programme(SparsityConfig(rule="set", sparsity=0.5, drop_fraction=0.0), GROUPS, 1000)
+    assert [frozen.topology(step) for step in range(1000)] == [None] * 1000
+    gmp = SparsityConfig(rule="gmp", sparsity=0.8, schedule="cubic", ramp_end=0.5)
+    programme = Programme(gmp, GROUPS, 1000)
+    steps = [step for step in range(1000) if programme.topology(step)]
+    assert steps == [100, 200, 300, 400, 500]  # and none once the ramp has arrived
+    assert {programme.topology(step).drop_fraction for step in steps} == {0.0}
+
+
+def test_acdc_alternates_between_dense_and_sparse_and_ends_sparse():
+    config = SparsityConfig(
+        rule="acdc", sparsity=0.9, schedule="alternate", ramp_end=0.2, ultra_end=0.6, cycles=2, pattern="unstructured"
+    )
+    programme = Programme(config, GROUPS, 1000)
+    targets = {step: programme.topology(step) for step in range(1000)}
+    assert [step for step, target in targets.items() if target] == [200, 300, 400, 500, 600]
+    levels = [round(programme.sparsity(step), 1) for step in (0, 199, 201, 301, 401, 501, 601, 999)]
+    assert levels == [0.0, 0.0, 0.9, 0.0, 0.9, 0.0, 0.9, 0.9]
+
+
+@pytest.mark.parametrize("rule", ["set", "rigl", "mst", "mest", "sensitivity"])
+def test_patterns_reach_the_rule_and_the_counts(rule):
+    blocks = Programme(
+        SparsityConfig(rule=rule, sparsity=0.6, pattern="block4", distribution="er"),
+        {**GROUPS, "head": MatrixGroup(1, (48, 8))},
+        300,
+    )
+    assert blocks.config.topology_rule.pattern == "block4"
+    assert all(n % 16 == 0 for n in blocks.topology(100).counts.values())
+    half = Programme(SparsityConfig(rule=rule, sparsity=0.5, pattern="2:4"), {"attn": GROUPS["attn"]}, 300)
+    assert half.topology(100).counts == {"attn": 32}
+    with pytest.raises(InputError, match=r"head of shape \(50, 8\).*block4"):
+        Programme(SparsityConfig(rule=rule, sparsity=0.6, pattern="block4"), GROUPS, 300)
 
 
 def test_a_static_phase_has_one_count_and_no_topology_step():
@@ -167,7 +203,18 @@ def test_a_dense_phase_has_nothing_to_count():
         ({"distribution": "normal"}, "sparsity.distribution"),
         ({"init": "zeros"}, "sparsity.init"),
         ({"update_every_steps": 0}, "sparsity.update_every_steps"),
-        ({"rule": "static", "schedule": "cubic"}, "static mask cannot follow"),
+        ({"rule": "static", "schedule": "cubic"}, "'static' cannot follow 'cubic'"),
+        ({"rule": "gmp", "sparsity": 0.5}, "'gmp' cannot follow 'constant'; use 'cubic' or 'table'"),
+        ({"rule": "acdc", "schedule": "table"}, "'acdc' cannot follow"),
+        ({"rule": "acdc", "schedule": "alternate", "cycles": 0}, "cycles 0"),
+        ({"rule": "mst", "schedule": "three_phases", "sparsity": 0.5, "pattern": "2:4"}, "pattern 2:4.*cannot follow"),
+        ({"rule": "rigl", "sparsity": 0.8, "pattern": "2:4"}, "2:4 has sparsity 0.5 .*not 0.8"),
+        ({"rule": "gmp", "schedule": "table", "table": ((0.0, 0.0), (0.5, 0.4)), "pattern": "2:4"}, "not 0.4"),
+        (
+            {"rule": "rigl", "sparsity": 0.5, "pattern": "2:4", "distribution": "erk"},
+            "2:4 gives every matrix one density",
+        ),
+        ({"rule": "rigl", "sparsity": 0.5, "pattern": "4:2"}, "'4:2'"),
     ],
 )
 def test_bad_settings_are_refused_by_name(change, message):

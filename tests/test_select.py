@@ -13,6 +13,7 @@ from hypothesis.extra import numpy as hnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from spdf_jax.errors import InputError
+from spdf_jax.sparsity.rules import RULES, prune_and_grow_tree
 from spdf_jax.sparsity.select import order_keys, select_top_k
 
 QUICK = settings(deadline=None, derandomize=True, max_examples=25)
@@ -148,3 +149,18 @@ def test_eight_devices_select_the_same_bits_as_one_and_gather_no_matrix(spec, dt
     assert len(placed[0].sharding.device_set) == 8
     # What crosses devices is counts and one value a row or a column, never an array of the matrix' size.
     assert 1 <= max(collective_sizes(compiled.as_text())) <= 64
+
+
+def test_a_tree_is_updated_matrix_by_matrix_in_little_room():
+    """Scratch memory of the whole update <= 2.5 x the largest leaf; in a vmap over layers random bits alone take more."""
+    shapes = {"up": (8, 64, 256), "down": (8, 256, 64), "out": (8, 64, 64)}
+    tree = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+    masks = {name: jax.ShapeDtypeStruct(shape, bool) for name, shape in shapes.items()}
+
+    def update(weights, grads, masks):
+        targets = {name: jnp.full((8,), 1000) for name in shapes}
+        key = jax.random.key(0)
+        return prune_and_grow_tree(key, weights, grads, masks, target_nnz=targets, drop_fraction=0.3, rule=RULES["mst"])
+
+    compiled = jax.jit(update).lower(tree, tree, masks).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes <= 2.5 * 4 * math.prod(shapes["up"])

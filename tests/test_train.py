@@ -155,13 +155,13 @@ def test_gradient_accumulation_gives_the_same_run(text, tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(text, tmp_path, monkeypatch):
     config = spdf.resolve(tiny_config(text, text.parent / "cache"))
-    one_step = train._one_step
+    one_step = train.one_step
 
     def poisoned(steps, plan, local, state, batch):
         state, metrics = one_step(steps, plan, local, state, batch)
         return state, metrics | ({"loss": np.float32(np.nan)} if local == 14 else {})
 
-    monkeypatch.setattr(train, "_one_step", poisoned)
+    monkeypatch.setattr(train, "one_step", poisoned)
     with pytest.raises(spdf.InputError, match=r"step 15: loss nan.*checkpoint at step 10 is kept"):
         jobs.train(config, tmp_path, progress=False)
     assert checkpoint(tmp_path, 10)["step"] == 10

@@ -63,7 +63,7 @@ def die_at(moment: str) -> None:
 
         checkpoint.Checkpoints.save = saving
     elif moment == "topology":  # with the fourth topology step dispatched, its result not yet seen
-        one_step, topology_steps = train._one_step, []
+        one_step, topology_steps = train.one_step, []
 
         def stepping(steps, plan, local, state, batch):
             result = one_step(steps, plan, local, state, batch)
@@ -73,7 +73,7 @@ def die_at(moment: str) -> None:
                 die()
             return result
 
-        train._one_step = stepping
+        train.one_step = stepping
     elif moment == "phase":  # the first phase is saved, the second not begun
         jobs.start_phase = lambda *args, **kwargs: die()
 

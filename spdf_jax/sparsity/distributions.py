@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from spdf_jax.errors import InputError
+from spdf_jax.sparsity.patterns import parse_pattern
 
 DISTRIBUTIONS = ("uniform", "er", "erk")
 
@@ -32,30 +33,45 @@ def check_sparsity(sparsity: float, where: str = "sparsity") -> None:
         raise InputError(f"{where}: {sparsity} is outside [0, 1); it is the share of weights that are zero")
 
 
-def target_counts(groups: Mapping[str, MatrixGroup], sparsity: float, distribution: str = "uniform") -> dict[str, int]:
-    """Active weights of **one** matrix of every group.
+def target_counts(
+    groups: Mapping[str, MatrixGroup], sparsity: float, distribution: str = "uniform", pattern: str = "unstructured"
+) -> dict[str, int]:
+    """Active weights of **one** matrix of every group, such as the pattern can have.
 
     Args:
       groups: the sparse leaves by name.
-      sparsity: share of zeros over all groups together, in [0, 1).
+      sparsity: share of zeros over all groups together, in [0, 1); 1 - N/M or 0 for a pattern N:M.
       distribution: ``uniform`` (the same share in every matrix), ``er`` or ``erk``.
+      pattern: see `spdf_jax.sparsity.patterns`; blocks are counted whole.
 
     Returns:
-      ``{name: active weights of one matrix}``. Uniform keeps ``N - round(sparsity * N)``.
+      ``{name: active weights of one matrix}``. Uniform keeps ``N - round(sparsity * N)`` of N weights (or blocks).
 
     Raises:
-      InputError: unknown distribution or sparsity out of range.
+      InputError: unknown distribution or pattern, sparsity out of range, a matrix that does not divide into the pattern,
+        N:M with a distribution other than uniform.
 
     >>> target_counts({"w": MatrixGroup(12, (768, 3072))}, 0.75)
     {'w': 589824}
+    >>> target_counts({"w": MatrixGroup(12, (768, 3072))}, 0.8, pattern="block128")
+    {'w': 475136}
     """
     check_sparsity(sparsity)
     if distribution not in DISTRIBUTIONS:
         raise InputError(f"distribution: {distribution!r} is not one of {DISTRIBUTIONS}")
+    parsed = parse_pattern(pattern)
+    parsed.check_sparsity(sparsity)
+    if parsed.m > 1 and distribution != "uniform":
+        raise InputError(
+            f"distribution: pattern {pattern} gives every matrix one density; use 'uniform', not {distribution!r}"
+        )
+    for name, group in groups.items():
+        parsed.check_shape(group.shape, name)
+    units = {name: group.size // parsed.unit_size for name, group in groups.items()}
     if distribution == "uniform":
-        return {name: group.size - round(sparsity * group.size) for name, group in groups.items()}
+        return {name: (n - round(sparsity * n)) * parsed.unit_size for name, n in units.items()}
     densities = _erdos_renyi(groups, 1 - sparsity, kernel=distribution == "erk")
-    return {name: min(group.size, max(1, round(densities[name] * group.size))) for name, group in groups.items()}
+    return {name: min(n, max(1, round(densities[name] * n))) * parsed.unit_size for name, n in units.items()}
 
 
 def _erdos_renyi(groups: Mapping[str, MatrixGroup], density: float, *, kernel: bool) -> dict[str, float]:

@@ -1,19 +1,24 @@
-"""Masks as plain pytrees: make, apply, look at, pack.
+"""Masks as plain pytrees: make, apply, look at, pack, share.
 
 A mask tree has the treedef of its parameters. An element mask is bool with its parameter's shape; a dense leaf is a 0-d
 ``True``. Nothing else: no None, no wrapper.
 """
 
+import json
+import math
 import zlib
+from os import PathLike
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from spdf_jax.errors import InputError
 from spdf_jax.sparsity.distributions import MatrixGroup, target_counts
-from spdf_jax.sparsity.select import select_top_k
+from spdf_jax.sparsity.patterns import parse_pattern
 from spdf_jax.tree import LINEAR_KERNELS, Filter, check_same_structure, map_named, match_filter, named_leaves
 
 
@@ -38,22 +43,24 @@ def init_masks(
     distribution: str = "uniform",
     filter: Filter = LINEAR_KERNELS,
     method: str = "random",
+    pattern: str = "unstructured",
 ) -> Any:
     """Masks with an exact number of ones in every weight matrix.
 
     Args:
       key: PRNG key; each leaf's draw depends on it and the leaf's name only.
       params: pytree of arrays; only shapes matter unless ``method="magnitude"``.
-      sparsity: share of zeros, in [0, 1).
+      sparsity: share of zeros, in [0, 1); 1 - N/M (or 0) for a pattern N:M.
       distribution: ``uniform`` | ``er`` | ``erk``.
       filter: which leaves, see `spdf_jax.tree`.
       method: ``random`` (SPDF) or ``magnitude`` (keep the largest absolute values).
+      pattern: ``unstructured`` | ``N:M`` | ``blockB``, see `spdf_jax.sparsity.patterns`.
 
     Returns:
       Mask tree of the treedef of `params`.
 
     Raises:
-      InputError: bad sparsity, distribution, method or filter.
+      InputError: bad sparsity, distribution, method, pattern or filter; a matrix that does not divide into the pattern.
 
     >>> import jax, jax.numpy as jnp
     >>> params = {"w": jnp.ones((8, 8)), "b": jnp.ones(8)}
@@ -64,17 +71,25 @@ def init_masks(
     if method not in ("random", "magnitude"):
         raise InputError(f"init_masks: method {method!r} is not 'random' or 'magnitude'")
     groups = matrix_groups(params, filter)
-    counts = target_counts(groups, sparsity, distribution)
+    counts = target_counts(groups, sparsity, distribution, pattern)
+    p = parse_pattern(pattern)
 
     def make(name: str, leaf: jax.Array) -> jax.Array:
         if name not in groups:
             return jnp.array(True)
-        shape = (groups[name].count, *groups[name].shape)
+        count, shape = groups[name].count, groups[name].shape
+        target = counts[name] // p.unit_size
+
+        def choose(scores: jax.Array) -> jax.Array:
+            everything = jnp.ones(scores.shape, bool)
+            return p.expand(p.select(scores, target, target, among=everything, taken=~everything))
+
         if method == "random":
-            scores = jax.random.bits(jax.random.fold_in(key, zlib.crc32(name.encode())), shape, jnp.uint32)
+            leaf_key = jax.random.fold_in(key, zlib.crc32(name.encode()))
+            scores = jax.random.bits(leaf_key, (count, *p.unit_shape(shape)), jnp.uint32)
         else:
-            scores = jnp.abs(leaf).reshape(shape)
-        return jax.vmap(lambda s: select_top_k(s, counts[name]))(scores).reshape(leaf.shape)
+            scores = p.pool(jnp.abs(leaf).reshape(count, *shape))
+        return jax.vmap(choose)(scores).reshape(leaf.shape)
 
     return map_named(make, params)
 
@@ -140,13 +155,14 @@ class MaskReport(NamedTuple):
     sparsity: float
 
     def __str__(self) -> str:
-        head = f"{'leaf':<28}{'shape':<22}{'active':>12}{'of':>12}{'sparsity':>10}"
+        width = max([28, *(len(r.name) + 2 for r in self.rows)])
+        head = f"{'leaf':<{width}}{'shape':<22}{'active':>12}{'of':>12}{'sparsity':>10}"
         head += f"{'dead rows':>11}{'dead cols':>11}{'churn':>8}"
         lines = [head]
         for r in self.rows:
             churn = "-" if r.churn is None else f"{r.churn:.3f}"
             lines.append(
-                f"{r.name:<28}{r.shape!s:<22}{r.active:>12,}{r.size:>12,}{r.sparsity:>10.4f}"
+                f"{r.name:<{width}}{r.shape!s:<22}{r.active:>12,}{r.size:>12,}{r.sparsity:>10.4f}"
                 f"{r.dead_rows:>11,}{r.dead_columns:>11,}{churn:>8}"
             )
         return "\n".join([*lines, f"sparsity over masked leaves: {self.sparsity:.4f}"])
@@ -160,7 +176,10 @@ def mask_report(masks: Any, previous: Any = None) -> MaskReport:
       previous: mask tree to compare with; churn is the share of now active weights that were not active then.
 
     Returns:
-      `MaskReport`; print it for a table.
+      `MaskReport`; print it for a table, its `rows` are the data.
+
+    Raises:
+      InputError: `previous` has another tree structure.
 
     >>> import jax.numpy as jnp
     >>> mask_report({"w": jnp.array([[True, False], [True, False]])}).rows[0].dead_columns
@@ -194,3 +213,99 @@ def unpack_masks(packed: Any, params: Any) -> Any:
     return jax.tree.map(
         lambda b, p: b if b.ndim == 0 else jnp.unpackbits(b, axis=-1, count=p.shape[-1]).astype(bool), packed, params
     )
+
+
+#: Key and version of the metadata that makes a safetensors file a mask file.
+MASK_FORMAT, MASK_FORMAT_VERSION = "spdf_jax.masks", 1
+
+
+def save_masks(path: str | PathLike[str], masks: Any) -> None:
+    """Writes masks to a safetensors file, one bit a weight, readable without this library.
+
+    Each element mask is a uint8 tensor under its leaf's name: `numpy.packbits` of the mask in row-major order. The file's
+    metadata hold one JSON text under ``spdf_jax.masks``: the format version, and for every leaf its shape and the CRC-32 of
+    its bytes. Dense leaves have shape [] and no tensor.
+
+    Args:
+      path: written over if it exists; by convention ``*.safetensors``.
+      masks: mask tree.
+
+    Raises:
+      InputError: two leaves of one name.
+
+    >>> import tempfile, pathlib, jax, jax.numpy as jnp
+    >>> params = {"w": jnp.ones((64, 64)), "b": jnp.ones(64)}
+    >>> masks = init_masks(jax.random.key(0), params, sparsity=0.75, filter=[("w", "matrix")])
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_masks(pathlib.Path(folder) / "masks.safetensors", masks)
+    ...     loaded = load_masks(pathlib.Path(folder) / "masks.safetensors", params)
+    >>> bool((loaded["w"] == masks["w"]).all()), loaded["b"].shape
+    (True, ())
+    """
+    leaves = dict(named_leaves(masks))
+    if len(leaves) < len(jax.tree.leaves(masks)):
+        raise InputError("save_masks: two leaves have one name; rename one of them")
+    packed = {name: np.packbits(np.asarray(mask).reshape(-1)) for name, mask in leaves.items() if mask.ndim}
+    index = {
+        name: {"shape": list(mask.shape), "crc32": zlib.crc32(packed[name].tobytes()) if name in packed else 0}
+        for name, mask in leaves.items()
+    }
+    text = json.dumps({"version": MASK_FORMAT_VERSION, "leaves": index})
+    save_file(packed, path, metadata={MASK_FORMAT: text})
+
+
+def load_masks(path: str | PathLike[str], params: Any) -> Any:
+    """Reads masks written by `save_masks`, for these parameters and no others.
+
+    Args:
+      path: a mask file.
+      params: pytree of arrays or shapes.
+
+    Returns:
+      Mask tree of the treedef of `params`.
+
+    Raises:
+      InputError: no file, no mask file, a damaged one, one of another format version, or one of other parameters; names
+        the leaf and the shapes.
+    """
+    try:
+        with safe_open(path, framework="numpy") as file:
+            index = _mask_index(path, file.metadata())
+            packed = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: not a readable mask file: {error}") from None
+    wanted = dict(named_leaves(params))
+    missing, extra = sorted(wanted.keys() - index.keys()), sorted(index.keys() - wanted.keys())
+    if missing or extra:
+        raise InputError(
+            f"{path}: masks of other parameters; without {', '.join(missing[:3]) or 'nothing'}, "
+            f"with {', '.join(extra[:3]) or 'nothing'} besides"
+        )
+
+    def load(name: str, leaf: Any) -> jax.Array:
+        shape, crc32 = index[name]
+        if not shape:
+            return jnp.array(True)
+        if shape != tuple(leaf.shape):
+            raise InputError(f"{path}: the mask of {name} has shape {shape}, the parameter {tuple(leaf.shape)}")
+        data = packed.get(name)
+        if data is None or data.shape != (-(-math.prod(shape) // 8),) or zlib.crc32(data.tobytes()) != crc32:
+            raise InputError(f"{path}: the mask of {name}, shape {shape}, is damaged; get the file again")
+        return jnp.asarray(np.unpackbits(data, count=math.prod(shape)).reshape(shape).astype(bool))
+
+    return map_named(load, params)
+
+
+def _mask_index(path: str | PathLike[str], metadata: dict[str, str] | None) -> dict[str, tuple[tuple[int, ...], int]]:
+    """``{leaf name: (shape, crc32)}`` from a mask file's metadata."""
+    if MASK_FORMAT not in (metadata or {}):
+        raise InputError(f"{path}: a safetensors file, but not of masks; write them with spdf_jax.save_masks")
+    try:
+        index = json.loads((metadata or {})[MASK_FORMAT])
+        if index["version"] != MASK_FORMAT_VERSION:
+            raise InputError(
+                f"{path}: mask format version {index['version']}; this library reads {MASK_FORMAT_VERSION}, update it"
+            )
+        return {name: (tuple(leaf["shape"]), int(leaf["crc32"])) for name, leaf in index["leaves"].items()}
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        raise InputError(f"{path}: the mask file's index is damaged ({error!r}); get the file again") from None

@@ -1,4 +1,4 @@
-"""A sparsity programme: distribution x schedule x rule x attention window of one phase, as pure functions of the step.
+"""A sparsity programme: distribution x pattern x schedule x rule (and attention window) of a phase, by functions of the step.
 
 Everything here is integer arithmetic on the host and depends on the config alone: what the masks hold at any step, which
 steps are topology steps, what they aim for, and what every step costs. A resumed run needs no schedule state but its step.
@@ -12,9 +12,10 @@ from typing import NamedTuple
 from spdf_jax.errors import InputError
 from spdf_jax.sparsity import schedules
 from spdf_jax.sparsity.distributions import DISTRIBUTIONS, MatrixGroup, check_sparsity, target_counts
+from spdf_jax.sparsity.patterns import parse_pattern
 from spdf_jax.sparsity.rules import RULES, Rule
 
-SCHEDULES = ("constant", "cubic", "three_phases", "table")
+SCHEDULES = ("constant", "cubic", "three_phases", "table", "alternate")
 
 
 @dataclass(frozen=True)
@@ -25,9 +26,11 @@ class SparsityConfig:
       rule: ``dense`` (no masks; entering the phase drops them), or a name of `spdf_jax.RULES`.
       sparsity: the constant, final or peak sparsity over the sparse matrices, in [0, 1).
       distribution: ``uniform`` | ``er`` | ``erk``.
-      schedule: ``constant`` | ``cubic`` | ``three_phases`` (MST) | ``table``.
-      ramp_end: progress at which ``cubic`` arrives, or MST's warm-up ends.
-      ultra_end, restoration_end: progress at which MST's other two phases end.
+      pattern: ``unstructured`` | ``N:M`` | ``blockB``, see `spdf_jax.sparsity.patterns`.
+      schedule: ``constant`` | ``cubic`` | ``three_phases`` (MST) | ``table`` | ``alternate`` (AC/DC).
+      ramp_end: progress at which ``cubic`` arrives, MST's warm-up ends, or AC/DC's dense one.
+      ultra_end, restoration_end: progress at which MST's other two phases end; ``alternate`` stays sparse from `ultra_end`.
+      cycles: pairs of a sparse and a dense turn of ``alternate``.
       table: ``((progress, sparsity), ...)`` for ``table``.
       update_every_steps: topology step interval.
       stop_fraction: no topology steps past this progress (RigL: 0.75).
@@ -41,10 +44,12 @@ class SparsityConfig:
     rule: str = "dense"
     sparsity: float = 0.0
     distribution: str = "uniform"
+    pattern: str = "unstructured"
     schedule: str = "constant"
     ramp_end: float = 0.1
     ultra_end: float = 0.75
     restoration_end: float = 0.9
+    cycles: int = 5
     table: tuple[tuple[float, float], ...] = ()
     update_every_steps: int = 100
     stop_fraction: float = 1.0
@@ -66,10 +71,19 @@ class SparsityConfig:
         ):
             if getattr(self, name) not in allowed:
                 raise InputError(f"sparsity.{name}: {getattr(self, name)!r} is not one of {allowed}")
-        if self.rule == "static" and self.schedule != "constant":
+        follows = self.topology_rule.schedules
+        if not self.dense and follows and self.schedule not in follows:
             raise InputError(
-                f"sparsity.schedule: a static mask cannot follow {self.schedule!r}; use 'constant' or a rule that evolves"
+                f"sparsity.schedule: rule {self.rule!r} cannot follow {self.schedule!r}; "
+                f"use {' or '.join(map(repr, follows))}, or another rule"
             )
+        if parse_pattern(self.pattern).m > 1 and self.schedule in ("cubic", "three_phases"):
+            raise InputError(
+                f"sparsity.schedule: pattern {self.pattern} has one sparsity besides 0 and cannot follow {self.schedule!r}; "
+                f"use 'constant', 'table' or 'alternate'"
+            )
+        for stage in self.curve.stages:
+            target_counts({}, self.curve(stage), self.distribution, self.pattern)  # refuses what cannot be
         if self.update_every_steps < 1:
             raise InputError(f"sparsity.update_every_steps: {self.update_every_steps} must be at least 1")
 
@@ -80,8 +94,8 @@ class SparsityConfig:
 
     @property
     def topology_rule(self) -> Rule:
-        """The rule with this config's drop fraction."""
-        rule = RULES["static" if self.dense else self.rule]
+        """The rule with this config's pattern and drop fraction."""
+        rule = RULES["static" if self.dense else self.rule]._replace(pattern=self.pattern)
         return rule if self.drop_fraction < 0 else rule._replace(drop_fraction=self.drop_fraction)
 
     @cached_property
@@ -93,6 +107,8 @@ class SparsityConfig:
             return schedules.three_phases(self.sparsity, self.ramp_end, self.ultra_end, self.restoration_end)
         if self.schedule == "table":
             return schedules.step_table(dict(self.table))
+        if self.schedule == "alternate":
+            return schedules.alternate(self.sparsity, self.ramp_end, self.ultra_end, self.cycles)
         return schedules.constant(self.sparsity)
 
 
@@ -116,6 +132,7 @@ class Programme:
         self.total_steps = total_steps
         # Counts depend on the sparsity aimed at alone, and a run of 600,000 steps aims at a few thousand values.
         self.counts_for = lru_cache(maxsize=None)(self._solve)
+        self.counts(0)  # raises where a matrix does not divide into the pattern
 
     def level(self, step: int) -> float:
         """The sparsity last aimed at before `step`: that of the last topology step, or of the initial masks."""
@@ -132,13 +149,14 @@ class Programme:
         return self.counts_for(self.level(step))
 
     def topology(self, step: int) -> TopologyTarget | None:
-        """The target if `step` is a topology step. Fully dense masks that stay dense need none."""
+        """The target if `step` is a topology step. Masks that would not change by it (dense, or no exchange) need none."""
         config, rule = self.config, self.config.topology_rule
         progress = step / self.total_steps
         if not rule.evolves or step == 0 or step % config.update_every_steps or progress > config.stop_fraction:
             return None
         target = self.counts_for(config.curve(progress))
-        if all(n == self.groups[name].size for counts in (target, self.counts(step)) for name, n in counts.items()):
+        dense = all(n == self.groups[name].size for name, n in target.items())
+        if target == self.counts(step) and (dense or rule.drop_fraction == 0):
             return None
         start, end = config.curve.stage(progress)
         zeta = schedules.cosine_drop_fraction(rule.drop_fraction, progress, start, min(end, config.stop_fraction))
@@ -160,4 +178,5 @@ class Programme:
         return {name: n * self.groups[name].count for name, n in self.counts(step).items()}
 
     def _solve(self, sparsity: float) -> Mapping[str, int]:
-        return target_counts(self.groups, sparsity, self.config.distribution) if self.groups else {}
+        config = self.config
+        return target_counts(self.groups, sparsity, config.distribution, config.pattern) if self.groups else {}

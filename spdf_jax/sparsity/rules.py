@@ -1,7 +1,35 @@
 """Prune and grow: one function for every topology rule, and the rules as values.
 
 Source of the exact semantics: the MST code (hupihe/Mixed-Sparsity-Training); with ``gradient_share`` 1 it is RigL
-(arXiv 1911.11134), with 0 SET (Mocanu et al. 2018). A new rule is one more `Rule` in `RULES`.
+(arXiv 1911.11134), with 0 SET (Mocanu et al. 2018). A new rule is one more `Rule` in `RULES`; the training loop, the steps
+and the configuration know it by its name. Dropping by ``|w g|``, the first-order change of the loss (Molchanov et al. 2017,
+arXiv 1611.06440), and growing half by gradient:
+
+>>> import jax, jax.numpy as jnp
+>>> from spdf_jax.sparsity.masks import init_masks
+>>> from spdf_jax.sparsity.programme import SparsityConfig
+>>> def taylor(weights, grads):
+...     return jnp.abs(weights * grads)
+>>> RULES["taylor"] = Rule(drop_score=taylor, gradient_share=0.5)
+
+It trains under ``config.pretrain.sparsity.rule = "taylor"``, with every schedule, distribution and pattern:
+
+>>> config = SparsityConfig(rule="taylor", sparsity=0.5, pattern="2:4")
+
+One topology step by hand: half of the 32 active weights go, as many come back, and 2 of every 4 stay active.
+
+>>> params = {"kernel": jax.random.normal(jax.random.key(0), (8, 8))}
+>>> grads = {"kernel": jax.random.normal(jax.random.key(1), (8, 8))}
+>>> masks = init_masks(jax.random.key(2), params, sparsity=0.5, filter=[("kernel", "matrix")], pattern="2:4")
+>>> new = prune_and_grow_tree(
+...     jax.random.key(3), params, grads, masks,
+...     target_nnz={"kernel": jnp.array([32])}, drop_fraction=0.5, rule=config.topology_rule,
+... )
+>>> int(new["kernel"].sum()), bool((new["kernel"] != masks["kernel"]).any())
+(32, True)
+>>> bool((new["kernel"].reshape(2, 4, 8).sum(1) == 2).all())
+True
+>>> del RULES["taylor"]
 """
 
 import zlib
@@ -10,17 +38,28 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from spdf_jax.errors import InputError
-from spdf_jax.sparsity.select import select_top_k
+from spdf_jax.sparsity.patterns import parse_pattern
 from spdf_jax.tree import named_leaves
 
 DropScore = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 def magnitude(weights: jax.Array, grads: jax.Array) -> jax.Array:
-    """``|w|``: SET, RigL, MST."""
+    """``|w|``: SET, RigL, MST, GMP, AC/DC."""
     return jnp.abs(weights)
+
+
+def magnitude_and_gradient(weights: jax.Array, grads: jax.Array) -> jax.Array:
+    """``|w| + lambda |g|`` (MEST, arXiv 2110.14032). lambda = 1 is our choice; another one is another function."""
+    return jnp.abs(weights) + jnp.abs(grads)
+
+
+def sensitivity(weights: jax.Array, grads: jax.Array) -> jax.Array:
+    """``|w / g|``, offered by MST's code; a weight of 0 scores 0 whatever its gradient."""
+    return jnp.where(weights == 0, jnp.zeros((), weights.dtype), jnp.abs(weights / grads))
 
 
 class Rule(NamedTuple):
@@ -30,20 +69,29 @@ class Rule(NamedTuple):
       evolves: whether there are topology steps at all.
       drop_fraction: initial share of the active weights exchanged at a topology step (decays by cosine in a stage).
       gradient_share: share of the grown weights picked by largest ``|g|``; the rest uniformly at random.
-      drop_score: the smallest scores are dropped.
+      drop_score: the smallest scores are dropped; not negative, since a block's score is the sum of their squares.
+      schedules: the schedules that it can follow; () means any.
+      pattern: inside a leaf, see `spdf_jax.sparsity.patterns`; a run takes its config's.
     """
 
     evolves: bool = True
     drop_fraction: float = 0.3
     gradient_share: float = 0.0
     drop_score: DropScore = magnitude
+    schedules: tuple[str, ...] = ()
+    pattern: str = "unstructured"
 
 
-RULES: Mapping[str, Rule] = {
-    "static": Rule(evolves=False),
+RULES: dict[str, Rule] = {
+    "static": Rule(evolves=False, schedules=("constant",)),
     "set": Rule(gradient_share=0.0),
     "rigl": Rule(gradient_share=1.0),
     "mst": Rule(gradient_share=0.75),  # r/(r+1) with r = 3 in the authors' code
+    "mest": Rule(gradient_share=0.0, drop_score=magnitude_and_gradient),
+    "sensitivity": Rule(gradient_share=0.75, drop_score=sensitivity),
+    # Nothing is exchanged: the schedule alone prunes, and AC/DC's dense turns bring everything back.
+    "gmp": Rule(drop_fraction=0.0, gradient_share=1.0, schedules=("cubic", "table")),
+    "acdc": Rule(drop_fraction=0.0, gradient_share=1.0, schedules=("alternate",)),
 }
 
 
@@ -57,27 +105,35 @@ def prune_and_grow(
     drop_fraction: jax.Array | float,
     gradient_share: float = 0.75,
     drop_score: DropScore = magnitude,
+    pattern: str = "unstructured",
 ) -> jax.Array:
-    """One topology update of one weight matrix.
+    """One topology step on one weight matrix (MST code; see the module's sources).
 
-    With n active weights now, ``n_prune = max(int(n * drop_fraction), n - target_nnz)`` of the smallest drop score are
-    dropped, then ``n_grow = n_prune - (n - target_nnz)`` of everything inactive, the just dropped included, are
-    activated: ``int(n_grow * gradient_share)`` by largest ``|grads|``, the rest uniformly at random. A weight dropped and
-    regrown at once keeps its value; the caller zeroes the others (``where(new_mask, weights, 0)`` does both).
+    Keeps the active weights of largest drop score, then activates others by largest ``|g|`` and at random. A weight dropped
+    and regrown at once keeps its value, since the caller only multiplies by the new mask; others start at 0.
+
+    In blocks the same happens to blocks. At N:M the drop is over the whole matrix; what grows is, by ``|g|`` and then at
+    random, the best that the groups have room for, so that every group ends with exactly N.
 
     Args:
-      key: PRNG key of the random growth.
-      weights: any shape, exactly 0 where the mask is False.
-      grads: **dense** gradient, same shape.
-      mask: bool, same shape.
-      target_nnz: active weights afterwards, 0 <= target_nnz <= size; may be traced, so a schedule compiles once.
-      drop_fraction: share of the active weights exchanged, in [0, 1]; may be traced.
+      key: PRNG key, used when ``gradient_share < 1``.
+      weights: any shape; exactly 0 where inactive.
+      grads: dense gradient of the same shape.
+      mask: bool of the same shape.
+      target_nnz: active weights afterwards, 0 <= target_nnz <= size; may be traced. A multiple of the block size; at N:M
+        N/M of the weights, or all.
+      drop_fraction: share of the active weights to exchange, in [0, 1]; may be traced. More is dropped where the target
+        asks for it.
       gradient_share: in [0, 1]; 1 is RigL, 0 is SET, 3/4 is MST.
       drop_score: ``(weights, grads) -> scores``.
+      pattern: ``unstructured`` | ``N:M`` | ``blockB``, see `spdf_jax.sparsity.patterns`.
 
     Returns:
       bool mask of the same shape with exactly `target_nnz` True. Ties go to the lowest index when kept or grown. A NaN
       score is the first to be dropped and the last to be grown.
+
+    Raises:
+      InputError: shapes that differ or do not divide into the pattern; a `target_nnz` (not traced) that it cannot have.
 
     >>> import jax, jax.numpy as jnp
     >>> w = jnp.array([4.0, -3.0, 0.5, 0.0]); g = jnp.array([0.0, 0.0, 0.0, 9.0]); m = w != 0
@@ -88,20 +144,22 @@ def prune_and_grow(
         raise InputError(
             f"prune_and_grow: weights {weights.shape}, grads {grads.shape} and mask {mask.shape} must have one shape"
         )
-    n = jnp.sum(mask, dtype=jnp.int32)
-    delta = n - jnp.asarray(target_nnz, jnp.int32)
-    n_prune = jnp.clip(jnp.floor(n * jnp.asarray(drop_fraction, jnp.float32)).astype(jnp.int32), delta, n)
-    n_grow = n_prune - delta
+    p = parse_pattern(pattern)
+    p.check_shape(weights.shape, "weights")
+    if isinstance(target_nnz, int | np.integer):
+        p.check_count(int(target_nnz), weights.size)
+    active, target = p.pool_mask(mask), jnp.asarray(target_nnz, jnp.int32) // p.unit_size
+    n = jnp.sum(active, dtype=jnp.int32)
+    n_prune = jnp.clip(jnp.floor(n * jnp.asarray(drop_fraction, jnp.float32)).astype(jnp.int32), n - target, n)
+    kept = p.select(p.pool(drop_score(weights, grads)), n - n_prune, target, among=active, taken=jnp.zeros_like(active))
+    n_grow = target - jnp.sum(kept, dtype=jnp.int32)
     # The float product rounds up past 2^24; never more than n_grow.
     n_by_gradient = jnp.minimum(jnp.floor(n_grow * gradient_share).astype(jnp.int32), n_grow)
-
-    kept = select_top_k(drop_score(weights, grads), n - n_prune, eligible=mask)
-    grown = select_top_k(jnp.abs(grads), n_by_gradient, eligible=~kept)
-    new = kept | grown
+    new = kept | p.select(p.pool(jnp.abs(grads)), n_by_gradient, target, among=~kept, taken=kept)
     if gradient_share < 1:
-        scores = jax.random.bits(key, weights.shape, jnp.uint32)
-        new = new | select_top_k(scores, n_grow - n_by_gradient, eligible=~new)
-    return new
+        scores = jax.random.bits(key, active.shape, jnp.uint32)
+        new = new | p.select(scores, n_grow - n_by_gradient, target, among=~new, taken=new)
+    return p.expand(new)
 
 
 def prune_and_grow_tree(
@@ -121,28 +179,33 @@ def prune_and_grow_tree(
       params, grads, masks: trees of one treedef; 0-d masks pass through.
       target_nnz: ``{leaf name: int32 [matrices]}``, one entry a matrix of the leaf.
       drop_fraction: scalar, shared.
-      rule: what to drop and grow.
+      rule: what to drop and grow, and in which pattern.
 
     Returns:
       New masks.
+
+    Raises:
+      InputError: an element mask without targets; a shape that does not divide into the pattern.
     """
 
     def update(name: str, w: jax.Array, g: jax.Array, mask: jax.Array) -> jax.Array:
+        if name not in target_nnz:
+            raise InputError(f"prune_and_grow_tree: target_nnz has no entry for {name!r}, which has an element mask")
         targets = target_nnz[name]
         keys = jax.random.split(jax.random.fold_in(key, zlib.crc32(name.encode())), targets.shape[0])
-        stacked = w.shape if targets.shape[0] == w.shape[0] else (1, *w.shape)
-        new = jax.vmap(
-            lambda k, w, g, m, n: prune_and_grow(
-                k,
-                w,
-                g,
-                m,
-                target_nnz=n,
+        stacked = w.shape if targets.shape[0] > 1 else (1, *w.shape)
+        # One matrix at a time: keys, scores and random bits of a whole stack would take several times its room.
+        new = jax.lax.map(
+            lambda matrix: prune_and_grow(
+                *matrix[:4],
+                target_nnz=matrix[4],
                 drop_fraction=drop_fraction,
                 gradient_share=rule.gradient_share,
                 drop_score=rule.drop_score,
-            )
-        )(keys, w.reshape(stacked), g.reshape(stacked), mask.reshape(stacked), targets)
+                pattern=rule.pattern,
+            ),
+            (keys, w.reshape(stacked), g.reshape(stacked), mask.reshape(stacked), targets),
+        )
         return new.reshape(mask.shape)
 
     leaves = [

@@ -64,6 +64,25 @@ def step_table(table: Mapping[float, float]) -> Curve:
     return Curve(lambda p: next(s for q, s in reversed(points) if q <= max(p, 0.0)), tuple(p for p, _ in points))
 
 
+def alternate(sparsity: float, warmup_end: float, alternation_end: float, cycles: int) -> Curve:
+    """AC/DC: dense to `warmup_end`, then `cycles` times sparse and dense in equal turns, sparse from `alternation_end` on.
+
+    Source: Peste et al., NeurIPS 2021 (arXiv 2106.12379), algorithm 1.
+
+    >>> curve = alternate(0.9, 0.2, 0.6, cycles=2)
+    >>> [curve(p) for p in (0.1, 0.25, 0.35, 0.45, 0.55, 0.65, 1.0)]
+    [0.0, 0.9, 0.0, 0.9, 0.0, 0.9, 0.9]
+    """
+    check_sparsity(sparsity)
+    _check_order("alternate", (0.0, warmup_end, alternation_end, 1.0))
+    if cycles < 1:
+        raise InputError(f"alternate: cycles {cycles} must be at least 1")
+    turn = (alternation_end - warmup_end) / (2 * cycles)
+    # Rounded, so that 0.2 + 0.1 is the 0.3 that a step divided by all steps gives.
+    turns = {round(warmup_end + i * turn, 12): 0.0 if i % 2 else sparsity for i in range(2 * cycles)}
+    return step_table({0.0: 0.0} | turns | {alternation_end: sparsity})
+
+
 def cosine_drop_fraction(initial: float, progress: float, start: float, end: float) -> float:
     """``initial/2 (1 + cos(pi (p - start)/(end - start)))``: RigL's decay, restarted at each stage by MST."""
     if end <= start:

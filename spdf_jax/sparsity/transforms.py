@@ -1,4 +1,4 @@
-"""Optax transforms that keep masked weights exactly zero.
+"""The optax transform that keeps masked weights exactly zero.
 
 The invariant lives in one place: the last transform of `sparse` overwrites the update of every masked weight, whatever the
 optimiser in between proposed. A caller who forgets ``masks=`` gets a TypeError, not a dense model.
@@ -12,7 +12,7 @@ import optax
 
 from spdf_jax.errors import InputError
 from spdf_jax.sparsity.masks import keep_where
-from spdf_jax.tree import check_same_structure, path_name
+from spdf_jax.tree import check_same_structure
 
 
 def sparse(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
@@ -49,40 +49,3 @@ def sparse(inner: optax.GradientTransformation) -> optax.GradientTransformationE
 
 def _hold_at_zero(mask: jax.Array, update: jax.Array, param: jax.Array) -> jax.Array:
     return update if mask.ndim == 0 else jnp.where(mask, update, -param)  # not in the update's dtype: exact
-
-
-def reset_masked_state(tx: optax.GradientTransformation, state: Any, params: Any, masks: Any) -> Any:
-    """Sets the optimiser's per-weight state (moments) of every masked weight to exactly 0.
-
-    Called after a topology change, so that a weight that grows back later starts from fresh moments. The state's
-    parameter-shaped trees are found by following shapes (`optax.tree.map_params`): any optax optimiser whose per-weight
-    state has its weight's shape works.
-
-    Args:
-      tx: the transformation that made `state`.
-      state: its state.
-      params: parameters, for shapes.
-      masks: mask tree.
-
-    Returns:
-      The state with zeros where masks are False.
-
-    Raises:
-      InputError: per-weight state of another shape (factored moments, say), which cannot be followed.
-    """
-    leaves_with_path, treedef = jax.tree_util.tree_flatten_with_path(params)
-    names = jax.tree.unflatten(treedef, [path_name(path) for path, _ in leaves_with_path])
-
-    def reset(value: Any, mask: jax.Array, name: str) -> Any:
-        if mask.ndim == 0 or isinstance(value, optax.MaskedNode):  # `optax.masked`, `partition`: no state here
-            return value
-        if value.shape != mask.shape:
-            raise InputError(
-                f"optimiser state of {name} has shape {value.shape}, its weight {mask.shape}: this state cannot be reset "
-                f"per weight; use an optimiser with element-wise state"
-            )
-        return keep_where(mask, value)
-
-    return optax.tree.map_params(
-        tx, reset, state, masks, names, is_leaf=lambda value: isinstance(value, optax.MaskedNode)
-    )

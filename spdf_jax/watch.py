@@ -1,0 +1,52 @@
+"""A run looked at from inside: its states one by one, in memory."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+
+from spdf_jax.config import RunConfig, check_devices
+from spdf_jax.data import prepare
+from spdf_jax.model import GPT
+from spdf_jax.plan import make_plan
+from spdf_jax.sharding import make_mesh
+from spdf_jax.state import TrainState, init_state, start_phase, state_shardings
+from spdf_jax.step import make_steps
+from spdf_jax.train import device_batches, evaluate, one_step
+
+
+def watch_training(config: RunConfig) -> Iterator[tuple[TrainState, dict[str, Any]]]:
+    """The steps of the run that ``spdf_jax.main`` would make of `config`, bit for bit, but leaving no files.
+
+    Args:
+      config: from `spdf_jax.resolve`.
+
+    Yields:
+      ``(state, metrics)``: at first the initial state with no metrics, then after every step the new state and that step's
+      metrics, with ``val_loss`` every ``loop.eval_every_steps`` and at the end of a phase, and ``churn`` after topology
+      steps. The next step reuses the state's memory: copy what you keep (`jax.device_get`) before going on.
+
+    Raises:
+      InputError: a config that does not fit the devices or the data.
+    """
+    mesh, model, plans = make_mesh(config.mesh), GPT(config.model), make_plan(config)
+    check_devices(config, mesh.shape["data"] * mesh.shape["fsdp"])
+    data = prepare(config.data, progress=False)
+    state = init_state(model, plans[0].tx, plans[0].config.sparsity, plans[0].filter, config.seed, mesh)
+    yield state, {}
+    for plan in plans:
+        phase, programme = plan.config, plan.programme
+        if plan.index:
+            reset = phase.reset_optimizer
+            state = start_phase(state, plan.tx, phase.sparsity, plan.filter, mesh, reset_optimizer=reset)
+        shardings, rule = state_shardings(mesh, plan.tx, state), programme.config.topology_rule
+        steps = make_steps(model, plan.tx, plan.learning_rate, rule, shardings, phase.optimizer.regrowth)
+        batches = device_batches(data, mesh, plan, config.seed, 0)
+        for local in range(phase.steps):
+            state, metrics = one_step(steps, plan, local, state, next(batches))
+            metrics = jax.device_get(metrics)
+            done = plan.start + local + 1
+            if done % config.loop.eval_every_steps == 0 or done == plan.end:
+                pattern, width = programme.attention(local)
+                metrics["val_loss"] = evaluate(config, data, mesh, steps, state.params, plan.seq_len, pattern, width)
+            yield state, metrics

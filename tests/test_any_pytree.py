@@ -1,0 +1,97 @@
+"""The core takes any pytree: a plain dict, and the parameters of Linen, NNX and Equinox models."""
+
+import equinox as eqx
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import spdf_jax as spdf
+from spdf_jax.tree import named_leaves
+
+KEY = jax.random.key(0)
+X = jax.random.normal(jax.random.key(1), (4, 8))
+
+
+def plain_dict():
+    up, down = jax.random.normal(KEY, (8, 16)), jax.random.normal(KEY, (16, 8))
+    params = {"layers": [{"kernel": up, "bias": jnp.zeros(16)}, {"kernel": down, "bias": jnp.zeros(8)}]}
+
+    def forward(params):
+        up, down = params["layers"]
+        bias = (jnp.broadcast_to(layer["bias"], (4, n)) for layer, n in ((up, 16), (down, 8)))
+        return jax.nn.relu(X @ up["kernel"] + next(bias)) @ down["kernel"] + next(bias)
+
+    return params, forward, ["layers/0/kernel", "layers/1/kernel"]
+
+
+class LinenModel(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(8, use_bias=False)(nn.relu(nn.Dense(16, use_bias=False)(x)))
+
+
+def linen():
+    model = LinenModel()
+    params = model.init(KEY, X)["params"]
+    return params, lambda params: model.apply({"params": params}, X), ["Dense_0/kernel", "Dense_1/kernel"]
+
+
+class NnxModel(nnx.Module):
+    def __init__(self, rngs):
+        self.up = nnx.Linear(8, 16, use_bias=False, rngs=rngs)
+        self.layers = nnx.List([nnx.Linear(16, 8, use_bias=False, rngs=rngs)])
+
+    def __call__(self, x):
+        return self.layers[0](nnx.relu(self.up(x)))
+
+
+def nnx_state():
+    graph, params = nnx.split(NnxModel(nnx.Rngs(0)), nnx.Param)
+    return params, lambda params: nnx.merge(graph, params)(X), ["layers/0/kernel", "up/kernel"]
+
+
+def equinox():
+    model = eqx.nn.MLP(8, 8, width_size=16, depth=1, use_bias=False, use_final_bias=False, key=KEY)
+    params, static = eqx.partition(model, eqx.is_array)
+    return params, lambda params: jax.vmap(eqx.combine(params, static))(X), ["layers/0/weight", "layers/1/weight"]
+
+
+@pytest.mark.parametrize("make", [plain_dict, linen, nnx_state, equinox])
+def test_masks_optimiser_topology_and_report_follow_the_tree_as_it_is(make, tmp_path):
+    params, forward, sparse_names = make()
+    filter = [(r"(kernel|weight)$", "matrix")]
+    masks = spdf.init_masks(KEY, params, sparsity=0.75, filter=filter)
+    assert jax.tree.structure(masks) == jax.tree.structure(params)
+    assert [row.name for row in spdf.mask_report(masks).rows] == sparse_names
+    params = spdf.apply_masks(params, masks)
+    tx = spdf.sparse(optax.adam(1e-2))
+    state = tx.init(params)
+
+    @jax.jit
+    def train(params, state, masks):
+        loss, grads = jax.value_and_grad(lambda p: jnp.mean((forward(p) - X) ** 2))(params)
+        updates, state = tx.update(grads, state, params, masks=masks)
+        return optax.apply_updates(params, updates), state, loss, grads
+
+    losses = []
+    for _ in range(30):
+        params, state, loss, grads = train(params, state, masks)
+        losses.append(float(loss))
+    assert losses[-1] < losses[0]
+    targets = {name: jnp.array([32]) for name in sparse_names}
+    new = spdf.prune_and_grow_tree(
+        KEY, params, grads, masks, target_nnz=targets, drop_fraction=0.5, rule=spdf.RULES["mst"]
+    )
+    assert jax.tree.structure(new) == jax.tree.structure(params)
+    report = spdf.mask_report(new, masks)
+    assert [(row.active, row.size) for row in report.rows] == [(32, 128)] * 2
+    assert all(row.churn > 0 for row in report.rows)
+    for (_, mask), (_, value) in zip(named_leaves(masks), named_leaves(params), strict=True):
+        assert not np.any(np.where(mask, 0, value))
+    spdf.save_masks(tmp_path / "m.safetensors", new)
+    loaded = spdf.load_masks(tmp_path / "m.safetensors", params)
+    assert all(bool((a == b).all()) for a, b in zip(jax.tree.leaves(loaded), jax.tree.leaves(new), strict=True))
