@@ -166,6 +166,13 @@ def _check_phase(run: RunConfig, name: str, phase: PhaseConfig) -> None:
             f"config.{name}.seq_len: {phase.seq_len} exceeds config.model.context {run.model.context}; "
             f"shorten the sequences or enlarge the context"
         )
+    density = 1 - phase.sparsity.sparsity if not phase.sparsity.dense else 1.0
+    mup = run.model.mup_base_width > 0
+    if mup and (abs(run.model.mup_density - density) > 1e-9 or phase.optimizer.density_exponent):
+        raise InputError(
+            f"config.model.mup_density: {run.model.mup_density} must be the density of phase {name!r}, {density:g}, and its "
+            f"optimizer.density_exponent 0: S-muPar scales the learning rate by 1/density itself"
+        )
     if phase.batch_size % phase.grad_accumulation_steps:
         raise InputError(
             f"config.{name}.batch_size: {phase.batch_size} is not divisible by grad_accumulation_steps "

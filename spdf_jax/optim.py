@@ -8,6 +8,7 @@ import jax
 import optax
 
 from spdf_jax.errors import InputError
+from spdf_jax.sparsity.mupar import scale_by_mup
 from spdf_jax.sparsity.regrowth import scale_by_density, scale_by_smet_adam
 from spdf_jax.sparsity.transforms import sparse
 from spdf_jax.tree import map_named
@@ -71,8 +72,12 @@ def learning_rate_schedule(config: OptimizerConfig, total_steps: int) -> Callabl
     return optax.join_schedules([warmup, after], [config.warmup_steps])
 
 
-def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformationExtraArgs:
+def make_optimizer(config: OptimizerConfig, multipliers: Any = None) -> optax.GradientTransformationExtraArgs:
     """The chain of one phase: masked gradients -> clip -> Adam -> decoupled decay -> -learning_rate -> hold zeros.
+
+    Args:
+      config: the optimiser.
+      multipliers: learning-rate multipliers by leaf, for `scale_by_mup`; None for none.
 
     Returns:
       A transformation with the keyword extras ``masks`` and ``learning_rate``. The learning rate comes from outside because
@@ -89,6 +94,7 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformationExtra
             adam,
             optax.add_decayed_weights(config.weight_decay, mask=_decayed),
             scale_by_density(config.density_exponent),
+            *([] if multipliers is None else [scale_by_mup(multipliers)]),
             _scale_by_given_learning_rate(),
         )
     )

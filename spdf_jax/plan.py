@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +13,7 @@ from spdf_jax.flops import head_size, linear_size, parameter_count, step_flops
 from spdf_jax.model import GPT
 from spdf_jax.optim import learning_rate_schedule, make_optimizer
 from spdf_jax.sparsity.masks import matrix_groups
+from spdf_jax.sparsity.mupar import mup_multipliers
 from spdf_jax.sparsity.programme import Programme
 from spdf_jax.state import abstract_params, abstract_state, sparse_filter
 from spdf_jax.tree import Filter
@@ -52,6 +53,7 @@ def make_plan(config: RunConfig) -> list[PhasePlan]:
     plans: list[PhasePlan] = []
     start = 0
     params = abstract_params(GPT(config.model))
+    multipliers = partial(mup_multipliers, config.model) if config.model.mup_base_width else None
     for index, (name, phase) in enumerate(config.phases.items()):
         filter = sparse_filter(phase.sparsity, config.model.tied_head)
         programme = Programme(phase.sparsity, matrix_groups(params, filter), phase.steps)
@@ -65,7 +67,7 @@ def make_plan(config: RunConfig) -> list[PhasePlan]:
                 seq_len=config.seq_len(phase),
                 filter=filter,
                 programme=programme,
-                tx=make_optimizer(phase.optimizer),
+                tx=make_optimizer(phase.optimizer, multipliers),
                 learning_rate=_shifted(learning_rate_schedule(phase.optimizer, phase.steps), start),
                 cost=_cost(config, phase, programme),
             )

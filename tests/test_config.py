@@ -2,10 +2,15 @@
 
 import json
 
+import jax
+import jax.numpy as jnp
 import pytest
 from ml_collections import ConfigDict
 
 import spdf_jax as spdf
+from spdf_jax import GPT
+from spdf_jax.plan import make_plan
+from spdf_jax.state import abstract_params
 
 
 def base():
@@ -66,3 +71,28 @@ def test_a_step_table_is_a_schedule():
     c.one.sparsity.table = ((0.0, 0.5), (0.5, 0.9))
     curve = spdf.resolve(c).phases["one"].sparsity.curve
     assert [curve(p) for p in (0.0, 0.49, 0.5, 1.0)] == [0.5, 0.5, 0.9, 0.9]
+
+
+def test_s_mupar_reaches_the_optimiser_and_must_agree_with_the_sparsity():
+    c = base()
+    c.phases = ("one",)
+    del c.two
+    c.one.sparsity.rule, c.one.sparsity.sparsity = "static", 0.75
+    c.model.mup_base_width, c.model.mup_density = 32, 0.25
+    plain = c.copy_and_resolve_references()
+    plain.model.mup_base_width = 0
+    params = abstract_params(GPT(spdf.resolve(c).model))
+    ones = jax.tree.map(lambda leaf: jnp.ones(leaf.shape), params)
+    steps = []
+    for config in (c, plain):
+        tx = make_plan(spdf.resolve(config))[0].tx
+        updates, _ = tx.update(ones, tx.init(ones), ones, masks=spdf.dense_masks(ones), learning_rate=1.0)
+        steps.append(updates)
+    ratio = jax.tree.map(lambda a, b: float(a.mean() / b.mean()), *steps)
+    assert ratio["blocks"]["mlp_up"]["kernel"] == pytest.approx(32 / 256 / 0.25)
+    assert ratio["wte"]["embedding"] == pytest.approx(1.0)
+    c.model.mup_base_width = 128
+    assert make_plan(spdf.resolve(c))
+    c.model.mup_density = 0.5
+    with pytest.raises(spdf.InputError, match=r"mup_density: 0\.5 must be the density of phase 'one', 0\.25"):
+        spdf.resolve(c)
