@@ -89,7 +89,7 @@ def test_a_topology_step_resets_what_left_or_came_or_keeps_everything(arm, text)
 
 
 MADE_UP = {
-    "losses": np.linspace(5, 4, 60).tolist(),
+    "losses": np.linspace(5, 4, 60),
     "val_losses": {"60": 4.1},
     "topology_steps": [26],
     "regrown_update_rms": np.linspace(2, 1, 24).tolist(),
@@ -100,7 +100,13 @@ MADE_UP = {
 def test_the_comparison_has_a_row_a_cell_and_is_resumed(tmp_path, monkeypatch, capsys):
     ran = []
     monkeypatch.setattr(cold_start, "FOLLOW_FROM_STEP", 20)
-    monkeypatch.setattr(cold_start, "run_cell", lambda config: ran.append(config.variant) or MADE_UP)
+
+    def run_cell(config):
+        ran.append(config.variant)
+        bump = 0.9 * (np.arange(60) >= 26) if config.variant == "b999_reset" else 0.0
+        return MADE_UP | {"losses": (MADE_UP["losses"] + bump).tolist()}
+
+    monkeypatch.setattr(cold_start, "run_cell", run_cell)
     cold_start.main(["--workdir", str(tmp_path), "--cells", "b95_keep"])
     assert ran == ["b95_keep"]
     assert not (tmp_path / "comparison.json").exists()
@@ -112,8 +118,8 @@ def test_the_comparison_has_a_row_a_cell_and_is_resumed(tmp_path, monkeypatch, c
     row = rows[6]
     assert (row["update_rms_peak"], row["peak_at_step"], row["peak_over_established"]) == (2.0, 1, 8.0)
     assert row["analytic_peak"] == pytest.approx(6.57, abs=0.01)
-    # A loss that falls by 1/59 a step: steps 0..9 after the change, against the five up to it.
-    assert row["loss_rise_after_topology"] == pytest.approx(-7.5 / 59, abs=1e-6)
+    # One loss of nine jumps by 0.9: by 0.8 against their mean, and the others fall by 0.1.
+    assert [r["loss_rise_after_topology"] for r in rows] == pytest.approx([-0.1] * 6 + [0.8] + [-0.1] * 2)
     assert (tmp_path / "comparison.md").read_text().count("\n| 0.9") == 9
     assert (tmp_path / "comparison.svg").stat().st_size > 10_000
     assert "| 0.999 | smet |" in capsys.readouterr().out
