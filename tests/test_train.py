@@ -1,11 +1,13 @@
 """The loop as a whole: exact zeros in every checkpoint, the same bits after kill -9, nothing compiled twice, phases."""
 
+import errno
 import json
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -14,6 +16,7 @@ import pytest
 from tiny import tiny_config, write_text
 
 import spdf_jax as spdf
+from spdf_jax import checkpoint as checkpointing
 from spdf_jax import jobs, train
 from spdf_jax.plan import make_plan, total_cost
 from spdf_jax.tracking import read_metrics
@@ -175,3 +178,47 @@ def test_evaluate_gives_the_last_validation_loss(uninterrupted, text):
     summary = json.loads((uninterrupted / "summary.json").read_text())
     assert result["val_loss"] == pytest.approx(summary["val_loss"], abs=1e-6)
     assert 1 < result["perplexity_per_byte"] < result["perplexity"]
+
+
+def test_no_room_for_a_checkpoint_stops_before_writing_and_the_run_goes_on_later(text, tmp_path, monkeypatch):
+    config = spdf.resolve(tiny_config(text, text.parent / "cache"))
+    save = checkpointing.Checkpoints.save
+
+    def full_from_step_30(self, state, record):
+        if int(state.step) == 30:
+            monkeypatch.setattr(checkpointing.shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+        save(self, state, record)
+
+    monkeypatch.setattr(checkpointing.Checkpoints, "save", full_from_step_30)
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        jobs.train(config, tmp_path, progress=False)
+    assert caught.value.errno == errno.ENOSPC
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["10", "20"]
+    monkeypatch.undo()
+    assert jobs.train(config, tmp_path, progress=False)["status"] == "finished"
+
+
+def test_a_disk_that_fills_while_a_save_is_written_is_named(tmp_path):
+    checkpoints = checkpointing.Checkpoints(tmp_path)
+    with pytest.raises(OSError, match="No space left on device") as caught, checkpoints._full_disk_named():
+        raise ValueError("RESOURCE_EXHAUSTED: Failed to write 116 bytes: No space left on device [os_error_code='28']")
+    assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(tmp_path))
+    with pytest.raises(ValueError, match="something else"), checkpoints._full_disk_named():
+        raise ValueError("something else")
+    checkpoints.close()
+
+
+def test_going_sparse_with_the_optimiser_carried_over_leaves_no_moment_under_the_masks(text, tmp_path):
+    c = tiny_config(text, text.parent / "cache")
+    c.pretrain.steps, c.finetune.steps = 5, 1
+    c.pretrain.sparsity.rule = "dense"
+    c.finetune.sparsity.rule, c.finetune.sparsity.sparsity, c.finetune.reset_optimizer = "static", 0.5, False
+    jobs.train(spdf.resolve(c), tmp_path, progress=False)
+    arrays, name = checkpoint(tmp_path, 6), "blocks/mlp_up/kernel"
+    masked = ~unpacked(arrays, name)
+    assert masked.sum() == masked.size // 2
+    state_of_leaf = [k for k in arrays if k.endswith(name) and not k.startswith("masks/")]
+    assert len(state_of_leaf) == 3
+    for key in state_of_leaf:
+        assert not arrays[key][masked].any(), key
+        assert arrays[key][~masked].any(), key
