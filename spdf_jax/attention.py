@@ -1,19 +1,10 @@
 """Causal attention in five patterns, each of which skips what it does not attend to, forward and backward.
 
-A pattern is defined on the distance ``d = i - j >= 0`` from a query at position i to a key at j, and a width w:
-
-=================  ===================================================================================
-``causal``         every d
-``local``          d < w
-``strided``        d mod w = 0
-``local_strided``  either of the two
-``fixed``          the own block of w positions, and the last position of every earlier block
-=================  ===================================================================================
-
-Each is a union of *bands*: fold the positions, then attend ``near <= d < far`` within each folded row. Folding by
-residue modulo w makes ``strided`` dense; folding by block makes the own block of ``fixed`` dense. A band is computed in
-square tiles, those outside it never; bands and tiles are merged by their log-sum-exp. Only the output and the
-log-sum-exp are kept for the backward pass, which computes the probabilities again: memory is linear in the length.
+Each pattern (`spdf_jax.attention_patterns`) is a union of *bands*: fold the positions, then attend ``near <= d < far``
+within each folded row. Folding by residue modulo w makes ``strided`` dense; folding by block makes the own block of
+``fixed`` dense. A band is computed in square tiles, those outside it never; bands and tiles are merged by their
+log-sum-exp. Only the output and the log-sum-exp are kept for the backward pass, which computes the probabilities again:
+memory is linear in the length.
 
 Shape legend: B batch, T positions, H heads, D head size; folded: G rows of L positions; tiled: N blocks of C positions.
 
@@ -27,12 +18,10 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
+from spdf_jax.attention_patterns import check_pattern
 from spdf_jax.errors import InputError
-
-PATTERNS = ("causal", "local", "strided", "local_strided", "fixed")
 
 # Stands for -inf in scores and log-sum-exps: exp gives exactly 0 beside a real score, and no difference is NaN.
 _NOWHERE = -1e30
@@ -53,7 +42,7 @@ def attention(
       q_BTHD: queries.
       k_BTHD: keys, same shape and dtype.
       v_BTHD: values, same shape and dtype.
-      pattern: one of ``PATTERNS``.
+      pattern: one of `spdf_jax.attention_patterns.PATTERNS`.
       width: the pattern's width in positions; ``causal`` has none and ignores it.
 
     Returns:
@@ -73,108 +62,11 @@ def attention(
         )
     if not (q_BTHD.dtype == k_BTHD.dtype == v_BTHD.dtype and jnp.issubdtype(q_BTHD.dtype, jnp.floating)):
         raise InputError(f"q, k, v are {q_BTHD.dtype}, {k_BTHD.dtype}, {v_BTHD.dtype}: give one floating-point dtype")
-    _check(pattern, q_BTHD.shape[1], width)
+    check_pattern(pattern, q_BTHD.shape[1], width)
     # The one choice by hardware: accelerators have dense kernels of their own; on CPU the tiles are 1.5 to 10 times faster.
     if pattern == "causal" and jax.default_backend() != "cpu":
         return _accelerator_causal(q_BTHD, k_BTHD, v_BTHD)
     return _attention(q_BTHD, k_BTHD, v_BTHD, pattern, width)
-
-
-def pattern_mask(pattern: str, length: int, width: int) -> np.ndarray:
-    """The definition of a pattern, as a dense mask for tests and pictures.
-
-    Args:
-      pattern: one of ``PATTERNS``.
-      length: number of positions T.
-      width: the pattern's width in positions.
-
-    Returns:
-      mask_TT, bool: whether query i (row) attends to key j (column).
-
-    Raises:
-      InputError: unknown pattern, length or width below 1.
-
-    >>> pattern_mask("fixed", 5, 2).astype(int)
-    array([[1, 0, 0, 0, 0],
-           [1, 1, 0, 0, 0],
-           [0, 1, 1, 0, 0],
-           [0, 1, 1, 1, 0],
-           [0, 1, 0, 1, 1]])
-    """
-    _check(pattern, length, width)
-    i, j = np.ogrid[:length, :length]
-    d = i - j
-    kept = {
-        "causal": d >= 0,
-        "local": d < width,
-        "strided": d % width == 0,
-        "local_strided": (d < width) | (d % width == 0),
-        "fixed": (i // width == j // width) | (j % width == width - 1),
-    }
-    return kept[pattern] & (d >= 0)
-
-
-def attended_pairs(pattern: str, length: int, width: int) -> int:
-    """Exact number of (query, key) pairs of a pattern, in closed form.
-
-    Args:
-      pattern: one of ``PATTERNS``.
-      length: number of positions T.
-      width: the pattern's width in positions.
-
-    Returns:
-      ``pattern_mask(pattern, length, width).sum()``, without the array.
-
-    Raises:
-      InputError: unknown pattern, length or width below 1.
-
-    >>> attended_pairs("causal", 1024, 128), attended_pairs("local_strided", 1024, 128)
-    (524800, 126528)
-    """
-    _check(pattern, length, width)
-    blocks, rest = divmod(length, width)
-    reach = min(length, width)
-    local = _triangle(reach) + (length - reach) * width
-    strided = width * _triangle(blocks) + rest * (blocks + 1)
-    return {
-        "causal": _triangle(length),
-        "local": local,
-        "strided": strided,
-        "local_strided": local + strided - length,  # the two share exactly d = 0
-        "fixed": blocks * _triangle(width) + _triangle(rest) + width * _triangle(blocks - 1) + rest * blocks,
-    }[pattern]
-
-
-def causal_share(pattern: str, length: int, width: int) -> float:
-    """Share of the causal triangle that a pattern attends to.
-
-    Args:
-      pattern: one of ``PATTERNS``.
-      length: number of positions T.
-      width: the pattern's width in positions.
-
-    Returns:
-      ``attended_pairs`` of the pattern over that of ``causal``, in (0, 1].
-
-    Raises:
-      InputError: unknown pattern, length or width below 1.
-
-    >>> [round(causal_share(pattern, 1024, 128), 3) for pattern in PATTERNS]
-    [1.0, 0.234, 0.009, 0.241, 0.133]
-    """
-    return attended_pairs(pattern, length, width) / attended_pairs("causal", length, width)
-
-
-def _check(pattern: str, length: int, width: int) -> None:
-    if pattern not in PATTERNS:
-        raise InputError(f"attention pattern {pattern!r} is unknown: use one of {', '.join(PATTERNS)}")
-    for name, value in (("length", length), ("width", width)):
-        if value != int(value) or value < 1:
-            raise InputError(f"attention {name} is {value!r}: it must be an integer of at least 1")
-
-
-def _triangle(n: int) -> int:
-    return n * (n + 1) // 2
 
 
 def _accelerator_causal(q_BTHD: jax.Array, k_BTHD: jax.Array, v_BTHD: jax.Array) -> jax.Array:

@@ -8,7 +8,7 @@ are exact integers, so that a resumed run continues its totals to the last FLOP.
 
 from collections.abc import Mapping
 
-from spdf_jax.attention import causal_share
+from spdf_jax.attention_patterns import causal_share
 from spdf_jax.errors import InputError
 from spdf_jax.model import GPTConfig
 

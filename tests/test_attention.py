@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from spdf_jax.attention import PATTERNS, attended_pairs, attention, causal_share, pattern_mask
+from spdf_jax.attention import attention
+from spdf_jax.attention_patterns import PATTERNS, attended_pairs, causal_share, pattern_mask
 from spdf_jax.errors import InputError
 
 # Widths that divide the length, do not, and exceed it; with both ends of each.

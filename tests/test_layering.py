@@ -16,6 +16,7 @@ FLOORS = [
         "sparsity.schedules",
         "sharding",
         "losses",
+        "attention_patterns",
         "attention",
     ],
     [
@@ -38,6 +39,7 @@ FLOORS = [
 # Within a floor that lists both, the left may be used by the right.
 SAME_FLOOR = {
     ("errors", "tree"),
+    ("attention_patterns", "attention"),
     ("sparsity.select", "sparsity.patterns"),
     ("sparsity.patterns", "sparsity.distributions"),
     ("sparsity.distributions", "sparsity.schedules"),

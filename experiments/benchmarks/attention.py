@@ -25,7 +25,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spdf_jax.attention import PATTERNS, attention, causal_share
+from spdf_jax.attention import attention
+from spdf_jax.attention_patterns import PATTERNS, causal_share
 
 BASELINE = "jax.nn"
 

@@ -37,7 +37,7 @@ class SparsityConfig:
       drop_fraction: initial share exchanged; -1 takes the rule's.
       sparsify_head: whether the output head (tied to the embedding or not) is sparse too.
       init: ``random`` or ``magnitude`` initial masks.
-      attention_pattern, attention_width: sparse attention, see `spdf_jax.attention`, used while progress is in
+      attention_pattern, attention_width: sparse attention, see `spdf_jax.attention_patterns`, used while progress is in
         [attention_start, attention_end); causal outside.
     """
 
