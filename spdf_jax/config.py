@@ -149,12 +149,7 @@ def resolve(config: ConfigDict) -> RunConfig:
     for name, phase in run.phases.items():
         _check_phase(run, name, phase)
     for before, (name, phase) in zip(run.phases.values(), list(run.phases.items())[1:], strict=False):
-        own_step = {p.optimizer.regrowth == "smet" for p in (before, phase)}
-        if not phase.reset_optimizer and len(own_step) > 1:
-            raise InputError(
-                f"config.{name}.reset_optimizer: False cannot carry the state over, since optimizer.regrowth "
-                f"{before.optimizer.regrowth!r} and {phase.optimizer.regrowth!r} differ in it; make them equal, or reset"
-            )
+        _check_transition(before, name, phase)
     return run
 
 
@@ -173,10 +168,30 @@ def _check_phase(run: RunConfig, name: str, phase: PhaseConfig) -> None:
             f"config.model.mup_density: {run.model.mup_density} must be the density of phase {name!r}, {density:g}, and its "
             f"optimizer.density_exponent 0: S-muPar scales the learning rate by 1/density itself"
         )
+    if phase.sparsity.topology_rule.evolve and phase.optimizer.regrowth != "keep":
+        raise InputError(
+            f"config.{name}.optimizer.regrowth: rule {phase.sparsity.rule!r} looks after the optimiser's state itself; use "
+            f"'keep', not {phase.optimizer.regrowth!r}"
+        )
     if phase.batch_size % phase.grad_accumulation_steps:
         raise InputError(
             f"config.{name}.batch_size: {phase.batch_size} is not divisible by grad_accumulation_steps "
             f"{phase.grad_accumulation_steps}"
+        )
+
+
+def _check_transition(before: PhaseConfig, name: str, phase: PhaseConfig) -> None:
+    state = {(p.optimizer.regrowth == "smet", p.sparsity.topology_rule.optimizer) for p in (before, phase)}
+    if not phase.reset_optimizer and len(state) > 1:
+        raise InputError(
+            f"config.{name}.reset_optimizer: False cannot carry the state over, since rule {before.sparsity.rule!r} with "
+            f"optimizer.regrowth {before.optimizer.regrowth!r} and rule {phase.sparsity.rule!r} with "
+            f"{phase.optimizer.regrowth!r} keep different state; make them alike, or reset"
+        )
+    if phase.sparsity.topology_rule.evolve and not before.sparsity.dense:
+        raise InputError(
+            f"config.{name}.sparsity.rule: {phase.sparsity.rule!r} ranks all weights, and after a sparse phase the masked ones "
+            f"are 0; put it first, or after a dense phase"
         )
 
 

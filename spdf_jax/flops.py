@@ -74,7 +74,7 @@ def step_flops(
     active: Mapping[str, int],
     pattern: str = "causal",
     width: int = 128,
-    dense_gradient: bool = False,
+    gradient: Mapping[str, int] | None = None,
 ) -> int:
     """Exact FLOPs of one step on real masks.
 
@@ -85,19 +85,23 @@ def step_flops(
       active: active weights of every sparse leaf, all layers together; leaves left out count dense.
       pattern: attention pattern.
       width: its width.
-      dense_gradient: a topology step, whose weight gradients are dense (2 of 3 products stay sparse).
+      gradient: weights whose gradient is needed, as `active`, where these are not the active ones (one product of three):
+        all of them at a topology step, the explored ones of Top-KAST.
 
     Returns:
       FLOPs.
     """
-    head_name = "wte/embedding" if config.tied_head else "head/kernel"
-    blocks = {name: n for name, n in active.items() if name != head_name}
-    sizes = {name: _leaf_size(config, name) for name in blocks}
-    nnz = linear_size(config) - sum(sizes.values()) + sum(blocks.values()) + active.get(head_name, head_size(config))
-    full = linear_size(config) + head_size(config)
-    weights = 2 * (2 * nnz + (full if dense_gradient else nnz))
+    nnz = _active_linear_and_head(config, active)
+    weights = 2 * (2 * nnz + (nnz if gradient is None else _active_linear_and_head(config, gradient)))
     attention = round(3 * 4 * seq_len * config.d_model * config.n_layer * causal_share(pattern, seq_len, width))
     return sequences * seq_len * (weights + attention)
+
+
+def _active_linear_and_head(config: GPTConfig, active: Mapping[str, int]) -> int:
+    head_name = "wte/embedding" if config.tied_head else "head/kernel"
+    blocks = {name: n for name, n in active.items() if name != head_name}
+    missing = sum(_leaf_size(config, name) - n for name, n in blocks.items())
+    return linear_size(config) - missing + active.get(head_name, head_size(config))
 
 
 def _leaf_size(config: GPTConfig, name: str) -> int:

@@ -72,12 +72,17 @@ def learning_rate_schedule(config: OptimizerConfig, total_steps: int) -> Callabl
     return optax.join_schedules([warmup, after], [config.warmup_steps])
 
 
-def make_optimizer(config: OptimizerConfig, multipliers: Any = None) -> optax.GradientTransformationExtraArgs:
+def make_optimizer(
+    config: OptimizerConfig,
+    multipliers: Any = None,
+    wrap: Callable[..., optax.GradientTransformationExtraArgs] = sparse,
+) -> optax.GradientTransformationExtraArgs:
     """The chain of one phase: masked gradients -> clip -> Adam -> decoupled decay -> -learning_rate -> hold zeros.
 
     Args:
       config: the optimiser.
       multipliers: learning-rate multipliers by leaf, for `scale_by_mup`; None for none.
+      wrap: what masks the gradients and holds the zeros, see `spdf_jax.Rule.optimizer`.
 
     Returns:
       A transformation with the keyword extras ``masks`` and ``learning_rate``. The learning rate comes from outside because
@@ -88,7 +93,7 @@ def make_optimizer(config: OptimizerConfig, multipliers: Any = None) -> optax.Gr
     if config.regrowth == "smet":
         warmup_steps = config.regrowth_warmup_steps
         adam = scale_by_smet_adam(config.beta1, config.beta2, config.eps, warmup_steps=warmup_steps)
-    return sparse(
+    return wrap(
         optax.chain(
             clip,
             adam,

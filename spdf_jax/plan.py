@@ -1,6 +1,6 @@
 """What a config will do, worked out before anything runs: its phases, exact sparsity targets, tokens and FLOPs."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, NamedTuple
@@ -67,7 +67,7 @@ def make_plan(config: RunConfig) -> list[PhasePlan]:
                 seq_len=config.seq_len(phase),
                 filter=filter,
                 programme=programme,
-                tx=make_optimizer(phase.optimizer, multipliers),
+                tx=make_optimizer(phase.optimizer, multipliers, programme.config.topology_rule.optimizer),
                 learning_rate=_shifted(learning_rate_schedule(phase.optimizer, phase.steps), start),
                 cost=_cost(config, phase, programme),
             )
@@ -86,21 +86,24 @@ def _cost(config: RunConfig, phase: PhaseConfig, programme: Programme) -> Callab
     tokens = phase.batch_size * seq_len
     dense = step_flops(config.model, seq_len=seq_len, sequences=phase.batch_size, active={})
 
+    def totals(counts: Mapping[str, int]) -> dict[str, int]:
+        return {name: n * programme.groups[name].count for name, n in counts.items()}
+
     @cache
-    def flops(level: float, pattern: str, width: int, dense_gradient: bool) -> int:
+    def flops(level: float, moves: bool, pattern: str, width: int) -> int:
         return step_flops(
             config.model,
             seq_len=seq_len,
             sequences=phase.batch_size,
-            active={name: n * programme.groups[name].count for name, n in programme.counts_for(level).items()},
+            active=totals(programme.counts_for(level)),
+            gradient=totals(programme.gradient_counts(level, moves)),
             pattern=pattern,
             width=width,
-            dense_gradient=dense_gradient,
         )
 
     def cost(step: int) -> StepCost:
-        topology = programme.topology(step) is not None
-        return StepCost(tokens, flops(programme.level(step), *programme.attention(step), topology), dense)
+        moves = programme.topology(step) is not None
+        return StepCost(tokens, flops(programme.level(step), moves, *programme.attention(step)), dense)
 
     return cost
 
@@ -129,7 +132,8 @@ def flops_without_head(config: RunConfig, plans: list[PhasePlan]) -> tuple[int, 
         tokens = plan.config.batch_size * plan.seq_len
         for step in range(plan.config.steps):
             cost, active = plan.cost(step), plan.programme.active(step).get(head_name, size)
-            weight_gradient = size if plan.programme.topology(step) else active
+            moves = plan.programme.topology(step) is not None
+            weight_gradient = plan.programme.gradient_counts(plan.programme.level(step), moves).get(head_name, size)
             train += cost.train_flops - tokens * 2 * (2 * active + weight_gradient)
             dense += cost.dense_flops - tokens * 6 * size
     return train, dense

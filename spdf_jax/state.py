@@ -111,8 +111,9 @@ def start_phase(
         if any(mask.ndim for mask in jax.tree.leaves(state.masks)):
             return state
         masks = _masks(jax.random.fold_in(state.key, state.step), state.params, config, filter)
-        opt_state = reset_masked_state(tx, state.opt_state, state.params, masks)
-        return state.replace(masks=masks, params=apply_masks(state.params, masks), opt_state=opt_state)
+        if not reset_optimizer:
+            state = state.replace(opt_state=reset_masked_state(tx, state.opt_state, state.params, masks))
+        return state.replace(masks=masks, params=apply_masks(state.params, masks))
 
     # Laid out like every later state of the phase, so that its first step compiles no extra program.
     return jax.jit(start, out_shardings=state_shardings(mesh, tx, jax.eval_shape(start, state)))(state)
@@ -127,8 +128,8 @@ def _fresh(model: nn.Module, tx: Any, config: SparsityConfig, filter: Filter, ke
     param_key, mask_key, run_key = jax.random.split(key, 3)
     params = model.init(param_key, jnp.zeros((1, 1), jnp.int32))["params"]
     masks = dense_masks(params) if config.dense else _masks(mask_key, params, config, filter)
-    params = apply_masks(params, masks)
-    return TrainState(jnp.zeros((), jnp.int32), params, masks, tx.init(params), run_key)
+    opt_state = tx.init(params)  # Top-KAST's keeps the values of masked weights; moments start at 0 in any case
+    return TrainState(jnp.zeros((), jnp.int32), apply_masks(params, masks), masks, opt_state, run_key)
 
 
 def _masks(key: jax.Array, params: Any, config: SparsityConfig, filter: Filter) -> Any:

@@ -17,8 +17,7 @@ import optax
 from spdf_jax.data import Batch
 from spdf_jax.losses import cross_entropy
 from spdf_jax.sparsity.masks import apply_masks
-from spdf_jax.sparsity.regrowth import reset_masked_state
-from spdf_jax.sparsity.rules import Rule, prune_and_grow_tree
+from spdf_jax.sparsity.rules import Rule, evolve
 from spdf_jax.state import TrainState
 from spdf_jax.tree import named_leaves
 
@@ -104,18 +103,22 @@ def topology_step(
     pattern: str,
     width: int,
 ) -> tuple[TrainState, dict[str, Any]]:
-    """Prunes and grows every sparse matrix by the dense gradient of this batch; new weights start at 0."""
+    """Moves the masks of every sparse matrix by the rule, given the dense gradient of this batch; the optimiser rests."""
     loss, grads = loss_and_grads(model, state, batch_ABT, pattern=pattern, width=width)
     key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), 1)
-    masks = prune_and_grow_tree(
-        key, state.params, grads, state.masks, target_nnz=target_nnz, drop_fraction=drop_fraction, rule=rule
+    params, masks, opt_state = (rule.evolve or evolve)(
+        key,
+        tx,
+        state.params,
+        grads,
+        state.masks,
+        state.opt_state,
+        target_nnz=target_nnz,
+        drop_fraction=drop_fraction,
+        rule=rule,
+        regrowth=regrowth,
     )
     old = dict(named_leaves(state.masks))
-    opt_state = state.opt_state
-    if regrowth != "keep":  # one dropped and regrown at once stays active, and keeps its state
-        stayed = jax.tree.map(jnp.logical_and, state.masks, masks)
-        opt_state = reset_masked_state(tx, opt_state, state.params, stayed)
-    params = apply_masks(state.params, masks)
     new = state.replace(step=state.step + 1, params=params, masks=masks, opt_state=opt_state)
     metrics = {
         "loss": loss,

@@ -24,6 +24,7 @@ FLOORS = [
         "sparsity.rules",
         "sparsity.transforms",
         "sparsity.regrowth",
+        "sparsity.topkast",
         "sparsity.mupar",
         "sparsity.scaling",
     ],
@@ -44,7 +45,11 @@ SAME_FLOOR = {
     ("sparsity.patterns", "sparsity.distributions"),
     ("sparsity.distributions", "sparsity.schedules"),
     ("model", "flops"),
-} | {("sparsity.masks", other) for other in ("sparsity.rules", "sparsity.transforms", "sparsity.regrowth")}
+    ("sparsity.transforms", "sparsity.rules"),
+    ("sparsity.regrowth", "sparsity.rules"),
+    ("sparsity.transforms", "sparsity.topkast"),
+    ("sparsity.rules", "sparsity.topkast"),
+} | {("sparsity.masks", f"sparsity.{other}") for other in ("rules", "transforms", "regrowth", "topkast")}
 ROOMS = {
     "grain": {"data"},
     "tensorflow_datasets": {"data"},

@@ -113,6 +113,7 @@ def test_the_rules_are_those_of_their_sources():
         "sensitivity": (0.75, 0.3),
         "gmp": (1.0, 0.0),
         "acdc": (1.0, 0.0),
+        "topkast": (0.0, 0.0),  # nothing is exchanged: the largest of all values compute
     }
 
 

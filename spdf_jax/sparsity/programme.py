@@ -14,7 +14,9 @@ from spdf_jax.sparsity import schedules
 from spdf_jax.sparsity.distributions import DISTRIBUTIONS, MatrixGroup, check_sparsity, target_counts
 from spdf_jax.sparsity.patterns import parse_pattern
 from spdf_jax.sparsity.rules import RULES, Rule
+from spdf_jax.sparsity.topkast import TOPKAST
 
+RULES["topkast"] = TOPKAST
 SCHEDULES = ("constant", "cubic", "three_phases", "table", "alternate")
 
 
@@ -35,6 +37,7 @@ class SparsityConfig:
       update_every_steps: topology step interval.
       stop_fraction: no topology steps past this progress (RigL: 0.75).
       drop_fraction: initial share exchanged; -1 takes the rule's.
+      exploration: share of the weights that get gradients without being active (Top-KAST); -1 takes the rule's.
       sparsify_head: whether the output head (tied to the embedding or not) is sparse too.
       init: ``random`` or ``magnitude`` initial masks.
       attention_pattern, attention_width: sparse attention, see `spdf_jax.attention_patterns`, used while progress is in
@@ -54,6 +57,7 @@ class SparsityConfig:
     update_every_steps: int = 100
     stop_fraction: float = 1.0
     drop_fraction: float = -1.0
+    exploration: float = -1.0
     sparsify_head: bool = False
     init: str = "random"
     attention_pattern: str = "causal"
@@ -94,9 +98,11 @@ class SparsityConfig:
 
     @property
     def topology_rule(self) -> Rule:
-        """The rule with this config's pattern and drop fraction."""
+        """The rule with this config's pattern, drop fraction and exploration."""
         rule = RULES["static" if self.dense else self.rule]._replace(pattern=self.pattern)
-        return rule if self.drop_fraction < 0 else rule._replace(drop_fraction=self.drop_fraction)
+        if self.drop_fraction >= 0:
+            rule = rule._replace(drop_fraction=self.drop_fraction)
+        return rule if self.exploration < 0 else rule._replace(exploration=self.exploration)
 
     @cached_property
     def curve(self) -> schedules.Curve:
@@ -152,15 +158,22 @@ class Programme:
         """The target if `step` is a topology step. Masks that would not change by it (dense, or no exchange) need none."""
         config, rule = self.config, self.config.topology_rule
         progress = step / self.total_steps
-        if not rule.evolves or step == 0 or step % config.update_every_steps or progress > config.stop_fraction:
+        own = rule.evolve is not None
+        due = rule.evolves and step % config.update_every_steps == 0 and (step > 0 or own)
+        if not due or progress > config.stop_fraction:
             return None
         target = self.counts_for(config.curve(progress))
         dense = all(n == self.groups[name].size for name, n in target.items())
-        if target == self.counts(step) and (dense or rule.drop_fraction == 0):
+        if target == self.counts(step) and (dense or (rule.drop_fraction == 0 and not own)):
             return None
         start, end = config.curve.stage(progress)
         zeta = schedules.cosine_drop_fraction(rule.drop_fraction, progress, start, min(end, config.stop_fraction))
         return TopologyTarget(target, zeta)
+
+    def gradient_counts(self, level: float, moves: bool) -> Mapping[str, int]:
+        """Weights of one matrix of every sparse leaf that get a gradient at a sparsity: all where topology moves."""
+        sizes, rule = {name: group.size for name, group in self.groups.items()}, self.config.topology_rule
+        return sizes if moves else {n: rule.explored_count(k, sizes[n]) for n, k in self.counts_for(level).items()}
 
     def attention(self, step: int) -> tuple[str, int]:
         """Attention pattern and width of `step`."""

@@ -39,9 +39,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from spdf_jax.errors import InputError
+from spdf_jax.sparsity.masks import apply_masks
 from spdf_jax.sparsity.patterns import parse_pattern
+from spdf_jax.sparsity.regrowth import reset_masked_state
+from spdf_jax.sparsity.transforms import sparse
 from spdf_jax.tree import named_leaves
 
 DropScore = Callable[[jax.Array, jax.Array], jax.Array]
@@ -72,6 +76,9 @@ class Rule(NamedTuple):
       drop_score: the smallest scores are dropped; not negative, since a block's score is the sum of their squares.
       schedules: the schedules that it can follow; () means any.
       pattern: inside a leaf, see `spdf_jax.sparsity.patterns`; a run takes its config's.
+      exploration: share of a matrix's weights that get gradients at every step without being active (Top-KAST's M).
+      optimizer: what keeps masked weights at zero, around the optimiser: `spdf_jax.sparse`, or the rule's own.
+      evolve: a topology step of the rule's own in the place of `evolve`, taken at the very first step too; None for none.
     """
 
     evolves: bool = True
@@ -80,6 +87,15 @@ class Rule(NamedTuple):
     drop_score: DropScore = magnitude
     schedules: tuple[str, ...] = ()
     pattern: str = "unstructured"
+    exploration: float = 0.0
+    optimizer: Callable[[optax.GradientTransformation], optax.GradientTransformationExtraArgs] = sparse
+    evolve: Callable[..., tuple[Any, Any, Any]] | None = None
+
+    def explored_count(self, active: Any, size: int) -> Any:
+        """Weights of a matrix that get gradients when `active` of its `size` compute; whole units of the pattern."""
+        unit = parse_pattern(self.pattern).unit_size
+        explored = active + int(self.exploration * size) // unit * unit
+        return min(explored, size) if isinstance(active, int) else jnp.minimum(explored, size)
 
 
 RULES: dict[str, Rule] = {
@@ -215,3 +231,34 @@ def prune_and_grow_tree(
         )
     ]
     return jax.tree.unflatten(jax.tree.structure(masks), leaves)
+
+
+def evolve(
+    key: jax.Array,
+    tx: optax.GradientTransformation,
+    params: Any,
+    grads: Any,
+    masks: Any,
+    opt_state: Any,
+    *,
+    target_nnz: Mapping[str, jax.Array],
+    drop_fraction: jax.Array,
+    rule: Rule,
+    regrowth: str,
+) -> tuple[Any, Any, Any]:
+    """A whole topology step: masks, the parameters under them, and the optimiser state of what came and went.
+
+    Args:
+      key, params, grads, masks, target_nnz, drop_fraction, rule: see `prune_and_grow_tree`.
+      tx: the optimiser, to follow its state.
+      opt_state: its state.
+      regrowth: see `spdf_jax.optim.OptimizerConfig`.
+
+    Returns:
+      New ``(params, masks, opt_state)``; weights that are new start at 0.
+    """
+    new = prune_and_grow_tree(key, params, grads, masks, target_nnz=target_nnz, drop_fraction=drop_fraction, rule=rule)
+    if regrowth != "keep":  # one dropped and regrown at once stays active, and keeps its state
+        stayed = jax.tree.map(jnp.logical_and, masks, new)
+        opt_state = reset_masked_state(tx, opt_state, params, stayed)
+    return apply_masks(params, new), new, opt_state
