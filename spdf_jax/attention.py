@@ -1,12 +1,11 @@
 """Causal attention in five patterns, each of which skips what it does not attend to, forward and backward.
 
-Each pattern (`spdf_jax.attention_patterns`) is a union of *bands*: fold the positions, then attend ``near <= d < far``
-within each folded row. Folding by residue modulo w makes ``strided`` dense; folding by block makes the own block of
-``fixed`` dense. A band is computed in square tiles, those outside it never; bands and tiles are merged by their
-log-sum-exp. Only the output and the log-sum-exp are kept for the backward pass, which computes the probabilities again:
-memory is linear in the length.
+A pattern is a union of bands (`spdf_jax.attention_patterns.bands`). A band is computed in tiles, those outside it never;
+bands and tiles are merged by their log-sum-exp. Only the output and the log-sum-exp are kept for the backward pass, which
+computes the probabilities again: memory is linear in the length. Accelerators' own kernels take over where they can
+(`spdf_jax.attention_backends`).
 
-Shape legend: B batch, T positions, H heads, D head size; folded: G rows of L positions; tiled: N blocks of C positions.
+Shape legend: B batch, T positions, H heads, D head size; folded: G rows of L positions, cut into blocks of C.
 
 Sources: patterns, Child et al. 2019 (arXiv 1904.10509) as in ``hupihe/Mixed-Sparsity-Training``; tiles and backward
 pass, Dao et al. 2022 (arXiv 2205.14135, algorithms 1 and 4).
@@ -14,13 +13,14 @@ pass, Dao et al. 2022 (arXiv 2205.14135, algorithms 1 and 4).
 
 import functools
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from spdf_jax.attention_patterns import check_pattern
+from spdf_jax.attention_backends import choose_backend, cudnn_attention, splash_attention, target_platform
+from spdf_jax.attention_patterns import Band, bands, check_pattern
 from spdf_jax.errors import InputError
 
 # Stands for -inf in scores and log-sum-exps: exp gives exactly 0 beside a real score, and no difference is NaN.
@@ -29,142 +29,142 @@ _NOWHERE = -1e30
 # Blocks of an eighth of the reach keep the half-used tiles on the diagonal few and each tile near the cache's size.
 _MIN_BLOCK, _MAX_BLOCK = 64, 512
 
+# Up to here one tile holds all that a block meets, which spares merging; beyond, it would outgrow the cache.
+_SLAB_BLOCKS = 4
+
+# Sequences x heads at a time when sequences are short, again for the cache: 1.3 to 1.7 times faster at 256 on CPU.
+_SHORT_ROWS = 24
+
 
 def attention(
-    q_BTHD: jax.Array, k_BTHD: jax.Array, v_BTHD: jax.Array, *, pattern: str = "causal", width: int = 128
+    q_BTHD: jax.Array,
+    k_BTHD: jax.Array,
+    v_BTHD: jax.Array,
+    *,
+    pattern: str = "causal",
+    width: int = 128,
+    segments_BT: jax.Array | None = None,
+    backend: str = "auto",
 ) -> jax.Array:
     """Multi-head attention in a causal pattern, computing only what the pattern attends to.
 
-    Scores are scaled by 1/sqrt(D); the softmax is taken in float32 (float64 for float64 inputs). Reverse-mode
-    differentiable only.
+    Scores are scaled by 1/sqrt(D); the softmax is taken in float32 or wider. Reverse-mode differentiable only.
 
     Args:
-      q_BTHD: queries.
-      k_BTHD: keys, same shape and dtype.
-      v_BTHD: values, same shape and dtype.
+      q_BTHD: queries, floats.
+      k_BTHD, v_BTHD: keys and values, same shape and dtype.
       pattern: one of `spdf_jax.attention_patterns.PATTERNS`.
       width: the pattern's width in positions; ``causal`` has none and ignores it.
+      segments_BT: integer ids of the documents packed into each sequence: positions attend within equal ids only.
+      backend: one of `spdf_jax.attention_backends.BACKENDS`; ``auto`` chooses by where the program will run.
 
     Returns:
       out_BTHD in the dtype of the inputs.
 
     Raises:
-      InputError: unknown pattern, width below 1, or inputs that are not three equal [B, T, H, D] float arrays.
+      InputError: unknown pattern, width below 1, inputs not as said here, or a backend that cannot compute them.
 
     >>> x_BTHD = jnp.ones((1, 6, 2, 4))
     >>> attention(x_BTHD, x_BTHD, x_BTHD, pattern="local", width=2).shape
     (1, 6, 2, 4)
     """
-    if not (q_BTHD.ndim == 4 and q_BTHD.shape == k_BTHD.shape == v_BTHD.shape and q_BTHD.size):
-        raise InputError(
-            f"q, k, v have shapes {q_BTHD.shape}, {k_BTHD.shape}, {v_BTHD.shape}: "
-            "give all three the same [B, T, H, D], none of them 0"
-        )
+    _check(q_BTHD, k_BTHD, v_BTHD, segments_BT)
+    check_pattern(pattern, q_BTHD.shape[1], width)
+    backend = choose_backend(backend, pattern, q_BTHD, segments_BT is not None)
+    if backend == "cudnn":
+        return cudnn_attention(q_BTHD, k_BTHD, v_BTHD, pattern=pattern, width=width)
+    if backend == "splash":
+        return splash_attention(q_BTHD, k_BTHD, v_BTHD, segments_BT, pattern=pattern, width=width)
+    return _attention(q_BTHD, k_BTHD, v_BTHD, segments_BT, pattern, width)
+
+
+def _check(q_BTHD: jax.Array, k_BTHD: jax.Array, v_BTHD: jax.Array, segments_BT: jax.Array | None) -> None:
+    shapes = q_BTHD.shape, k_BTHD.shape, v_BTHD.shape
+    if q_BTHD.ndim != 4 or len(set(shapes)) > 1 or not q_BTHD.size:
+        raise InputError(f"q, k, v have shapes {shapes}: give all three the same [B, T, H, D], none of them 0")
     if not (q_BTHD.dtype == k_BTHD.dtype == v_BTHD.dtype and jnp.issubdtype(q_BTHD.dtype, jnp.floating)):
         raise InputError(f"q, k, v are {q_BTHD.dtype}, {k_BTHD.dtype}, {v_BTHD.dtype}: give one floating-point dtype")
-    check_pattern(pattern, q_BTHD.shape[1], width)
-    # The one choice by hardware: accelerators have dense kernels of their own; on CPU the tiles are 1.5 to 10 times faster.
-    if pattern == "causal" and jax.default_backend() != "cpu":
-        return _accelerator_causal(q_BTHD, k_BTHD, v_BTHD)
-    return _attention(q_BTHD, k_BTHD, v_BTHD, pattern, width)
+    s, shape = segments_BT, q_BTHD.shape[:2]
+    if s is not None and (s.shape != shape or not jnp.issubdtype(s.dtype, jnp.integer)):
+        raise InputError(f"segments are {s.dtype} {s.shape}: give one integer a position, {shape}")
 
 
-def _accelerator_causal(q_BTHD: jax.Array, k_BTHD: jax.Array, v_BTHD: jax.Array) -> jax.Array:
-    """JAX's own; the cuDNN kernel on GPU where it applies: half precision, head sizes up to 128 in steps of 8."""
-    half = q_BTHD.dtype in (jnp.bfloat16, jnp.float16)
-    cudnn = jax.default_backend() == "gpu" and half and q_BTHD.shape[-1] in range(8, 129, 8)
-    implementation: Literal["cudnn"] | None = "cudnn" if cudnn else None
-    return jax.nn.dot_product_attention(q_BTHD, k_BTHD, v_BTHD, is_causal=True, implementation=implementation)
-
-
-class _Band(NamedTuple):
-    """Attention over ``near <= d < far`` within each folded row; queries and keys may be folded differently."""
-
-    fold_queries: Callable[[jax.Array], jax.Array]  # x_BTHD -> x_BGLHD, linear
-    fold_keys: Callable[[jax.Array], jax.Array]
-    near: int = 0
-    far: int | None = None
-
-
-def _bands(pattern: str, width: int) -> list[_Band]:
-    """The pattern as disjoint bands. Folding pads the end of rows, so causality hides it from every real query."""
-    # Distance 0 is in both halves of local_strided and leaves the second; fixed leaves out the query's own block.
-    blocks = functools.partial(_fold_blocks, width=width)
-    residues = functools.partial(_fold_residues, width=width)
-    summaries = functools.partial(_fold_summaries, width=width)
-    local = _Band(_fold_nothing, _fold_nothing, far=width)
-    return {
-        "causal": [_Band(_fold_nothing, _fold_nothing)],
-        "local": [local],
-        "strided": [_Band(residues, residues)],
-        "local_strided": [local, _Band(residues, residues, near=1)],
-        "fixed": [_Band(blocks, blocks), _Band(residues, summaries, near=1)],
-    }[pattern]
-
-
-def _fold_nothing(x_BTHD: jax.Array) -> jax.Array:
-    return x_BTHD[:, None]
-
-
-def _fold_blocks(x_BTHD: jax.Array, width: int) -> jax.Array:
-    """Row g holds block g."""
-    B, T, H, D = x_BTHD.shape
-    return jnp.pad(x_BTHD, ((0, 0), (0, -T % width), (0, 0), (0, 0))).reshape(B, -1, width, H, D)
-
-
-def _fold_residues(x_BTHD: jax.Array, width: int) -> jax.Array:
-    """Row g holds the positions that are g modulo the width, one of each block."""
-    return _fold_blocks(x_BTHD, width).swapaxes(1, 2)
-
-
-def _fold_summaries(x_BTHD: jax.Array, width: int) -> jax.Array:
-    """Every row holds the last position of each block."""
-    x_BGLHD = _fold_residues(x_BTHD, width)
-    return jnp.broadcast_to(x_BGLHD[:, -1:], x_BGLHD.shape)
-
-
-def _blocks_first(x_BGLHD: jax.Array, block: int) -> jax.Array:
-    """x_NBGHCD, zero-padded."""
-    B, G, L, H, D = x_BGLHD.shape
-    x_BGLHD = jnp.pad(x_BGLHD, ((0, 0), (0, 0), (0, -L % block), (0, 0), (0, 0)))
-    return x_BGLHD.reshape(B, G, -1, block, H, D).transpose(2, 0, 1, 4, 3, 5)
+_Index = int | jax.Array  # of a block: an int where the loop over blocks is written out
+_Slab = tuple[_Index, int]  # first block, number of blocks
 
 
 class _Tiles(NamedTuple):
-    """How a band is cut into tiles, a block of queries by a block of keys each."""
+    """How a band is cut into tiles, a slab of blocks of queries by one of keys."""
 
-    queries: Callable[[jax.Array], jax.Array]  # x_BTHD -> x_NBGHCD, linear
+    queries: Callable[[jax.Array], jax.Array]  # x_BTHD -> x_BGHLD, linear
     keys: Callable[[jax.Array], jax.Array]
     near: int
     far: int
-    blocks_back: int  # how many blocks before its own a query block reaches
+    block: int
+    blocks: int
+    back: int  # how many blocks before its own a query block reaches
+    segments: tuple[jax.Array, ...]  # of queries and of keys, BG1L1, or none
 
-    def scores(self, q_BGHCD: jax.Array, k_BGHCD: jax.Array, blocks_apart: jax.Array) -> jax.Array:
-        """Scaled scores of one tile, last axes query and key; outside the band they are ``_NOWHERE``."""
-        block, size = q_BGHCD.shape[-2:]
-        scores = _matmul(q_BGHCD, k_BGHCD, 1, 1) * size**-0.5
-        distance = blocks_apart * block + jnp.arange(block)[:, None] - jnp.arange(block)[None]
-        kept = (distance >= self.near) & (distance < self.far)
-        return jnp.where(jnp.broadcast_to(kept, scores.shape), scores, _NOWHERE)
+    def keys_of(self, i: _Index) -> _Slab:
+        """What query block i attends to, and in a compiled loop maybe more."""
+        if isinstance(i, int):
+            return max(i - self.back, 0), min(i, self.back) + 1
+        return jnp.maximum(i - self.back, 0), self.back + 1
+
+    def queries_of(self, j: _Index) -> _Slab:
+        """What attends to key block j, and in a compiled loop maybe more."""
+        if isinstance(j, int):
+            return j, min(self.blocks - 1 - j, self.back) + 1
+        return jnp.minimum(j, self.blocks - 1 - self.back), self.back + 1
+
+    def cut(self, x_BGHLD: jax.Array, slab: _Slab) -> jax.Array:
+        return lax.dynamic_slice_in_dim(x_BGHLD, slab[0] * self.block, slab[1] * self.block, axis=-2)
+
+    def add(self, x_BGHLD: jax.Array, slab: _Slab, part: jax.Array) -> jax.Array:
+        part = self.cut(x_BGHLD, slab) + part
+        return lax.dynamic_update_slice_in_dim(x_BGHLD, part, slab[0] * self.block, axis=-2)
+
+    def scan(self, step: Callable, carry: Any) -> tuple[Any, Any]:
+        """``lax.scan`` of (carry, block) -> (carry, arrays_BGHCD) over all blocks, arrays joined to BGHLD."""
+        if self.blocks > _SLAB_BLOCKS:
+            carry, parts = lax.scan(step, carry, jnp.arange(self.blocks))
+            return carry, jax.tree.map(lambda x: jnp.moveaxis(x, 0, 3).reshape(*x.shape[1:4], -1, x.shape[-1]), parts)
+        parts = []
+        for i in range(self.blocks):
+            carry, part = step(carry, i)
+            parts.append(part)
+        return carry, jax.tree.map(lambda *x: jnp.concatenate(x, -2), *parts)
+
+    def scores(self, q: jax.Array, k: jax.Array, queries: _Slab, keys: _Slab) -> jax.Array:
+        """Scaled scores of one tile, last axes query and key; outside the band or the segment they are ``_NOWHERE``."""
+        scores = _matmul(self.cut(q, queries), self.cut(k, keys), 1, 1) * q.shape[-1] ** -0.5
+        rows, columns = (self.block * blocks for _, blocks in (queries, keys))
+        distance = (queries[0] - keys[0]) * self.block + jnp.arange(rows)[:, None] - jnp.arange(columns)[None]
+        kept = jnp.broadcast_to((distance >= self.near) & (distance < self.far), scores.shape)
+        if self.segments:
+            kept &= self.cut(self.segments[0], queries) == self.cut(self.segments[1], keys).mT
+        return jnp.where(kept, scores, _NOWHERE)
 
 
-def _tiles(band: _Band, shape: tuple[int, ...]) -> _Tiles:
+def _tiles(band: Band, shape: tuple[int, ...], segments_BT: jax.Array | None) -> _Tiles:
     length = jax.eval_shape(band.fold_queries, jax.ShapeDtypeStruct(shape, jnp.float32)).shape[2]
     far = min(length, band.far or length)
     blocks = -(-length // min(max(far // 8, _MIN_BLOCK), _MAX_BLOCK))
     block = -(-length // blocks)  # all blocks nearly full
-    return _Tiles(
-        queries=lambda x_BTHD: _blocks_first(band.fold_queries(x_BTHD), block),
-        keys=lambda x_BTHD: _blocks_first(band.fold_keys(x_BTHD), block),
-        near=band.near,
-        far=far,
-        blocks_back=min(blocks - 1, (far + block - 2) // block),
-    )
+    padding = ((0, 0), (0, 0), (0, 0), (0, blocks * block - length), (0, 0))
+
+    def tiling(fold: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:
+        return lambda x_BTHD: jnp.pad(fold(x_BTHD).swapaxes(2, 3), padding)
+
+    queries, keys = tiling(band.fold_queries), tiling(band.fold_keys)
+    back = min(blocks - 1, (far + block - 2) // block)
+    segments = () if segments_BT is None else tuple(tile(segments_BT[:, :, None, None]) for tile in (queries, keys))
+    return _Tiles(queries, keys, band.near, far, block, blocks, back, segments)
 
 
-def _untile(tile: Callable, x_NBGHCD: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+def _untile(tile: Callable, x_BGHLD: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """The transpose of a tiling. For queries, a permutation and padding, it is also the inverse."""
-    return jax.linear_transpose(tile, jax.ShapeDtypeStruct(shape, x_NBGHCD.dtype))(x_NBGHCD)[0]
+    return jax.linear_transpose(tile, jax.ShapeDtypeStruct(shape, x_BGHLD.dtype))(x_BGHLD)[0]
 
 
 def _matmul(a: jax.Array, b: jax.Array, contract_a: int, contract_b: int) -> jax.Array:
@@ -185,90 +185,114 @@ def _merge(a: tuple[jax.Array, jax.Array], b: tuple[jax.Array, jax.Array]) -> tu
     return out_a * jnp.exp(lse_a - lse) + out_b * jnp.exp(lse_b - lse), lse
 
 
-def _band_forward(band: _Band, q_BTHD: jax.Array, k_BTHD: jax.Array, v_BTHD: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _band_forward(
+    band: Band, q_BTHD: jax.Array, k_BTHD: jax.Array, v_BTHD: jax.Array, segments_BT: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
     """(out_BTHD, lse_BTH1) of one band."""
-    tiles = _tiles(band, q_BTHD.shape)
-    q_NBGHCD, k_NBGHCD, v_NBGHCD = tiles.queries(q_BTHD), tiles.keys(k_BTHD), tiles.keys(v_BTHD)
+    tiles = _tiles(band, q_BTHD.shape, segments_BT)
+    q, k, v = tiles.queries(q_BTHD), tiles.keys(k_BTHD), tiles.keys(v_BTHD)
 
-    def tile(q_BGHCD: jax.Array, i: jax.Array, j: jax.Array) -> tuple[jax.Array, jax.Array]:
-        s = tiles.scores(q_BGHCD, k_NBGHCD[j], i - j)
+    def tile(i: _Index, keys: _Slab) -> tuple[jax.Array, jax.Array]:
+        s = tiles.scores(q, k, (i, 1), keys)
         top = s.max(-1, keepdims=True)
         p = jnp.exp(s - top)
         total = p.sum(-1, keepdims=True)
-        return _matmul(p.astype(v_NBGHCD.dtype), v_NBGHCD[j], 1, 0) / total, top + jnp.log(total)
+        return _matmul(p.astype(v.dtype), tiles.cut(v, keys), 1, 0) / total, top + jnp.log(total)
 
-    def query_block(_: None, x: tuple[jax.Array, jax.Array]) -> tuple[None, tuple[jax.Array, jax.Array]]:
-        i, q_BGHCD = x
-        first = jnp.maximum(i - tiles.blocks_back, 0)
-        nothing = jnp.zeros_like(q_BGHCD, _wide(q_BGHCD)), jnp.full_like(q_BGHCD[..., :1], _NOWHERE, _wide(q_BGHCD))
-        return None, lax.fori_loop(first, i + 1, lambda j, done: _merge(done, tile(q_BGHCD, i, j)), nothing)
+    def query_block(_: None, i: _Index) -> tuple[None, tuple[jax.Array, jax.Array]]:
+        if tiles.back < _SLAB_BLOCKS:
+            return None, tile(i, tiles.keys_of(i))
+        q_i = tiles.cut(q, (i, 1))
+        nothing = jnp.zeros_like(q_i, _wide(q)), jnp.full_like(q_i[..., :1], _NOWHERE, _wide(q))
+        return None, lax.fori_loop(tiles.keys_of(i)[0], i + 1, lambda j, done: _merge(done, tile(i, (j, 1))), nothing)
 
-    _, (out, lse) = lax.scan(query_block, None, (jnp.arange(len(q_NBGHCD)), q_NBGHCD))
+    _, (out, lse) = tiles.scan(query_block, None)
     return _untile(tiles.queries, out, q_BTHD.shape), _untile(tiles.queries, lse, (*q_BTHD.shape[:3], 1))
 
 
 def _band_backward(
-    band: _Band,
+    band: Band,
     q_BTHD: jax.Array,
     k_BTHD: jax.Array,
     v_BTHD: jax.Array,
+    segments_BT: jax.Array | None,
     dout_BTHD: jax.Array,
     lse_BTH1: jax.Array,
     delta_BTH1: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(dq, dk, dv)_BTHD of one band, given the log-sum-exp over all bands and delta = sum_D out * dout."""
-    tiles = _tiles(band, q_BTHD.shape)
+    tiles = _tiles(band, q_BTHD.shape, segments_BT)
     q, dout, lse, delta = map(tiles.queries, (q_BTHD, dout_BTHD, lse_BTH1, delta_BTH1))
     k, v = map(tiles.keys, (k_BTHD, v_BTHD))
     scale = q.shape[-1] ** -0.5
-    last = len(q) - 1
 
-    def key_block(dq: jax.Array, x: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, tuple]:
-        j, k_BGHCD, v_BGHCD = x
+    def tile(dq: jax.Array, queries: _Slab, j: _Index) -> tuple[jax.Array, jax.Array, jax.Array]:
+        dout_i = tiles.cut(dout, queries)
+        p = jnp.exp(tiles.scores(q, k, queries, (j, 1)) - tiles.cut(lse, queries))
+        dp = _matmul(dout_i, tiles.cut(v, (j, 1)), 1, 1)
+        ds = (p * (dp - tiles.cut(delta, queries)) * scale).astype(q.dtype)
+        dq = tiles.add(dq, queries, _matmul(ds, tiles.cut(k, (j, 1)), 1, 0))
+        # Transposed gradients of keys and values spare transposing p and ds: 1.1 to 1.4 times faster in all on CPU.
+        return dq, _matmul(tiles.cut(q, queries), ds, 0, 0), _matmul(dout_i, p.astype(q.dtype), 0, 0)
 
-        def tile(i: jax.Array, grads: tuple[jax.Array, jax.Array, jax.Array]) -> tuple:
-            dq, dk_BGHDC, dv_BGHDC = grads
-            p = jnp.exp(tiles.scores(q[i], k_BGHCD, i - j) - lse[i])
-            ds = (p * (_matmul(dout[i], v_BGHCD, 1, 1) - delta[i]) * scale).astype(q.dtype)
-            dq = dq.at[i].add(_matmul(ds, k_BGHCD, 1, 0))
-            # Transposed gradients of keys and values spare transposing p and ds: 1.1 to 1.4 times faster in all on CPU.
-            return dq, dk_BGHDC + _matmul(q[i], ds, 0, 0), dv_BGHDC + _matmul(dout[i], p.astype(q.dtype), 0, 0)
+    def key_block(dq: jax.Array, j: _Index) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        def add_tile(i: jax.Array, grads: tuple[jax.Array, jax.Array, jax.Array]) -> tuple:
+            dq, dk_BGHDC, dv_BGHDC = tile(grads[0], (i, 1), j)
+            return dq, grads[1] + dk_BGHDC, grads[2] + dv_BGHDC
 
-        zeros_BGHDC = jnp.zeros_like(k_BGHCD.mT, _wide(q))
-        stop = jnp.minimum(j + tiles.blocks_back, last) + 1
-        dq, dk_BGHDC, dv_BGHDC = lax.fori_loop(j, stop, tile, (dq, zeros_BGHDC, zeros_BGHDC))
-        return dq, (dk_BGHDC, dv_BGHDC)
+        if tiles.back < _SLAB_BLOCKS:
+            dq, dk_BGHDC, dv_BGHDC = tile(dq, tiles.queries_of(j), j)
+        else:
+            zeros_BGHDC = jnp.zeros_like(tiles.cut(k, (j, 1)).mT, _wide(q))
+            stop = jnp.minimum(j + tiles.back, tiles.blocks - 1) + 1
+            dq, dk_BGHDC, dv_BGHDC = lax.fori_loop(j, stop, add_tile, (dq, zeros_BGHDC, zeros_BGHDC))
+        return dq, (dk_BGHDC.mT, dv_BGHDC.mT)
 
-    dq, (dk, dv) = lax.scan(key_block, jnp.zeros_like(q, _wide(q)), (jnp.arange(len(k)), k, v))
+    dq, (dk, dv) = tiles.scan(key_block, jnp.zeros_like(q, _wide(q)))
     shape = q_BTHD.shape
-    return _untile(tiles.queries, dq, shape), _untile(tiles.keys, dk.mT, shape), _untile(tiles.keys, dv.mT, shape)
+    return _untile(tiles.queries, dq, shape), _untile(tiles.keys, dk, shape), _untile(tiles.keys, dv, shape)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _attention(q_BTHD: jax.Array, k_BTHD: jax.Array, v_BTHD: jax.Array, pattern: str, width: int) -> jax.Array:
-    return _attention_forward(q_BTHD, k_BTHD, v_BTHD, pattern, width)[0]
+def _in_chunks(compute: Callable, q_BTHD: jax.Array, *args: Any) -> Any:
+    """``compute`` of arrays with a leading batch axis, of short sequences on one CPU a few at a time."""
+    B, T, H, _ = q_BTHD.shape
+    # Split over devices, the batch stays whole: a loop over it would gather it.
+    alone = jax.device_count() == 1 and target_platform() == "cpu"
+    chunks = next(n for n in range(1, B + 1) if B % n == 0 and (B // n * H <= _SHORT_ROWS or n == B))
+    if chunks == 1 or T > _SLAB_BLOCKS * _MIN_BLOCK or not alone:
+        return compute(q_BTHD, *args)
+    parts = jax.tree.map(lambda x: x.reshape(chunks, -1, *x.shape[1:]), (q_BTHD, *args))
+    return jax.tree.map(lambda x: x.reshape(B, *x.shape[2:]), lax.map(lambda part: compute(*part), parts))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _attention(
+    q_BTHD: jax.Array, k_BTHD: jax.Array, v_BTHD: jax.Array, segments_BT: jax.Array | None, pattern: str, width: int
+) -> jax.Array:
+    return _attention_forward(q_BTHD, k_BTHD, v_BTHD, segments_BT, pattern, width)[0]
 
 
 def _attention_forward(
-    q_BTHD: jax.Array, k_BTHD: jax.Array, v_BTHD: jax.Array, pattern: str, width: int
+    q_BTHD: jax.Array, k_BTHD: jax.Array, v_BTHD: jax.Array, segments_BT: jax.Array | None, pattern: str, width: int
 ) -> tuple[jax.Array, tuple]:
-    parts = [_band_forward(band, q_BTHD, k_BTHD, v_BTHD) for band in _bands(pattern, width)]
-    out_BTHD, lse_BTH1 = functools.reduce(_merge, parts)
-    out_BTHD = out_BTHD.astype(q_BTHD.dtype)
-    return out_BTHD, (q_BTHD, k_BTHD, v_BTHD, out_BTHD, lse_BTH1)
+    def compute(*inputs: Any) -> tuple[jax.Array, jax.Array]:
+        out_BTHD, lse_BTH1 = functools.reduce(_merge, [_band_forward(band, *inputs) for band in bands(pattern, width)])
+        return out_BTHD.astype(q_BTHD.dtype), lse_BTH1
+
+    inputs = q_BTHD, k_BTHD, v_BTHD, segments_BT
+    out_BTHD, lse_BTH1 = _in_chunks(compute, *inputs)
+    return out_BTHD, (*inputs, out_BTHD, lse_BTH1)
 
 
-def _attention_backward(
-    pattern: str, width: int, saved: tuple, dout_BTHD: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    q_BTHD, k_BTHD, v_BTHD, out_BTHD, lse_BTH1 = saved
-    wide = lse_BTH1.dtype
-    delta_BTH1 = jnp.sum(out_BTHD.astype(wide) * dout_BTHD.astype(wide), -1, keepdims=True)
-    parts = [
-        _band_backward(band, q_BTHD, k_BTHD, v_BTHD, dout_BTHD, lse_BTH1, delta_BTH1) for band in _bands(pattern, width)
-    ]
-    dq, dk, dv = (functools.reduce(jnp.add, part).astype(q_BTHD.dtype) for part in zip(*parts, strict=True))
-    return dq, dk, dv
+def _attention_backward(pattern: str, width: int, saved: tuple, dout_BTHD: jax.Array) -> tuple:
+    *inputs, out_BTHD, lse_BTH1 = saved
+    delta_BTH1 = jnp.sum(out_BTHD.astype(lse_BTH1.dtype) * dout_BTHD.astype(lse_BTH1.dtype), -1, keepdims=True)
+
+    def compute(*args: Any) -> list[jax.Array]:
+        parts = [_band_backward(band, *args) for band in bands(pattern, width)]
+        return [functools.reduce(jnp.add, part).astype(dout_BTHD.dtype) for part in zip(*parts, strict=True)]
+
+    return *_in_chunks(compute, *inputs, dout_BTHD, lse_BTH1, delta_BTH1), None
 
 
 _attention.defvjp(_attention_forward, _attention_backward)

@@ -10,12 +10,21 @@ A pattern is defined on the distance ``d = i - j >= 0`` from a query at position
 ``fixed``          the own block of w positions, and the last position of every earlier block
 =================  ===================================================================================
 
-Source: Child et al. 2019 (arXiv 1904.10509) as in ``hupihe/Mixed-Sparsity-Training``. How they are computed is
-`spdf_jax.attention`.
+A pattern is also a union of *bands*: fold the positions, then attend ``near <= d < far`` within each folded row, which is
+how `spdf_jax.attention` computes it. Folding by residue modulo w makes ``strided`` dense; folding by block makes the own
+block of ``fixed`` dense.
+
+Shape legend: B batch, T positions, H heads, D head size; folded: G rows of L positions.
+
+Source: Child et al. 2019 (arXiv 1904.10509) as in ``hupihe/Mixed-Sparsity-Training``.
 """
 
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from spdf_jax.errors import InputError
@@ -117,6 +126,47 @@ def causal_share(pattern: str, length: int, width: int) -> float:
     return attended_pairs(pattern, length, width) / attended_pairs("causal", length, width)
 
 
+class Band(NamedTuple):
+    """Attention over ``near <= d < far`` within each folded row; queries and keys may be folded differently.
+
+    Attributes:
+      fold_queries, fold_keys: linear functions x_BTHD -> x_BGLHD.
+      near, far: distances in folded positions; without ``far``, all from ``near`` on.
+    """
+
+    fold_queries: Callable[[jax.Array], jax.Array]
+    fold_keys: Callable[[jax.Array], jax.Array]
+    near: int = 0
+    far: int | None = None
+
+
+def bands(pattern: str, width: int) -> list[Band]:
+    """The pattern as disjoint bands. Folding pads the end of rows, so causality hides it from every real query.
+
+    Args:
+      pattern: one of ``PATTERNS``.
+      width: the pattern's width in positions.
+
+    Returns:
+      The bands, of which the first attends to distance 0.
+
+    >>> [(band.near, band.far) for band in bands("local_strided", 128)]
+    [(0, 128), (1, None)]
+    """
+    # Distance 0 is in both halves of local_strided and leaves the second; fixed leaves out the query's own block.
+    blocks = functools.partial(_fold_blocks, width=width)
+    residues = functools.partial(_fold_residues, width=width)
+    summaries = functools.partial(_fold_summaries, width=width)
+    local = Band(_fold_nothing, _fold_nothing, far=width)
+    return {
+        "causal": [Band(_fold_nothing, _fold_nothing)],
+        "local": [local],
+        "strided": [Band(residues, residues)],
+        "local_strided": [local, Band(residues, residues, near=1)],
+        "fixed": [Band(blocks, blocks), Band(residues, summaries, near=1)],
+    }[pattern]
+
+
 def check_pattern(pattern: str, length: int, width: int) -> None:
     """Raises `InputError` for an unknown pattern, or a length or width below 1."""
     if pattern not in PATTERNS:
@@ -128,3 +178,24 @@ def check_pattern(pattern: str, length: int, width: int) -> None:
 
 def _triangle(n: int) -> int:
     return n * (n + 1) // 2
+
+
+def _fold_nothing(x_BTHD: jax.Array) -> jax.Array:
+    return x_BTHD[:, None]
+
+
+def _fold_blocks(x_BTHD: jax.Array, width: int) -> jax.Array:
+    """Row g holds block g."""
+    B, T, H, D = x_BTHD.shape
+    return jnp.pad(x_BTHD, ((0, 0), (0, -T % width), (0, 0), (0, 0))).reshape(B, -1, width, H, D)
+
+
+def _fold_residues(x_BTHD: jax.Array, width: int) -> jax.Array:
+    """Row g holds the positions that are g modulo the width, one of each block."""
+    return _fold_blocks(x_BTHD, width).swapaxes(1, 2)
+
+
+def _fold_summaries(x_BTHD: jax.Array, width: int) -> jax.Array:
+    """Every row holds the last position of each block."""
+    x_BGLHD = _fold_residues(x_BTHD, width)
+    return jnp.broadcast_to(x_BGLHD[:, -1:], x_BGLHD.shape)

@@ -58,7 +58,13 @@ class Checkpoints:
             self._manager.save(step, args=args)
 
     def record(self) -> dict[str, Any]:
-        """The JSON record of the newest checkpoint."""
+        """The JSON record of the newest checkpoint.
+
+        Raises:
+          InputError: there is none.
+        """
+        if self.latest_step() is None:
+            raise InputError(f"{self.directory}: no checkpoint there; train first with --job train")
         restored = self._manager.restore(self.latest_step(), args=ocp.args.Composite(record=ocp.args.JsonRestore()))
         return restored["record"]
 

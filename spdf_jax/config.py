@@ -8,14 +8,16 @@ import dataclasses
 import difflib
 import json
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference
 
-from spdf_jax.data import DataConfig
+from spdf_jax.data import DataConfig, TaskConfig
 from spdf_jax.errors import InputError
+from spdf_jax.generate import DecodeConfig
 from spdf_jax.model import GPTConfig
 from spdf_jax.optim import OptimizerConfig
 from spdf_jax.sharding import MeshConfig
@@ -30,6 +32,10 @@ class PhaseConfig:
       steps: length, topology steps included.
       batch_size: sequences a step, over all devices and micro-batches.
       seq_len: tokens a sequence; 0 means the model's context.
+      task: what to fine-tune on; without a name, the text of ``config.data`` is modelled.
+      epochs: passes over the task's training pairs, in place of `steps`; evaluation is then at the end of each.
+      patience_evaluations: stop when as many evaluations have not beaten the best, whose state is kept in ``best/`` and is
+        the run's result; 0 trains to the end. In the last phase only.
       grad_accumulation_steps: micro-batches a step.
       reset_optimizer: start with fresh optimiser state; False carries it over from the phase before.
       optimizer, sparsity: see there.
@@ -40,6 +46,9 @@ class PhaseConfig:
     seq_len: int = 0
     grad_accumulation_steps: int = 1
     reset_optimizer: bool = True
+    task: TaskConfig = field(default_factory=TaskConfig)
+    epochs: int = 0
+    patience_evaluations: int = 0
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     sparsity: SparsityConfig = field(default_factory=SparsityConfig)
 
@@ -64,22 +73,28 @@ class LoopConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """A whole run. `phases` maps names to their configs in the order in which they run."""
+    """A whole run.
+
+    Attributes:
+      experiment, variant, variants: names; the variant is one of `variants`.
+      seed: of everything drawn.
+      init_from: where the parameters (and masks) come from: the workdir of another run, a folder of a Hugging Face GPT-2, or
+        ``cell:NAME``, the workdir NAME beside this run's; "" draws them.
+      phases: names to configs, in the order in which they run.
+      model, data, mesh, loop, decode: see there.
+    """
 
     experiment: str
     variant: str
     variants: tuple[str, ...]
     seed: int
+    init_from: str
     model: GPTConfig
     data: DataConfig
     mesh: MeshConfig
     loop: LoopConfig
+    decode: DecodeConfig
     phases: Mapping[str, PhaseConfig]
-
-    @property
-    def total_steps(self) -> int:
-        """Steps of all phases together."""
-        return sum(phase.steps for phase in self.phases.values())
 
     def seq_len(self, phase: PhaseConfig) -> int:
         """Tokens a sequence in `phase`."""
@@ -93,8 +108,14 @@ class RunConfig:
         return json.loads(json.dumps(values | {"phases": list(self.phases)} | phases))
 
 
-_SECTIONS: dict[str, type] = {"model": GPTConfig, "data": DataConfig, "mesh": MeshConfig, "loop": LoopConfig}
-_SCALARS: dict[str, Any] = {"experiment": "", "variant": "", "variants": (), "seed": 0}
+_SECTIONS: dict[str, type] = {
+    "model": GPTConfig,
+    "data": DataConfig,
+    "mesh": MeshConfig,
+    "loop": LoopConfig,
+    "decode": DecodeConfig,
+}
+_SCALARS: dict[str, Any] = {"experiment": "", "variant": "", "variants": (), "seed": 0, "init_from": ""}
 
 
 def default_config(
@@ -120,6 +141,90 @@ def default_config(
     phase_sections = {name: dataclasses.asdict(PhaseConfig()) for name in phases}
     scalars = _SCALARS | {"experiment": experiment, "variant": variant, "variants": variants}
     return ConfigDict({**scalars, **sections, "phases": phases, **phase_sections})
+
+
+def shared_value(value: Any) -> Any:
+    """A value for several places of a config: overriding one of them overrides all (`ml_collections.FieldReference`)."""
+    return FieldReference(value)
+
+
+class Row(NamedTuple):
+    """A row of a sweep's table: its label and ``(choice, cell)`` pairs; cells of one choice differ in their seed."""
+
+    label: str
+    choices: tuple[tuple[str, str], ...]
+
+
+class Column(NamedTuple):
+    """A column of a sweep's table: header, key into ``{summary, evaluation}``, format, whether to add the ratio to row 1."""
+
+    header: str
+    key: str
+    format: str = ".3f"
+    relative: bool = False
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    """Runs and the table that compares them, see `spdf_jax.sweep`."""
+
+    experiment: str
+    variant: str
+    variants: tuple[str, ...]
+    title: str
+    cells: Mapping[str, RunConfig]
+    rows: tuple[Row, ...]
+    columns: tuple[Column, ...]
+
+
+def sweep_config(
+    experiment: str,
+    variant: str,
+    *,
+    variants: tuple[str, ...],
+    title: str,
+    cells: Mapping[str, ConfigDict],
+    rows: Sequence[tuple[str, Sequence[tuple[str, str]]]],
+    columns: Sequence[tuple[Any, ...]],
+) -> ConfigDict:
+    """A sweep for an experiment file to return, see `spdf_jax.sweep`.
+
+    Args:
+      experiment, variant, variants: as in `default_config`.
+      title: of the table.
+      cells: names to the configs of the runs, in the order in which they run.
+      rows: ``(label, ((choice, cell), ...))``: among the choices the best by validation loss is shown, over its seeds.
+      columns: ``(header, key, format, relative)``, see `Column`; keys are dotted, into a cell's ``summary`` and ``evaluation``.
+    """
+    if variant not in variants:
+        raise InputError(f"--config: {experiment} has no variant {variant!r}{nearest(variant, list(variants))}")
+    names = {"experiment": experiment, "variant": variant, "variants": variants, "title": title}
+    order = tuple(cells)  # a ConfigDict sorts its keys
+    return ConfigDict({**names, "order": order, "cells": dict(cells), "rows": tuple(rows), "columns": tuple(columns)})
+
+
+def resolve_sweep(config: ConfigDict) -> SweepConfig:
+    """Validates a sweep, every cell of it, before anything runs.
+
+    Raises:
+      InputError: in a cell (named), or a row of a cell that is not there.
+    """
+    cells = {}
+    for name in config.order:
+        try:
+            cells[name] = resolve(config.cells[name])
+        except InputError as error:
+            raise InputError(f"config.cells.{name}: {error}") from None
+        source = cells[name].init_from.removeprefix("cell:")
+        if source != cells[name].init_from and source not in list(cells)[:-1]:
+            raise InputError(f"config.cells.{name}.init_from: no cell {source!r} before this one")
+    rows = tuple(Row(label, tuple((choice, cell) for choice, cell in choices)) for label, choices in config.rows)
+    for row in rows:
+        for _, cell in row.choices:
+            if cell not in cells:
+                raise InputError(f"config.rows: row {row.label!r} names cell {cell!r}{nearest(cell, list(cells))}")
+    columns = tuple(Column(*column) for column in config.columns)
+    return SweepConfig(config.experiment, config.variant, tuple(config.variants), config.title, cells, rows, columns)
 
 
 def model_section(config: GPTConfig) -> ConfigDict:
@@ -149,13 +254,35 @@ def resolve(config: ConfigDict) -> RunConfig:
     for name, phase in run.phases.items():
         _check_phase(run, name, phase)
     for before, (name, phase) in zip(run.phases.values(), list(run.phases.items())[1:], strict=False):
-        _check_transition(before, name, phase)
+        check_transition(before, name, phase)
     return run
+
+
+def load_config(path: Path) -> RunConfig:
+    """The config of a run from the ``config.json`` that it left.
+
+    Raises:
+      InputError: no such file, or no such config.
+    """
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: no config of a run there ({error}); give the workdir of a run") from None
+    values.pop("command", None)
+    return resolve(ConfigDict(values))
 
 
 def _check_phase(run: RunConfig, name: str, phase: PhaseConfig) -> None:
     if phase.steps < 1 or phase.batch_size < 1 or phase.grad_accumulation_steps < 1:
         raise InputError(f"config.{name}: steps, batch_size and grad_accumulation_steps must be at least 1")
+    if phase.epochs < 0 or phase.patience_evaluations < 0:
+        raise InputError(f"config.{name}: epochs and patience_evaluations must not be negative")
+    if phase.epochs and not phase.task.name:
+        raise InputError(
+            f"config.{name}.epochs: {phase.epochs} epochs of what? Set config.{name}.task.name, or steps instead"
+        )
+    if phase.patience_evaluations and name != list(run.phases)[-1]:
+        raise InputError(f"config.{name}.patience_evaluations: only the last phase may stop early; set it to 0 here")
     if run.seq_len(phase) > run.model.context:
         raise InputError(
             f"config.{name}.seq_len: {phase.seq_len} exceeds config.model.context {run.model.context}; "
@@ -180,7 +307,8 @@ def _check_phase(run: RunConfig, name: str, phase: PhaseConfig) -> None:
         )
 
 
-def _check_transition(before: PhaseConfig, name: str, phase: PhaseConfig) -> None:
+def check_transition(before: PhaseConfig, name: str, phase: PhaseConfig) -> None:
+    """Raises `InputError` where phase `name` cannot follow the phase before."""
     state = {(p.optimizer.regrowth == "smet", p.sparsity.topology_rule.optimizer) for p in (before, phase)}
     if not phase.reset_optimizer and len(state) > 1:
         raise InputError(

@@ -1,9 +1,9 @@
-"""The jobs behind the command line: train (start, resume, finish) and evaluate."""
+"""The job `train`: start, resume, finish."""
 
 import contextlib
+import dataclasses
 import fcntl
 import json
-import math
 import os
 import time
 from collections.abc import Iterator
@@ -15,17 +15,19 @@ from jax.sharding import Mesh
 
 from spdf_jax.checkpoint import Checkpoints
 from spdf_jax.config import RunConfig, check_devices
-from spdf_jax.data import TokenData, prepare, unigram_loss
+from spdf_jax.data import TokenData, load_tokenizer, prepare, unigram_loss
+from spdf_jax.data.tokenizer import Tokenizer, vocabulary_size
 from spdf_jax.errors import InputError
+from spdf_jax.feed import Feed, make_feed
 from spdf_jax.flops import parameter_count
 from spdf_jax.model import GPT
 from spdf_jax.plan import PhasePlan, make_plan, total_cost
 from spdf_jax.report import write_report
+from spdf_jax.restore import BEST, CHECKPOINTS, enter_phase, initial_from, restore_state, source_folder
 from spdf_jax.sharding import make_mesh
-from spdf_jax.state import TrainState, abstract_state, init_state, start_phase, state_shardings
-from spdf_jax.step import make_steps
+from spdf_jax.state import TrainState, init_state
 from spdf_jax.tracking import Tracker, read_metrics, write_json
-from spdf_jax.train import Run, evaluate, run_phase
+from spdf_jax.train import Run, best_evaluation, run_phase
 
 
 def train(config: RunConfig, workdir: Path, *, command: str = "", progress: bool = True) -> dict[str, Any]:
@@ -45,87 +47,96 @@ def train(config: RunConfig, workdir: Path, *, command: str = "", progress: bool
     """
     mesh = make_mesh(config.mesh)
     check_devices(config, mesh.shape["data"] * mesh.shape["fsdp"])
-    _make_workdir(workdir)
-    with _lock(workdir):
+    plans = make_plan(config)
+    make_workdir(workdir)
+    with lock(workdir):
         finished = _finished(config, workdir)
         if finished:
             print(f"{workdir}: this run is finished (validation loss {finished['val_loss']:.4f}); nothing to do.")
             return finished
-        data = _load_data(config, progress)
-        plans = make_plan(config)
-        model = GPT(config.model)
-        checkpoints = Checkpoints(workdir / "checkpoints", config.loop.keep_checkpoints)
+        tokens, tokenizer = load_data(config, workdir, progress)
+        feeds = [make_feed(config, plan, tokens, tokenizer) for plan in plans]
+        checkpoints = Checkpoints(workdir / CHECKPOINTS, config.loop.keep_checkpoints)
+        best = Checkpoints(workdir / BEST, keep=1) if plans[-1].config.patience_evaluations else None
         try:
-            state, index, record = _first_state(config, workdir, data, plans, model, mesh, checkpoints)
+            state, index, record = _first_state(config, workdir, feeds, plans, mesh, checkpoints)
             step = int(state.step)
             if record is None:
                 write_json(workdir / "config.json", config.as_dict() | {"command": command})
-                if data.tokenizer is not None:
-                    data.tokenizer.save(str(workdir / "tokenizer.json"))
+                if tokenizer is not None:
+                    tokenizer.save(str(workdir / "tokenizer.json"))
             else:
                 print(f"{workdir}: resuming after step {step} of {plans[-1].end}.")
             tracker = Tracker(workdir, resume_step=step, total_steps=plans[-1].end, progress=progress)
-            total, seconds = total_cost(plans, step), record["seconds"] if record else 0.0
-            run = Run(config, workdir, data, mesh, model, plans, checkpoints, tracker, total, seconds)
+            run = Run(
+                config=config,
+                workdir=workdir,
+                mesh=mesh,
+                model=GPT(config.model),
+                plans=plans,
+                feeds=feeds,
+                checkpoints=checkpoints,
+                best=best,
+                tracker=tracker,
+                total=total_cost(plans, step),
+                seconds=record["seconds"] if record else 0.0,
+                evaluations=_evaluations(workdir) if record else [],
+            )
             try:
-                return _run_phases(run, state, index)
+                for plan in plans[index:]:
+                    if plan.index > index:
+                        state = enter_phase(state, plan, mesh)
+                    state = run_phase(run, plan, state)
+                return _finish(run, int(state.step), tokens)
             finally:
                 tracker.close()
         finally:
             checkpoints.close()
-
-
-def _run_phases(run: Run, state: TrainState, index: int) -> dict[str, Any]:
-    for plan in run.plans[index:]:
-        if plan.index > index:
-            reset = plan.config.reset_optimizer
-            state = start_phase(state, plan.tx, plan.config.sparsity, plan.filter, run.mesh, reset_optimizer=reset)
-        state = run_phase(run, plan, state)
-    return _finish(run)
+            if best:
+                best.close()
 
 
 def _first_state(
-    config: RunConfig,
-    workdir: Path,
-    data: TokenData,
-    plans: list[PhasePlan],
-    model: GPT,
-    mesh: Mesh,
-    checkpoints: Checkpoints,
+    config: RunConfig, workdir: Path, feeds: list[Feed], plans: list[PhasePlan], mesh: Mesh, checkpoints: Checkpoints
 ) -> tuple[TrainState, int, dict[str, Any] | None]:
     """The state to go on from, the phase it belongs to, and its record (None for a new run)."""
     if checkpoints.latest_step() is None:
-        plan = plans[0]
+        plan, model = plans[0], GPT(config.model)
+        if source := source_folder(config, workdir):
+            return initial_from(source, config, plan, mesh), 0, None
         return init_state(model, plan.tx, plan.config.sparsity, plan.filter, config.seed, mesh), 0, None
     record = checkpoints.record()
     plan = plans[min(record["phase"], len(plans) - 1)]
-    abstract = abstract_state(model, plan.tx, plan.config.sparsity, plan.filter)
-    state = checkpoints.restore(abstract, state_shardings(mesh, plan.tx, abstract))
+    state = restore_state(config, plan, mesh, checkpoints)
     _check_same_run(config, workdir)
-    if record["data_fingerprint"] != data.fingerprint:
+    fingerprint = feeds[plan.index].fingerprint
+    if record["data_fingerprint"] != fingerprint:
         raise InputError(
-            f"config.data: the data is not what this run was trained on so far (fingerprint {data.fingerprint[:12]}, "
+            f"config.data: the data is not what this run was trained on so far (fingerprint {fingerprint[:12]}, "
             f"was {record['data_fingerprint'][:12]}); restore it, or start again with another --workdir"
         )
     return state, plan.index, record
 
 
-def _finish(run: Run) -> dict[str, Any]:
+def _evaluations(workdir: Path) -> list[tuple[int, float]]:
+    return [(row["step"], row["val_loss"]) for row in read_metrics(workdir) if "val_loss" in row]
+
+
+def _finish(run: Run, step: int, tokens: TokenData | None) -> dict[str, Any]:
     run.checkpoints.wait()
     last = run.plans[-1]
-    evaluations = [row for row in read_metrics(run.workdir) if "val_loss" in row]
     device = jax.devices()[0]
     seconds = run.seconds + time.perf_counter() - run.clock
-    summary = {
+    best = best_evaluation(run.evaluations, last) if last.config.patience_evaluations else run.evaluations[-1]
+    summary: dict[str, Any] = {
         "status": "finished",
         "experiment": run.config.experiment,
         "variant": run.config.variant,
-        "steps": last.end,
+        "steps": step,
         "tokens": run.total.tokens,
-        "val_loss": evaluations[-1]["val_loss"],
-        "initial_val_loss": evaluations[0]["val_loss"],
-        "unigram_loss": unigram_loss(run.data.train, run.data.validation, run.config.model.vocab_size),
-        "sparsity": last.programme.sparsity(last.config.steps),
+        "val_loss": best[1],
+        "initial_val_loss": run.evaluations[0][1],
+        "sparsity": last.programme.sparsity(step - last.start),
         "train_flops": run.total.train_flops,
         "dense_flops": run.total.dense_flops,
         "flops_reduction": run.total.dense_flops / run.total.train_flops,
@@ -135,61 +146,50 @@ def _finish(run: Run) -> dict[str, Any]:
         + (f", {os.cpu_count()} cores" if device.platform == "cpu" else ""),
         "parameters": parameter_count(run.config.model),
     }
+    yardstick = ""
+    if not last.config.task.name and tokens is not None:
+        summary["unigram_loss"] = unigram_loss(tokens.train, tokens.validation, run.config.model.vocab_size)
+        yardstick = f"; predicting every token by its training frequency gives {summary['unigram_loss']:.3f}"
+    if last.config.patience_evaluations:
+        summary["best_step"] = best[0]
+    folder = source_folder(run.config, run.workdir)
+    if folder and (folder / "summary.json").is_file():
+        source = json.loads((folder / "summary.json").read_text())
+        summary["before"] = {k: source[k] for k in ("train_flops", "dense_flops", "tokens", "wall_seconds", "val_loss")}
     write_json(run.workdir / "summary.json", summary)
     run.tracker.message(
-        f"validation loss {summary['initial_val_loss']:.3f} at first, {summary['val_loss']:.3f} at last; predicting every "
-        f"token by its training frequency gives {summary['unigram_loss']:.3f}.\n"
+        f"validation loss {summary['initial_val_loss']:.3f} at first, {summary['val_loss']:.3f} at "
+        f"{f'best (step {best[0]})' if 'best_step' in summary else 'last'}{yardstick}.\n"
         f"{summary['flops_reduction']:.2f}x fewer training FLOPs than dense (counted, not saved in seconds: masks simulate "
         f"sparsity). Report: {write_report(run.workdir)}"
     )
     return summary
 
 
-def evaluate_checkpoint(config: RunConfig, workdir: Path) -> dict[str, Any]:
-    """Perplexity of the newest checkpoint over the whole validation set, per token and per UTF-8 byte.
-
-    Prints one line and writes ``evaluation.json``.
-
-    Raises:
-      InputError: no checkpoint there, or one of another model.
-    """
-    if not (workdir / "checkpoints").is_dir():
-        raise InputError(f"{workdir / 'checkpoints'}: no checkpoint there; train first with --job train")
-    mesh = make_mesh(config.mesh)
-    check_devices(config, mesh.shape["data"] * mesh.shape["fsdp"])
-    data = _load_data(config, progress=True)
-    plans, model = make_plan(config), GPT(config.model)
-    checkpoints = Checkpoints(workdir / "checkpoints", config.loop.keep_checkpoints)
-    state, index, _ = _first_state(config, workdir, data, plans, model, mesh, checkpoints)
-    checkpoints.close()
-    plan = plans[index]
-    steps = make_steps(model, plan.tx, plan.learning_rate, plan.programme.config.topology_rule)
-    pattern, width = plan.programme.attention(int(state.step) - plan.start - 1)
-    loss = evaluate(config, data, mesh, steps, state.params, plan.seq_len, pattern, width)
-    result: dict[str, Any] = {"step": int(state.step), "val_loss": loss, "perplexity": math.exp(loss)}
-    if data.validation_bytes:
-        tokens = data.validation.shape[0] - 1
-        result["perplexity_per_byte"] = math.exp(loss * tokens / data.validation_bytes)
-    write_json(workdir / "evaluation.json", result)
-    print(
-        ", ".join(
-            f"{key} {value:.4f}" if isinstance(value, float) else f"{key} {value}" for key, value in result.items()
-        )
-    )
-    return result
-
-
-def _load_data(config: RunConfig, progress: bool) -> TokenData:
-    data = prepare(config.data, progress=progress)
-    if data.vocab_size > config.model.vocab_size:
+def load_data(config: RunConfig, workdir: Path, progress: bool) -> tuple[TokenData | None, Tokenizer | None]:
+    """The text, if a phase models it or makes the tokenizer, and the tokenizer: that of ``init_from`` if it has one."""
+    source = source_folder(config, workdir)
+    inherited = (source or workdir) / "tokenizer.json"
+    inherits = source is not None and inherited.is_file() and not config.data.tokenizer
+    data = dataclasses.replace(config.data, tokenizer=str(inherited)) if inherits else config.data
+    tokens = None
+    if not inherits or not all(phase.task.name for phase in config.phases.values()):
+        tokens = prepare(data, progress=progress)
+    tokenizer = tokens.tokenizer if tokens else load_tokenizer(data.tokenizer)
+    size = tokens.vocab_size if tokens else vocabulary_size(tokenizer) if tokenizer else 0
+    if size > config.model.vocab_size:
         raise InputError(
-            f"config.data: token id {data.vocab_size - 1} is at or over config.model.vocab_size {config.model.vocab_size}; "
-            f"set config.model.vocab_size to at least {data.vocab_size}"
+            f"config.data: token id {size - 1} is at or over config.model.vocab_size {config.model.vocab_size}; "
+            f"set config.model.vocab_size to at least {size}"
         )
-    return data
+    if tokenizer is None and any(phase.task.name for phase in config.phases.values()):
+        raise InputError(
+            "config.data.tokenizer: token files came without one, and a task needs one; name its tokenizer.json"
+        )
+    return tokens, tokenizer
 
 
-def _make_workdir(workdir: Path) -> None:
+def make_workdir(workdir: Path) -> None:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         (workdir / ".lock").touch()
@@ -200,7 +200,7 @@ def _make_workdir(workdir: Path) -> None:
 
 
 @contextlib.contextmanager
-def _lock(workdir: Path) -> Iterator[None]:
+def lock(workdir: Path) -> Iterator[None]:
     """Holds the workdir for this process; the kernel lets go however the process ends."""
     with (workdir / ".lock").open("w") as file:
         try:
@@ -226,7 +226,7 @@ def _check_same_run(config: RunConfig, workdir: Path) -> None:
     if not path.exists():
         return
     saved, ours = (_flat(c) for c in (json.loads(path.read_text()), config.as_dict()))
-    free = ("loop.", "mesh.", "command", "variants", "data.cache_dir")
+    free = ("loop.", "mesh.", "decode.", "command", "variants", "data.cache_dir")
     differing = [
         f"{key} was {saved.get(key)!r}, is {ours.get(key)!r}"
         for key in sorted(saved.keys() | ours.keys())

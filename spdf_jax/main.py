@@ -13,15 +13,16 @@ from ml_collections import ConfigDict, config_flags
 from spdf_jax.errors import InputError
 
 if TYPE_CHECKING:
-    from spdf_jax.config import RunConfig
+    from spdf_jax.config import RunConfig, SweepConfig
 
-JOBS = ("train", "evaluate", "plan", "report")
+JOBS = ("train", "evaluate", "generate", "export", "plan", "report")
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Experiment file, with its variant after a colon: experiments/gpt2_mst.py:124m."
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run leaves everything; default runs/<experiment>-<variant>.")
 _JOB = flags.DEFINE_enum("job", "train", JOBS, "What to do.")
+_PROMPT = flags.DEFINE_string("prompt", "", "What --job generate continues.")
 _PROGRESS = flags.DEFINE_bool("progress", True, "Show progress.")
 
 
@@ -85,27 +86,52 @@ def _config_file() -> str:
 def _run(argv: Sequence[str]) -> int:
     logging.set_verbosity(logging.FATAL)  # orbax and grain narrate; what matters they raise
     # Imported here so that a mistyped command answers at once.
+    from spdf_jax import use
     from spdf_jax.config import resolve
-    from spdf_jax.jobs import evaluate_checkpoint, train
+    from spdf_jax.jobs import train
     from spdf_jax.plan import describe
     from spdf_jax.report import write_report
 
+    workdir = Path(_WORKDIR.value or f"runs/{_CONFIG.value.experiment}-{_CONFIG.value.variant}")
+    command = shlex.join(["python", "-m", "spdf_jax.main", *argv[1:]])
+    if "cells" in _CONFIG.value:
+        _run_sweep(workdir, command)
+        return 0
     config = resolve(_CONFIG.value)
-    workdir = Path(_WORKDIR.value or f"runs/{config.experiment}-{config.variant}")
     if _JOB.value == "report":
         print(write_report(workdir))
     elif _JOB.value == "plan":
         print(describe(config))
     elif _JOB.value == "evaluate":
-        evaluate_checkpoint(config, workdir)
+        use.evaluate_checkpoint(config, workdir)
+    elif _JOB.value == "generate":
+        use.generate_text(config, workdir, _PROMPT.value)
+    elif _JOB.value == "export":
+        use.export(config, workdir)
     else:
         print(f"{_banner(config)}\n{describe(config)}", flush=True)
-        command = shlex.join(["python", "-m", "spdf_jax.main", *argv[1:]])
         train(config, workdir, command=command, progress=_PROGRESS.value)
     return 0
 
 
-def _banner(config: "RunConfig") -> str:
+def _run_sweep(workdir: Path, command: str) -> None:
+    from spdf_jax.config import resolve_sweep
+    from spdf_jax.report import write_sweep_report
+    from spdf_jax.sweep import describe_sweep, run_sweep
+
+    config = resolve_sweep(_CONFIG.value)
+    if _JOB.value == "report":
+        print(write_sweep_report(workdir))
+    elif _JOB.value == "plan":
+        print(describe_sweep(config))
+    elif _JOB.value == "train":
+        print(_banner(config), flush=True)
+        run_sweep(config, workdir, command=command, progress=_PROGRESS.value)
+    else:
+        raise InputError(f"--job {_JOB.value}: a sweep has many runs; its jobs are train, plan and report")
+
+
+def _banner(config: "RunConfig | SweepConfig") -> str:
     file = _config_file()
     others = ", ".join(f"{file}:{variant}" for variant in config.variants if variant != config.variant)
     return f"Running {config.experiment}, variant {config.variant}." + (

@@ -1,7 +1,7 @@
 """GPT-2 and GPT-3 as one functional Flax (Linen) model.
 
-Shape legend, used in every name: B batch, T tokens, V vocabulary, D d_model, F d_ff, H heads, K head width, L layers.
-Parameters of all blocks are stacked on a leading layer axis (`nn.scan`), so compile time does not grow with depth.
+Shape legend, used in every name: B batch, T tokens, S cached positions, V vocabulary, D d_model, F d_ff, H heads, K head width,
+L layers. Parameters of all blocks are stacked on a leading layer axis (`nn.scan`), so compile time does not grow with depth.
 """
 
 from dataclasses import dataclass
@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from spdf_jax.attention import attention
+from spdf_jax.attention_patterns import attends
 from spdf_jax.errors import InputError
 from spdf_jax.sparsity.masks import apply_masks
 from spdf_jax.sparsity.mupar import mup_scales
@@ -98,21 +99,36 @@ class Block(nn.Module):
     deterministic: bool
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array) -> tuple[jax.Array, None]:
+    def __call__(self, x_BTD: jax.Array, positions_BT: jax.Array | None) -> tuple[jax.Array, None]:
         c = self.config
-        x_BTD = x_BTD + self._dropout(self._attention(_layer_norm(c, "ln_1")(x_BTD)))
+        x_BTD = x_BTD + self._dropout(self._attention(_layer_norm(c, "ln_1")(x_BTD), positions_BT))
         h_BTF = _linear(c, c.mlp_width, "mlp_up")(_layer_norm(c, "ln_2")(x_BTD))
         h_BTD = _linear(c, c.d_model, "mlp_down", residual=True)(nn.gelu(h_BTF))
         return x_BTD + self._dropout(h_BTD), None
 
-    def _attention(self, x_BTD: jax.Array) -> jax.Array:
+    def _attention(self, x_BTD: jax.Array, positions_BT: jax.Array | None) -> jax.Array:
         c = self.config
         heads = (c.n_head, c.d_model // c.n_head)
         q_BTHK, k_BTHK, v_BTHK = (
             _linear(c, c.d_model, f"attn_{name}")(x_BTD).reshape(*x_BTD.shape[:2], *heads) for name in "qkv"
         )
-        y_BTHK = attention(q_BTHK * mup_scales(c).query, k_BTHK, v_BTHK, pattern=self.pattern, width=self.width)
+        q_BTHK = q_BTHK * mup_scales(c).query
+        if positions_BT is None:
+            y_BTHK = attention(q_BTHK, k_BTHK, v_BTHK, pattern=self.pattern, width=self.width)
+        else:
+            k_BSHK, v_BSHK = self._remember("k", k_BTHK, positions_BT), self._remember("v", v_BTHK, positions_BT)
+            i_BHTS, j_BHTS = positions_BT[:, None, :, None], jnp.arange(k_BSHK.shape[1])[None, None, None]
+            sees_BHTS = attends(self.pattern, i_BHTS, j_BHTS, self.width)
+            y_BTHK = jax.nn.dot_product_attention(q_BTHK, k_BSHK, v_BSHK, mask=sees_BHTS)
         return _linear(c, c.d_model, "attn_o", residual=True)(y_BTHK.reshape(x_BTD.shape))
+
+    def _remember(self, name: str, x_BTHK: jax.Array, positions_BT: jax.Array) -> jax.Array:
+        if not self.has_variable("cache", name):
+            raise InputError("positions_BT without a cache: pass empty_cache(...) as the variables' 'cache'")
+        old_BSHK: jax.Array = self.get_variable("cache", name)
+        new_BSHK = jax.vmap(lambda old, at, x: old.at[at].set(x))(old_BSHK, positions_BT, x_BTHK)
+        self.put_variable("cache", name, new_BSHK)
+        return new_BSHK
 
     def _dropout(self, x_BTD: jax.Array) -> jax.Array:
         if self.config.dropout == 0.0 or self.deterministic:
@@ -126,6 +142,10 @@ class GPT(nn.Module):
     Parameters: ``wte/embedding [V, D]``, ``wpe/embedding [context, D]``, ``blocks/{attn_q, attn_k, attn_v, attn_o, mlp_up,
     mlp_down}/kernel [L, in, out]`` with biases, ``blocks/{ln_1, ln_2}``, ``ln_f``, and ``head/kernel [D, V]`` when untied.
 
+    With ``positions_BT``, the place of each token in its sequence, the tokens continue those of earlier calls: their keys and
+    values go into the ``cache`` collection (`empty_cache`, ``mutable=["cache"]``), and each sees all cached positions up to its
+    own. What lies past a sequence's end is overwritten before it is seen, so prompts padded on the right need no mask.
+
     >>> import jax, spdf_jax as spdf
     >>> model = spdf.GPT(spdf.GPTConfig(n_layer=2, n_head=2, d_model=8, vocab_size=11, context=4))
     >>> params = model.init(jax.random.key(0), jax.numpy.zeros((1, 4), int))["params"]
@@ -137,27 +157,51 @@ class GPT(nn.Module):
 
     @nn.compact
     def __call__(
-        self, tokens_BT: jax.Array, *, pattern: str = "causal", width: int = 128, deterministic: bool = True
+        self,
+        tokens_BT: jax.Array,
+        *,
+        positions_BT: jax.Array | None = None,
+        pattern: str = "causal",
+        width: int = 128,
+        deterministic: bool = True,
     ) -> jax.Array:
         c = self.config
         if tokens_BT.shape[1] > c.context:
             raise InputError(f"sequence length {tokens_BT.shape[1]} exceeds model.context {c.context}")
         embed = nn.Embed(c.vocab_size, c.d_model, dtype=c.dtype, embedding_init=_truncated(c.init_std), name="wte")
         positions = nn.Embed(c.context, c.d_model, dtype=c.dtype, embedding_init=_truncated(c.init_std), name="wpe")
-        x_BTD = embed(tokens_BT) + positions(jnp.arange(tokens_BT.shape[1]))[None]
+        x_BTD = embed(tokens_BT)
+        x_BTD += positions(jnp.arange(tokens_BT.shape[1]))[None] if positions_BT is None else positions(positions_BT)
         if c.dropout and not deterministic:
             x_BTD = nn.Dropout(c.dropout, deterministic=False)(x_BTD)
         block = nn.remat(Block, prevent_cse=False) if c.remat else Block
-        blocks = nn.scan(
-            block, variable_axes={"params": 0}, split_rngs={"params": True, "dropout": True}, length=c.n_layer
-        )
-        x_BTD, _ = blocks(c, pattern, width, deterministic, name="blocks")(x_BTD)
+        lift: Any = {"variable_axes": {"params": 0, "cache": 0}, "split_rngs": {"params": True, "dropout": True}}
+        blocks = nn.scan(block, **lift, in_axes=nn.broadcast, length=c.n_layer)
+        x_BTD, _ = blocks(c, pattern, width, deterministic, name="blocks")(x_BTD, positions_BT)
         x_BTD = _layer_norm(c, "ln_f")(x_BTD) * mup_scales(c).logits
         if c.tied_head:
             return embed.attend(x_BTD)
         return nn.Dense(c.vocab_size, use_bias=False, dtype=c.dtype, kernel_init=_truncated(c.init_std), name="head")(
             x_BTD
         )
+
+
+def empty_cache(config: GPTConfig, batch_size: int, length: int) -> dict[str, Any]:
+    """A cache of keys and values [L, B, S, H, K] for `GPT` called with positions.
+
+    Args:
+      config: the model's.
+      batch_size: B, sequences.
+      length: S, positions that a sequence may reach, prompt included.
+
+    Returns:
+      The ``cache`` collection, zeros in the compute dtype.
+
+    >>> {name: leaf.shape for name, leaf in empty_cache(GPTConfig(), 8, 64)["blocks"].items()}
+    {'k': (4, 8, 64, 4, 64), 'v': (4, 8, 64, 4, 64)}
+    """
+    shape = (config.n_layer, batch_size, length, config.n_head, config.d_model // config.n_head)
+    return {"blocks": {name: jnp.zeros(shape, config.dtype) for name in "kv"}}
 
 
 def forward(model: nn.Module, params: Any, tokens_BT: jax.Array, *, masks: Any, **options: Any) -> Any:

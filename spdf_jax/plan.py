@@ -1,5 +1,6 @@
 """What a config will do, worked out before anything runs: its phases, exact sparsity targets, tokens and FLOPs."""
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
@@ -9,6 +10,7 @@ import jax
 import optax
 
 from spdf_jax.config import PhaseConfig, RunConfig
+from spdf_jax.data import load_task, steps_per_epoch
 from spdf_jax.flops import head_size, linear_size, parameter_count, step_flops
 from spdf_jax.model import GPT
 from spdf_jax.optim import learning_rate_schedule, make_optimizer
@@ -46,15 +48,27 @@ class PhasePlan:
     tx: optax.GradientTransformationExtraArgs
     learning_rate: Callable[[jax.Array], jax.Array]
     cost: Callable[[int], StepCost]
+    epoch_steps: int  # 0 where the phase is counted in steps
+    eval_every_steps: int
+
+    def evaluates_after(self, step: int) -> bool:
+        """Whether there is an evaluation after `step` steps of the run: at intervals or epochs, and at the end."""
+        since, every = (step - self.start, self.epoch_steps) if self.epoch_steps else (step, self.eval_every_steps)
+        return step == self.end or since % every == 0
 
 
 def make_plan(config: RunConfig) -> list[PhasePlan]:
-    """The phases of a run in order."""
+    """The phases of a run in order. Epochs become steps here, which reads the task's files."""
     plans: list[PhasePlan] = []
     start = 0
     params = abstract_params(GPT(config.model))
     multipliers = partial(mup_multipliers, config.model) if config.model.mup_base_width else None
     for index, (name, phase) in enumerate(config.phases.items()):
+        epoch_steps = 0
+        if phase.epochs:
+            pairs = sum(len(example.references) for example in load_task(phase.task).train)
+            epoch_steps = steps_per_epoch(pairs, phase.batch_size)
+            phase = dataclasses.replace(phase, steps=phase.epochs * epoch_steps)
         filter = sparse_filter(phase.sparsity, config.model.tied_head)
         programme = Programme(phase.sparsity, matrix_groups(params, filter), phase.steps)
         plans.append(
@@ -70,6 +84,8 @@ def make_plan(config: RunConfig) -> list[PhasePlan]:
                 tx=make_optimizer(phase.optimizer, multipliers, programme.config.topology_rule.optimizer),
                 learning_rate=_shifted(learning_rate_schedule(phase.optimizer, phase.steps), start),
                 cost=_cost(config, phase, programme),
+                epoch_steps=epoch_steps,
+                eval_every_steps=config.loop.eval_every_steps,
             )
         )
         start += phase.steps

@@ -10,9 +10,10 @@ import optax
 from jax.sharding import Mesh
 
 from spdf_jax.sharding import optimizer_shardings, parameter_shardings, replicated
-from spdf_jax.sparsity.masks import apply_masks, dense_masks, init_masks
+from spdf_jax.sparsity.masks import active_counts, apply_masks, dense_masks, init_masks
 from spdf_jax.sparsity.programme import SparsityConfig
 from spdf_jax.sparsity.regrowth import reset_masked_state
+from spdf_jax.sparsity.rules import fit_masks
 from spdf_jax.tree import LINEAR_KERNELS, LINEAR_KERNELS_AND_HEAD, LINEAR_KERNELS_AND_TIED_HEAD, Filter
 
 
@@ -99,8 +100,9 @@ def start_phase(
 ) -> TrainState:
     """The state at a phase's first step, from the last state of the phase before.
 
-    A dense phase drops the masks: revived weights start at exactly 0 (SPDF). A sparse phase keeps the masks it finds, or makes
-    them where there are none. The optimiser starts fresh, or carries its state over.
+    A dense phase drops the masks: revived weights start at exactly 0 (SPDF). A sparse phase goes on with the masks it finds,
+    pruned by magnitude or grown at random to its own counts (at 0 as well), and makes them where there are none. The optimiser
+    starts fresh, or carries its state over.
     """
 
     def start(state: TrainState) -> TrainState:
@@ -108,9 +110,9 @@ def start_phase(
             state = state.replace(opt_state=tx.init(state.params))
         if config.dense:
             return drop_masks(state)
-        if any(mask.ndim for mask in jax.tree.leaves(state.masks)):
-            return state
-        masks = _masks(jax.random.fold_in(state.key, state.step), state.params, config, filter)
+        fresh = _masks(jax.random.fold_in(state.key, state.step), state.params, config, filter)
+        found = jax.tree.map(lambda old, new: old if old.ndim and new.ndim else new, state.masks, fresh)
+        masks = fit_masks(state.key, state.params, found, active_counts(fresh, state.params, filter), config.pattern)
         if not reset_optimizer:
             state = state.replace(opt_state=reset_masked_state(tx, state.opt_state, state.params, masks))
         return state.replace(masks=masks, params=apply_masks(state.params, masks))

@@ -13,8 +13,9 @@ from jax.sharding import Mesh
 
 from spdf_jax.checkpoint import Checkpoints, check_invariants
 from spdf_jax.config import RunConfig
-from spdf_jax.data import Batch, TokenData, train_batches, validation_batches
+from spdf_jax.data import Batch
 from spdf_jax.errors import InputError
+from spdf_jax.feed import Feed
 from spdf_jax.model import GPT
 from spdf_jax.plan import PhasePlan, StepCost
 from spdf_jax.sharding import batch_sharding
@@ -34,14 +35,16 @@ class Run:
 
     config: RunConfig
     workdir: Path
-    data: TokenData
     mesh: Mesh
     model: GPT
     plans: list[PhasePlan]
+    feeds: list[Feed]
     checkpoints: Checkpoints
+    best: Checkpoints | None  # of the phase that stops early
     tracker: Tracker
     total: StepCost
     seconds: float  # of training, over all restarts
+    evaluations: list[tuple[int, float]]  # (step, validation loss), over all restarts
     clock: float = field(default_factory=time.perf_counter)
     last_log: tuple[float, int] = (0.0, 0)
 
@@ -53,7 +56,7 @@ def run_phase(run: Run, plan: PhasePlan, state: TrainState) -> TrainState:
     regrowth = plan.config.optimizer.regrowth
     steps = make_steps(run.model, plan.tx, plan.learning_rate, programme.config.topology_rule, shardings, regrowth)
     first = int(state.step)
-    batches = device_batches(run.data, run.mesh, plan, run.config.seed, first - plan.start)
+    batches = device_batches(run.feeds[plan.index], run.mesh, plan, first - plan.start)
     pictures = _picture_steps(plan)
     if first == 0:
         _evaluate_and_log(run, plan, steps, state, 0)
@@ -61,6 +64,8 @@ def run_phase(run: Run, plan: PhasePlan, state: TrainState) -> TrainState:
     pending: tuple[int, Any] | None = None
     for step in range(first, plan.end):
         local = step - plan.start
+        if _stops_early(run, plan):
+            return state
         if local in pictures:
             _save_pictures(run, state, step)
         state, metrics = one_step(steps, plan, local, state, next(batches))
@@ -68,17 +73,18 @@ def run_phase(run: Run, plan: PhasePlan, state: TrainState) -> TrainState:
             _fetch_and_log(run, plan, *pending)
         pending = (step, metrics)
         done = step + 1
-        evaluate, save = (
-            done % n == 0 or done == plan.end for n in (loop.eval_every_steps, loop.checkpoint_every_steps)
-        )
+        evaluate, save = plan.evaluates_after(done), done == plan.end or done % loop.checkpoint_every_steps == 0
         if evaluate or save:
             # Only a state whose loss is known to be finite is evaluated or saved.
             _fetch_and_log(run, plan, *pending)
             pending = None
         if evaluate:
             _evaluate_and_log(run, plan, steps, state, done)
+            if run.best and plan.config.patience_evaluations and best_evaluation(run.evaluations, plan)[0] == done:
+                _save(run, run.best, plan, state)
+                run.best.wait()  # before a checkpoint that comes after it
         if save:
-            _save(run, plan, state)
+            _save(run, run.checkpoints, plan, state)
     if plan.end - plan.start in pictures and first < plan.end:
         _save_pictures(run, state, plan.end)
     return state
@@ -95,21 +101,25 @@ def one_step(steps: Steps, plan: PhasePlan, local: int, state: TrainState, batch
     return steps.topology(state, batch_ABT, target_nnz, drop_fraction, pattern=pattern, width=width)
 
 
-def device_batches(data: TokenData, mesh: Mesh, plan: PhasePlan, seed: int, start_batch: int) -> Iterator[Batch]:
+def device_batches(feed: Feed, mesh: Mesh, plan: PhasePlan, start_batch: int) -> Iterator[Batch]:
     """Endless ``[A, B, T]`` batches on the mesh; each process loads its rows only."""
     accumulate = plan.config.grad_accumulation_steps
     sharding = batch_sharding(mesh, rank=3)
-    for batch in train_batches(
-        data.train,
-        seq_len=plan.seq_len,
-        batch_size=plan.config.batch_size,
-        seed=seed + plan.index,
-        start_batch=start_batch,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    ):
+    for batch in feed.train(start_batch):
         micro = (x.reshape(accumulate, -1, x.shape[-1]) for x in batch)
         yield Batch(*(jax.make_array_from_process_local_data(sharding, x) for x in micro))
+
+
+def best_evaluation(evaluations: list[tuple[int, float]], plan: PhasePlan) -> tuple[int, float]:
+    """Step and validation loss of the best evaluation since the start of a phase, the earliest of equals."""
+    return min((e for e in evaluations if e[0] >= plan.start), key=lambda e: e[1])
+
+
+def _stops_early(run: Run, plan: PhasePlan) -> bool:
+    """No evaluation since the best one has been better, `patience_evaluations` times over."""
+    since = [step for step, _ in run.evaluations if step >= plan.start]
+    patience = plan.config.patience_evaluations
+    return patience > 0 and len(since) - since.index(best_evaluation(run.evaluations, plan)[0]) > patience
 
 
 def _fetch_and_log(run: Run, plan: PhasePlan, step: int, metrics: dict[str, Any]) -> None:
@@ -151,32 +161,18 @@ def _cost_columns(total: StepCost) -> dict[str, int]:
 def _evaluate_and_log(run: Run, plan: PhasePlan, steps: Steps, state: TrainState, done: int) -> None:
     started = time.perf_counter()
     pattern, width = plan.programme.attention(max(0, done - plan.start - 1))
-    loss = evaluate(run.config, run.data, run.mesh, steps, state.params, plan.seq_len, pattern, width)
+    loss = evaluate(run.feeds[plan.index].validation(), run.mesh, steps, state.params, pattern, width)
+    run.evaluations.append((done, loss))
     row = {"step": done, "phase": plan.name, "val_loss": loss, "sparsity": plan.programme.sparsity(done - plan.start)}
     run.tracker.log(row | _cost_columns(run.total))
     run.last_log = (run.last_log[0] + time.perf_counter() - started, run.last_log[1])  # tokens/s is of training
 
 
-def evaluate(
-    config: RunConfig,
-    data: TokenData,
-    mesh: Mesh,
-    steps: Steps,
-    params: Any,
-    seq_len: int,
-    pattern: str,
-    width: int,
-) -> float:
-    """Mean loss in nats a token over the whole validation set, every token once."""
+def evaluate(batches: Iterator[Batch], mesh: Mesh, steps: Steps, params: Any, pattern: str, width: int) -> float:
+    """Mean loss in nats a target over all batches of a validation or test set."""
     sharding = batch_sharding(mesh, rank=2)
     sums = []
-    for batch in validation_batches(
-        data.validation,
-        seq_len=seq_len,
-        batch_size=config.loop.eval_batch_size,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    ):
+    for batch in batches:
         batch_BT = Batch(*(jax.make_array_from_process_local_data(sharding, x) for x in batch))
         sums.append(steps.evaluate(params, batch_BT, pattern=pattern, width=width))
     # Batch sums are float32; adding them up in Python keeps the total exact enough for any set.
@@ -184,7 +180,7 @@ def evaluate(
     return sum(map(float, losses)) / sum(map(float, weights))
 
 
-def _save(run: Run, plan: PhasePlan, state: TrainState) -> None:
+def _save(run: Run, checkpoints: Checkpoints, plan: PhasePlan, state: TrainState) -> None:
     check_invariants(plan.programme, plan.filter, state, plan.start)
     now = time.perf_counter()
     run.seconds, run.clock = run.seconds + now - run.clock, now
@@ -193,12 +189,12 @@ def _save(run: Run, plan: PhasePlan, state: TrainState) -> None:
         "phase": plan.index,
         "step": step,
         "next_example": (step - plan.start) * plan.config.batch_size,
-        "data_fingerprint": run.data.fingerprint,
+        "data_fingerprint": run.feeds[plan.index].fingerprint,
         "sparsity": plan.programme.sparsity(step - plan.start),
         "seconds": run.seconds,
         **_cost_columns(run.total),
     }
-    run.checkpoints.save(state, record)
+    checkpoints.save(state, record)
 
 
 def _picture_steps(plan: PhasePlan) -> set[int]:

@@ -7,6 +7,7 @@ import jax
 
 from spdf_jax.config import RunConfig, check_devices
 from spdf_jax.data import prepare
+from spdf_jax.feed import make_feed
 from spdf_jax.model import GPT
 from spdf_jax.plan import make_plan
 from spdf_jax.sharding import make_mesh
@@ -41,12 +42,14 @@ def watch_training(config: RunConfig) -> Iterator[tuple[TrainState, dict[str, An
             state = start_phase(state, plan.tx, phase.sparsity, plan.filter, mesh, reset_optimizer=reset)
         shardings, rule = state_shardings(mesh, plan.tx, state), programme.config.topology_rule
         steps = make_steps(model, plan.tx, plan.learning_rate, rule, shardings, phase.optimizer.regrowth)
-        batches = device_batches(data, mesh, plan, config.seed, 0)
+        feed = make_feed(config, plan, data, data.tokenizer)
+        batches = device_batches(feed, mesh, plan, 0)
         for local in range(phase.steps):
             state, metrics = one_step(steps, plan, local, state, next(batches))
             metrics = jax.device_get(metrics)
             done = plan.start + local + 1
-            if done % config.loop.eval_every_steps == 0 or done == plan.end:
-                pattern, width = programme.attention(local)
-                metrics["val_loss"] = evaluate(config, data, mesh, steps, state.params, plan.seq_len, pattern, width)
+            if plan.evaluates_after(done):
+                metrics["val_loss"] = evaluate(
+                    feed.validation(), mesh, steps, state.params, *programme.attention(local)
+                )
             yield state, metrics

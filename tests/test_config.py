@@ -23,7 +23,6 @@ def test_round_trip_to_json_holds_every_value():
     assert json.loads(json.dumps(values)) == values
     assert values["phases"] == ["one", "two"]
     assert values["two"]["optimizer"]["beta2"] == 0.95
-    assert run.total_steps == values["one"]["steps"] + values["two"]["steps"]
 
 
 def changed(path, value):

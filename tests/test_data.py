@@ -6,6 +6,7 @@ import multiprocessing
 import pickle
 import shutil
 import signal
+import sys
 import time
 from itertools import islice
 from pathlib import Path
@@ -349,6 +350,17 @@ def test_tfds_through_array_record(with_validation, tmp_path):
     for text_key, message in (("text", "no feature data.text_key='text'.*body"), ("n", "not UTF-8 text")):
         with pytest.raises(InputError, match=message):
             prepare(config_of(config.path, tmp_path, source="tfds", tfds_name="tiny_text", text_key=text_key))
+
+
+def test_tfds_that_names_code_of_its_own_is_refused_before_anything_is_imported(tmp_path):
+    build_tfds(str(tmp_path / "tfds"), with_validation=True)
+    (features,) = (tmp_path / "tfds").rglob("features.json")
+    features.write_text(
+        features.read_text().replace("tensorflow_datasets.core.features.text_feature.Text", "antigravity.Text")
+    )
+    with pytest.raises(InputError, match=r"features.json: names code of its own, antigravity.Text"):
+        prepare(config_of(tmp_path / "tfds", tmp_path, source="tfds", tfds_name="tiny_text", text_key="body"))
+    assert "antigravity" not in sys.modules
 
 
 @pytest.mark.parametrize("name", ["mnist", "no_such_thing", "kubric:movi", "not a name"])

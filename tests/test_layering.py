@@ -17,6 +17,7 @@ FLOORS = [
         "sharding",
         "losses",
         "attention_patterns",
+        "attention_backends",
         "attention",
     ],
     [
@@ -29,18 +30,24 @@ FLOORS = [
         "sparsity.scaling",
     ],
     ["sparsity.programme", "model", "flops", "optim", "data"],
+    ["huggingface", "generate", "evals"],
     ["state"],
     ["step", "checkpoint", "tracking"],
     ["config"],
-    ["plan", "report"],
+    ["plan", "report", "recipes"],
+    ["feed", "restore"],
     ["train"],
     ["jobs", "watch"],
+    ["use"],
+    ["sweep"],
     ["main"],
 ]
 # Within a floor that lists both, the left may be used by the right.
 SAME_FLOOR = {
     ("errors", "tree"),
+    ("attention_patterns", "attention_backends"),
     ("attention_patterns", "attention"),
+    ("attention_backends", "attention"),
     ("sparsity.select", "sparsity.patterns"),
     ("sparsity.patterns", "sparsity.distributions"),
     ("sparsity.distributions", "sparsity.schedules"),
@@ -53,9 +60,9 @@ SAME_FLOOR = {
 ROOMS = {
     "grain": {"data"},
     "tensorflow_datasets": {"data"},
-    "tokenizers": {"data"},
+    "tokenizers": {"data", "huggingface"},
     "orbax": {"checkpoint"},
-    "ml_collections": {"config", "main"},
+    "ml_collections": {"config", "main", "recipes"},
     "absl": {"main"},
     "safetensors": {"sparsity.masks", "huggingface"},
     "matplotlib": {"report"},
@@ -64,12 +71,12 @@ ROOMS = {
     "torch": set(),
 }
 # Files that a reader walks through to follow one training step, batch to new state.
-ONE_STEP = ["train", "step", "data/pipeline", "state", "model", "attention", "losses", "optim", "sparsity/transforms"]
+ONE_STEP = ["train", "feed", "step", "data/pipeline", "state", "model", "attention", "losses", "optim", "sparsity/transforms"]
 
 
 def module_name(path: Path) -> str:
     parts = path.relative_to(PACKAGE).with_suffix("").parts
-    return "data" if parts[0] == "data" else ".".join(parts)
+    return parts[0] if parts[0] in ("data", "evals", "report") else ".".join(parts)
 
 
 def imports(path: Path) -> set[str]:

@@ -189,7 +189,7 @@ def test_workdir_that_cannot_be_made(text, tmp_path):
 
 
 def test_a_second_run_in_a_workdir_in_use_is_refused(text, tmp_path):
-    with jobs._lock(tmp_path), pytest.raises(spdf.InputError, match="another run is using it"):
+    with jobs.lock(tmp_path), pytest.raises(spdf.InputError, match="another run is using it"):
         jobs.train(spdf.resolve(fresh(text)), tmp_path, progress=False)
 
 

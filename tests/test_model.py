@@ -1,4 +1,4 @@
-"""GPT: shapes and published sizes, causality by gradients, masks in the forward pass, options."""
+"""GPT: shapes and published sizes, causality by gradients, masks in the forward pass, options, the cache."""
 
 import dataclasses
 
@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 import spdf_jax as spdf
+from spdf_jax.attention_patterns import PATTERNS
 from spdf_jax.flops import parameter_count
+from spdf_jax.model import empty_cache
 from spdf_jax.state import abstract_params
 
 TINY = spdf.GPTConfig(n_layer=2, n_head=2, d_model=16, vocab_size=50, context=12)
@@ -132,3 +134,51 @@ def test_a_sequence_over_the_context_is_refused():
     model, params, _ = make()
     with pytest.raises(spdf.InputError, match=r"sequence length 13 exceeds model\.context 12"):
         model.apply({"params": params}, jnp.zeros((1, 13), int))
+
+
+def in_steps(model, params, tokens_BT, prompt_tokens, length, **options):
+    """Logits by a cache: prompts padded with garbage in one call, then each sequence goes on from its own end."""
+    batch, total = tokens_BT.shape
+    lengths_B, at = jnp.array(prompt_tokens), jnp.arange(max(prompt_tokens))
+    padded_BT = jnp.where(at[None] < lengths_B[:, None], tokens_BT[:, : len(at)], 7)
+    positions_BT = jnp.broadcast_to(at[None], padded_BT.shape)
+
+    @jax.jit
+    def call(cache, tokens_BT, positions_BT):
+        variables = {"params": params, "cache": cache}
+        return model.apply(variables, tokens_BT, positions_BT=positions_BT, mutable=["cache"], **options)
+
+    logits_BTV, state = call(empty_cache(model.config, batch, length), padded_BT, positions_BT)
+    found_BTV = np.full((batch, total, model.config.vocab_size), np.nan, logits_BTV.dtype)
+    for b, n in enumerate(prompt_tokens):
+        found_BTV[b, :n] = logits_BTV[b, :n]
+    for step in range(total - min(prompt_tokens)):
+        position_B1 = np.minimum(np.array(prompt_tokens) + step, total - 1)[:, None]
+        logits_BTV, state = call(state["cache"], np.take_along_axis(np.asarray(tokens_BT), position_B1, 1), position_B1)
+        found_BTV[np.arange(batch), position_B1[:, 0]] = logits_BTV[:, 0]
+    return found_BTV
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("changes", [{}, {"use_bias": False, "tied_head": False, "remat": True, "mup_base_width": 8}])
+def test_cached_logits_equal_those_of_the_whole_sequence(pattern, changes):
+    model, params, tokens_BT = make(init_std=0.3, **changes)
+    whole_BTV = model.apply({"params": params}, tokens_BT, pattern=pattern, width=3)
+    cached_BTV = in_steps(model, params, tokens_BT, (3, 7), length=12, pattern=pattern, width=3)
+    np.testing.assert_allclose(cached_BTV, whole_BTV, atol=1e-5, rtol=1e-5)
+
+
+def test_the_cache_is_as_long_as_asked_and_in_the_compute_dtype():
+    model, params, tokens_BT = make(dtype="bfloat16")
+    whole_BTV = model.apply({"params": params}, tokens_BT[:, :6])
+    cached_BTV = in_steps(model, params, tokens_BT[:, :6], (1, 2), length=6)
+    assert {(leaf.shape, leaf.dtype.name) for leaf in jax.tree.leaves(empty_cache(model.config, 2, 6))} == {
+        ((2, 2, 6, 2, 8), "bfloat16")
+    }
+    np.testing.assert_allclose(cached_BTV.astype(np.float32), whole_BTV.astype(jnp.float32), atol=0.02)
+
+
+def test_positions_without_a_cache_are_refused():
+    model, params, tokens_BT = make()
+    with pytest.raises(spdf.InputError, match="positions_BT without a cache: pass empty_cache"):
+        model.apply({"params": params}, tokens_BT, positions_BT=tokens_BT, mutable=["cache"])

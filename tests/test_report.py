@@ -1,12 +1,15 @@
 """The page says what the run recorded, loads nothing, and leaves out what was not recorded."""
 
+import itertools
 import json
 import re
+import statistics
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+import spdf_jax as spdf
 from spdf_jax.errors import InputError
 from spdf_jax.report import write_report
 from spdf_jax.tracking import Tracker, mask_picture, save_mask_picture, write_json
@@ -130,6 +133,87 @@ def make_summary(rows: list[dict]) -> dict:
         "device": "2-core CPU",
         "parameters": 5_300_000,
     }
+
+
+PRETRAINED = {"0": 0.0, "50": 0.5, "75": 0.75}
+CHOICES = ((1e-3, 0), (1e-3, 1), (2e-3, 0), (2e-3, 1))  # rate, seed
+SIGNATURE = "nrefs:var|case:lc|tok:13a|scale:0-100"
+
+
+def sweep_cell(name: str, sparsity: float, rate: float = 0.0, seed: int = 0) -> tuple[dict, list[dict]]:
+    """Config and rows of a pre-training, or with a rate of a fine-tuning."""
+    phase = "finetune" if rate else "pretrain"
+    c = spdf.default_config("table", "mini", variants=("mini",), phases=(phase,))
+    c.seed = seed
+    if rate:
+        c.init_from, c.finetune.task.name, c.finetune.optimizer.peak_learning_rate = f"cell:{name}", "restaurant", rate
+    else:
+        c.pretrain.sparsity.rule, c.pretrain.sparsity.sparsity = ("static", sparsity) if sparsity else ("dense", 0.0)
+    config = spdf.resolve(c).as_dict() | {"command": "python -m spdf_jax.main --config experiments/table.py"}
+    scale, floor = (20, 0.6) if rate else (200, 4.0)
+    rows = []
+    for step in range(0, 5 * scale + 1, scale):
+        loss = floor + 0.4 * sparsity + 40 * rate + 0.01 * seed + 4 * np.exp(-step / scale)
+        cost = {"train_flops": (1 - 0.8 * sparsity) * 5e12 * step, "dense_flops": 5e12 * step, "tokens": 4096 * step}
+        row = {"step": step, "phase": phase, "sparsity": 0.0 if rate else sparsity, **cost}
+        rows += [{**row, "loss": loss, "tokens_per_second": 4096.0}] if step else []
+        rows.append({**row, "val_loss": loss + 0.1})
+    return config, rows
+
+
+def sweep_cells() -> dict[str, tuple[dict, list[dict]]]:
+    cells = {f"pretrain_{name}": sweep_cell(name, sparsity) for name, sparsity in PRETRAINED.items()}
+    for (name, sparsity), (rate, seed) in itertools.product(PRETRAINED.items(), CHOICES):
+        cells[f"finetune_{name}_{rate:g}_{seed}"] = sweep_cell(f"pretrain_{name}", sparsity, rate, seed)
+    return cells
+
+
+def make_sweep(workdir: Path, *, finished: bool = True) -> Path:
+    """The folder of a sweep: three pre-trainings, each fine-tuned with two rates and two seeds."""
+    for name, (config, rows) in sweep_cells().items():
+        cell = workdir / "cells" / name
+        cell.mkdir(parents=True)
+        write_json(cell / "config.json", config)
+        (cell / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        if finished or name != "finetune_75_0.002_1":
+            summary = make_summary(rows) | {"val_loss": rows[-1]["val_loss"]}
+            if name.startswith("finetune"):
+                summary["before"] = {"train_flops": 1e15 * (1 - 0.8 * PRETRAINED[name.split("_")[1]])}
+            write_json(cell / "summary.json", summary)
+            (cell / "report.html").write_text("a report")
+    if finished:
+        rows = [sweep_row(workdir, label, name, bleu) for label, name, bleu in SWEEP_ROWS]
+        table = {"experiment": "table", "variant": "mini", "title": "SPDF on restaurant", "rows": rows}
+        write_json(workdir / "table.json", table)
+    return workdir
+
+
+# The first two are one run: at 0 % there are no masks.
+SWEEP_ROWS = (
+    ("0 %, dense fine-tuning", "0", (40.0, 42.0)),
+    ("0 %, sparse fine-tuning", "0", (40.0, 42.0)),
+    ("50 %, dense fine-tuning", "50", (42.5, 42.5)),
+    ("75 %, dense fine-tuning", "75", (30.0, 32.0)),
+)
+
+
+def sweep_row(workdir: Path, label: str, name: str, bleus: tuple[float, float]) -> dict:
+    cells = {}
+    for seed, bleu in enumerate(bleus):
+        cell = f"finetune_{name}_0.001_{seed}"
+        absent = {"meteor": "java is not there"}
+        evaluation = {"bleu": bleu, "signatures": {"bleu": SIGNATURE}, "absent": absent}
+        cells[cell] = {
+            "summary": json.loads((workdir / "cells" / cell / "summary.json").read_text()),
+            "evaluation": evaluation,
+        }
+    flops = cells[cell]["summary"]["before"]["train_flops"]
+    values = {
+        "BLEU": {"mean": sum(bleus) / 2, "deviation": statistics.stdev(bleus), "seeds": 2},
+        "METEOR": {"mean": None, "deviation": 0.0, "seeds": 2},
+        "pre-training FLOPs": {"mean": flops, "deviation": 0.0, "seeds": 2},
+    }
+    return {"row": label, "choice": "rate 0.001", "cells": cells, "values": values}
 
 
 def titles(page: str) -> list[str]:

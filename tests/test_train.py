@@ -17,7 +17,7 @@ from tiny import tiny_config, write_text
 
 import spdf_jax as spdf
 from spdf_jax import checkpoint as checkpointing
-from spdf_jax import jobs, train
+from spdf_jax import jobs, train, use
 from spdf_jax.plan import make_plan, total_cost
 from spdf_jax.tracking import read_metrics
 from spdf_jax.tree import named_leaves
@@ -174,7 +174,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(t
 
 
 def test_evaluate_gives_the_last_validation_loss(uninterrupted, text):
-    result = jobs.evaluate_checkpoint(spdf.resolve(tiny_config(text, text.parent / "cache")), uninterrupted)
+    result = use.evaluate_checkpoint(spdf.resolve(tiny_config(text, text.parent / "cache")), uninterrupted)
     summary = json.loads((uninterrupted / "summary.json").read_text())
     assert result["val_loss"] == pytest.approx(summary["val_loss"], abs=1e-6)
     assert 1 < result["perplexity_per_byte"] < result["perplexity"]

@@ -75,7 +75,7 @@ def die_at(moment: str) -> None:
 
         train.one_step = stepping
     elif moment == "phase":  # the first phase is saved, the second not begun
-        jobs.start_phase = lambda *args, **kwargs: die()
+        jobs.enter_phase = lambda *args, **kwargs: die()
 
 
 if __name__ == "__main__":

@@ -6,9 +6,10 @@ programs' scratch memory.
 
 Command: ``python experiments/benchmarks/attention.py --lengths 256 1024 4096 8192``
 Hardware: any; the ratios below are for 2 cores of an x86-64 CPU with AVX-512. Time: 3 minutes.
-Expected there, width 128, batch x length = 4096 (8192 for the longest), 4 heads of 64: causal 1.5 to 2 times as fast as
-``jax.nn`` at 256 and over 4 times from 1024 on; local and local_strided at least 1.1, 3 and 5 times as fast as causal at
-1024, 4096 and 8192. At 256 the two halves of a union cost more than the dense triangle they save.
+Expected there, width 128, batch x length = 4096 (8192 for the longest), 4 heads of 64: causal 2.5 times as fast as
+``jax.nn`` at 256 (with 12 heads, too), over 4 times at 1024 and 7 times from 4096 on; local and local_strided at least 1.2,
+3 and 5 times as fast as causal at 1024, 4096 and 8192. Scratch memory is linear in the length. At 256 the two halves of
+local_strided cost about what the dense triangle costs.
 """
 
 import argparse
@@ -26,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from spdf_jax.attention import attention
+from spdf_jax.attention_backends import attention_backend, target_platform
 from spdf_jax.attention_patterns import PATTERNS, causal_share
 
 BASELINE = "jax.nn"
@@ -57,6 +59,10 @@ def rows(length: int, args: argparse.Namespace) -> list[list[str]]:
     functions = {BASELINE: functools.partial(jax.nn.dot_product_attention, is_causal=True)}
     functions |= {pattern: functools.partial(attention, pattern=pattern, width=args.width) for pattern in PATTERNS}
 
+    backends = {
+        pattern: attention_backend(pattern, args.dtype, args.head_dim, target_platform(), length=length)
+        for pattern in PATTERNS
+    }
     compiled, compile_seconds, scratch_mib = {}, {}, {}
     times_ms: dict[str, list[float]] = {name: [] for name in functions}
     for name, attend in functions.items():
@@ -76,7 +82,7 @@ def rows(length: int, args: argparse.Namespace) -> list[list[str]]:
     return [
         [
             f"{batch} x {length}",
-            name,
+            f"{name} ({backends[name]})" if name in PATTERNS else name,
             f"{causal_share(name, length, args.width):.3f}" if name in PATTERNS else "",
             f"{median_ms[name]:.1f}",
             f"{median_ms[BASELINE] / median_ms[name]:.2f}",

@@ -6,11 +6,12 @@ A document belongs to one split, by a stable hash of its name, so adding a docum
 import hashlib
 import json
 import os
+import re
 import sysconfig
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from spdf_jax.errors import InputError
 
@@ -151,6 +152,7 @@ def tfds_corpus(name: str, *, data_dir: str, text_key: str, validation_fraction:
         "prepare it once where its own requirements are installed, with "
         f"tfds.builder({name!r}, data_dir=..., file_format='array_record').download_and_prepare()"
     )
+    _check_features(Path(data_dir or tfds.core.constants.DATA_DIR).expanduser() / re.split("[/:]", name)[0])
     try:
         builder = tfds.core.read_only_builder.builder_from_files(name, data_dir=data_dir or None)
     except (ValueError, OSError) as error:
@@ -189,6 +191,28 @@ def tfds_corpus(name: str, *, data_dir: str, text_key: str, validation_fraction:
     record = [[split, splits[split].num_bytes, splits[split].shard_lengths] for split in used]
     identity = json.dumps(["tfds", builder.info.full_name, record, text_key, validation_fraction])
     return Corpus(where, identity, total_bytes=None, read=read)
+
+
+def _check_features(dataset: Path) -> None:
+    """TFDS imports whatever module a `features.json` names: let it be one of its own features."""
+    for file in sorted(dataset.rglob("features.json")):
+        try:
+            named = list(_values(json.loads(file.read_bytes()), "pythonClassName"))
+        except ValueError as error:
+            raise InputError(f"{file}: not JSON ({error}); prepare the dataset anew") from error
+        foreign = sorted({str(n) for n in named if not str(n).startswith("tensorflow_datasets.core.features.")})
+        if foreign:
+            raise InputError(
+                f"{file}: names code of its own, {', '.join(foreign)}, which is never run; prepare it anew"
+            )
+
+
+def _values(obj: Any, key: str) -> Iterator[Any]:
+    if isinstance(obj, dict):
+        yield from ([obj[key]] if key in obj else [])
+        obj = list(obj.values())
+    for part in obj if isinstance(obj, list) else []:
+        yield from _values(part, key)
 
 
 def _scanned(where: str, documents: Callable[[], Iterator[Document]]) -> Corpus:

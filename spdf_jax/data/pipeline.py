@@ -3,7 +3,6 @@
 Window n has seq_len + 1 tokens, so its last one, a target only, is the first input of window n + 1.
 """
 
-import math
 import sys
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -11,7 +10,6 @@ from typing import NamedTuple
 import grain
 import numpy as np
 
-from spdf_jax.data.token_files import in_chunks
 from spdf_jax.errors import InputError
 
 # Reading a window is a small copy from a memory map: few threads keep ahead of any step, few batches wait in memory.
@@ -75,7 +73,7 @@ def train_batches(
     >>> batch.tokens_BT, batch.targets_BT
     (array([[0, 1]], dtype=int32), array([[1, 2]], dtype=int32))
     """
-    _check(seq_len, batch_size, process_index, process_count)
+    check_batching(seq_len, batch_size, process_index, process_count)
     if seed < 0 or start_batch < 0:
         raise InputError(f"seed={seed}, start_batch={start_batch}: neither may be negative")
     if len(tokens) < seq_len + 1:
@@ -121,7 +119,7 @@ def validation_batches(
     >>> [batch.targets_BT.tolist() for batch in validation_batches(np.arange(8), seq_len=2, batch_size=2)]
     [[[1, 2], [3, 4]], [[5, 6], [7, 0]]]
     """
-    _check(seq_len, batch_size, process_index, process_count)
+    check_batching(seq_len, batch_size, process_index, process_count)
     if len(tokens) < 2:
         raise InputError(
             f"validation data of {len(tokens)} tokens has no target for seq_len={seq_len}; give more validation text"
@@ -129,40 +127,8 @@ def validation_batches(
     return _validation_batches(tokens, seq_len, batch_size, process_index, process_count)
 
 
-def unigram_loss(train_tokens: np.ndarray, validation_tokens: np.ndarray, vocab_size: int) -> float:
-    """Loss of a model that knows only how often each token occurs: what any trained model has to beat.
-
-    Args:
-        train_tokens: 1-D ids to count; one is added to every count, so that no token has probability zero.
-        validation_tokens: 1-D ids; all but the first are targets.
-        vocab_size: Ids the model can predict.
-
-    Returns:
-        Nats per validation target.
-
-    Raises:
-        InputError: A token id is at or over `vocab_size`.
-
-    >>> round(unigram_loss(np.array([0, 0, 1, 0]), np.array([2, 0, 2, 1]), vocab_size=3), 4)  # of 4/7, 1/7 and 2/7
-    1.2528
-    """
-    log_probability = np.log(_counts(train_tokens, vocab_size) + 1) - math.log(len(train_tokens) + vocab_size)
-    target_counts = _counts(validation_tokens[1:], vocab_size)
-    return float(-(target_counts @ log_probability) / target_counts.sum())
-
-
-def _counts(tokens: np.ndarray, vocab_size: int) -> np.ndarray:
-    """How often each id occurs, read a chunk at a time."""
-    counts = np.zeros(vocab_size, dtype=np.int64)
-    for chunk in in_chunks(tokens):
-        chunk_counts = np.bincount(chunk, minlength=vocab_size)
-        if len(chunk_counts) > vocab_size:
-            raise InputError(f"token id {len(chunk_counts) - 1} is not under vocab_size={vocab_size}; raise vocab_size")
-        counts += chunk_counts
-    return counts
-
-
-def _check(seq_len: int, batch_size: int, process_index: int, process_count: int) -> None:
+def check_batching(seq_len: int, batch_size: int, process_index: int, process_count: int) -> None:
+    """Raises `InputError` for sizes that cannot be, or a batch that its processes cannot share."""
     if seq_len < 1 or batch_size < 1:
         raise InputError(f"seq_len={seq_len}, batch_size={batch_size}: both must be at least 1")
     if not 0 <= process_index < process_count:

@@ -65,6 +65,13 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     return tokenizer
 
 
+def end_of_text_id(tokenizer: Tokenizer) -> int:
+    """The id that ends a document."""
+    end_id = tokenizer.token_to_id(END_OF_TEXT)
+    assert end_id is not None, "load_tokenizer and train_tokenizer see to it"
+    return end_id
+
+
 def vocabulary_size(tokenizer: Tokenizer) -> int:
     """The largest id the tokenizer can emit, plus one; ids may have gaps, so this can exceed the number of tokens."""
     return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
@@ -81,8 +88,7 @@ def encode_texts(tokenizer: Tokenizer, texts: Iterable[str]) -> Iterator[tuple[n
     Yields:
         The next ids, and how many UTF-8 bytes of text they stand for.
     """
-    end_id = tokenizer.token_to_id(END_OF_TEXT)
-    assert end_id is not None, "load_tokenizer and train_tokenizer see to it"
+    end_id = end_of_text_id(tokenizer)
     pieces = itertools.chain.from_iterable(map(_pieces, texts))
     while chunk := list(itertools.islice(pieces, _PIECES_PER_CHUNK)):
         encodings = tokenizer.encode_batch_fast([piece for piece, _ in chunk], add_special_tokens=False)

@@ -262,3 +262,16 @@ def evolve(
         stayed = jax.tree.map(jnp.logical_and, masks, new)
         opt_state = reset_masked_state(tx, opt_state, params, stayed)
     return apply_masks(params, new), new, opt_state
+
+
+def fit_masks(key: jax.Array, params: Any, masks: Any, target_nnz: Mapping[str, jax.Array], pattern: str) -> Any:
+    """Masks brought to other counts: pruned by magnitude, grown at random. What has its count already stays bit for bit.
+
+    >>> import jax.numpy as jnp
+    >>> params, masks = {"w": jnp.array([[5.0, 0, 3, 1]])}, {"w": jnp.array([[True, False, True, True]])}
+    >>> fit_masks(jax.random.key(0), params, masks, {"w": jnp.array([2])}, "unstructured")["w"].tolist()
+    [[True, False, True, False]]
+    """
+    rule = Rule(gradient_share=0.0, pattern=pattern)
+    drop = jnp.zeros(())
+    return prune_and_grow_tree(key, params, params, masks, target_nnz=target_nnz, drop_fraction=drop, rule=rule)

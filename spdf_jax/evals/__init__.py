@@ -1,0 +1,1 @@
+"""Metrics and exams: what a trained model is worth."""

@@ -1,0 +1,74 @@
+"""Settings that several experiments share: SPDF's fine-tuning."""
+
+from ml_collections import ConfigDict
+
+from spdf_jax.config import default_config, model_section
+from spdf_jax.model import GPT_SIZES
+
+#: Decoding of each task: length penalty as in LoRA (Hu et al. 2022, table 11), whose decoding SPDF follows.
+LENGTH_PENALTY = {"restaurant": 0.9, "e2e": 0.9, "webnlg": 0.8, "dart": 0.8, "curation": 1.0}
+
+
+def spdf_finetuning(c: ConfigDict, task: str, path: str = "") -> None:
+    """Sets phase ``finetune`` and ``decode`` as SPDF does (arXiv 2303.10464, section 3 and supplement).
+
+    AdamW, linear schedule to 0, 5 epochs with early stopping on validation; beam 10, no repeated 4-gram, at most 64 new
+    tokens. Warm-up is not stated: none. Of its grid (batch 8 to 64, rate 2.5e-5 to 1e-4) this takes batch 16 and rate 1e-4.
+
+    Args:
+      c: a config with a phase ``finetune``; changed in place.
+      task: see `spdf_jax.data.TaskConfig`.
+      path: of its files.
+    """
+    phase = c.finetune
+    phase.task.name, phase.task.path = task, path
+    phase.epochs, phase.patience_evaluations, phase.batch_size = 5, 1, 16
+    phase.seq_len = min(512, c.model.context)
+    phase.optimizer.schedule, phase.optimizer.final_fraction, phase.optimizer.warmup_steps = "linear", 0.0, 0
+    phase.optimizer.peak_learning_rate, phase.optimizer.beta2 = 1e-4, 0.999
+    c.decode.method, c.decode.beam_size, c.decode.no_repeat_ngram = "beam", 10, 4
+    c.decode.length_penalty = LENGTH_PENALTY[task]
+
+
+def finetuning_experiment(experiment: str, variant: str | None, task: str, path: str = "") -> ConfigDict:
+    """An experiment that fine-tunes on one task.
+
+    Args:
+      experiment: its name.
+      variant: ``mini``: pre-trains the mini model at 75 % on the embedded corpus first, any machine; ``125m``: goes on from
+        ``runs/gpt2_spdf-125m_75``; ``gpt2``: from the Hugging Face GPT-2 in ``data/gpt2``.
+      task: see `spdf_jax.data.TaskConfig`.
+      path: of its files.
+
+    >>> finetuning_experiment("mine", "125m", "e2e", "data/e2e").init_from
+    'runs/gpt2_spdf-125m_75'
+    """
+    mini = variant in (None, "", "mini")
+    phases = ("pretrain", "finetune") if mini else ("finetune",)
+    c = default_config(experiment, variant or "mini", variants=("mini", "125m", "gpt2"), phases=phases)
+    if mini:
+        mini_pretraining(c, 0.75)
+    elif variant == "125m":
+        c.model, c.init_from = model_section(GPT_SIZES["125m"]), "runs/gpt2_spdf-125m_75"
+    else:
+        c.model, c.init_from = model_section(GPT_SIZES["124m"]), "data/gpt2"
+    spdf_finetuning(c, task, path)
+    if mini:
+        mini_finetuning(c)
+    return c
+
+
+def mini_pretraining(c: ConfigDict, sparsity: float) -> None:
+    """Phase ``pretrain`` of the mini model on the embedded corpus: 240 steps of SPDF at `sparsity` (0 is dense)."""
+    c.pretrain.steps = 240
+    c.pretrain.sparsity.rule, c.pretrain.sparsity.sparsity = "static" if sparsity else "dense", sparsity
+    c.pretrain.optimizer.peak_learning_rate, c.pretrain.optimizer.warmup_steps = 3e-3, 50
+    c.pretrain.optimizer.beta2 = 0.999
+
+
+def mini_finetuning(c: ConfigDict) -> None:
+    """Phase ``finetune`` at mini scale: fewer examples and epochs, and the larger rate that a small model wants."""
+    phase = c.finetune
+    phase.task.train_examples, phase.task.validation_examples, phase.task.test_examples = 400, 50, 100
+    phase.epochs, phase.optimizer.peak_learning_rate = 3, 1e-3
+    phase.optimizer.warmup_steps = 10

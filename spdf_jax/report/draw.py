@@ -1,0 +1,131 @@
+"""Figures as inline SVG in the page's own colours."""
+
+import base64
+import io
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from markupsafe import Markup, escape
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LinearSegmentedColormap, PowerNorm
+from matplotlib.figure import Figure
+from matplotlib.image import imsave
+
+from spdf_jax.report.records import Row
+
+SPARSE, DENSE, INK, SOFT_INK = "#0f766e", "#8a94a0", "#1f2933", "#52606d"
+_AXIS, _GRID, _GROUND = "#c5ccd3", "#e6eaed", "#ffffff"
+#: Lines of a sweep: each stands out by 3:1 or more on the light page and on the dark one.
+SERIES = ("#7b8794", "#3b82c4", "#d9730d", "#2e9e5b", "#d64545", "#8e63ce", "#a0703c", "#d0579a")
+#: Beyond the colours, lines repeat them dashed: matplotlib's pattern, in points.
+DASHES: tuple[tuple[float, ...], ...] = ((), (4, 2), (1, 1.5), (6, 2, 1, 2))
+# The page decides what these are, so that figures follow its light or dark scheme.
+_THEME = {
+    SPARSE: "var(--accent)",
+    INK: "var(--ink)",
+    SOFT_INK: "var(--soft)",
+    _AXIS: "var(--axis)",
+    _GRID: "var(--line)",
+    _GROUND: "var(--card)",
+}
+DENSITY_COLOURS = LinearSegmentedColormap.from_list("density", ["#f1f5f4", "#5fb3a9", "#0f766e", "#05302d"])
+# Densities of interest are small: the square root spreads 1 % to 10 % over a quarter of the colours.
+DENSITY_NORM = PowerNorm(0.5, vmin=0, vmax=1)
+STYLE: dict[Any, Any] = {
+    "axes.edgecolor": _AXIS,
+    "axes.facecolor": "none",
+    "axes.grid": True,
+    "axes.labelcolor": INK,
+    "axes.labelsize": 9,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "figure.constrained_layout.use": True,
+    "figure.facecolor": "none",
+    "font.size": 9,
+    "grid.color": _GRID,
+    "grid.linewidth": 0.6,
+    "legend.fontsize": 8.5,
+    "legend.edgecolor": "none",
+    "legend.facecolor": _GROUND,
+    "legend.framealpha": 0.85,
+    "svg.fonttype": "none",  # text stays text: small, selectable, in the page's own typeface
+    "text.color": INK,
+    "text.parse_math": False,  # names come from configs and may hold dollar signs
+    "xtick.color": SOFT_INK,
+    "ytick.color": SOFT_INK,
+}
+MAX_LINE_POINTS = 600
+
+
+def new_figure(height_inches: float = 2.9, width_inches: float = 4.2) -> tuple[Figure, Axes]:
+    """A figure small enough that its text is still readable at a phone's width."""
+    figure = Figure(figsize=(width_inches, height_inches))
+    FigureCanvasAgg(figure)
+    return figure, figure.add_subplot()
+
+
+def svg(figure: Figure, description: str) -> Markup:
+    """The figure as an SVG element that can stand beside others, of other descriptions, in one page."""
+    buffer = io.StringIO()
+    # Ids hash the salt and what they name, so the same figure gives the same bytes and two figures never clash.
+    with matplotlib.rc_context({"svg.hashsalt": description}):
+        figure.savefig(buffer, format="svg", dpi=200, metadata={"Date": None})
+    text = buffer.getvalue()
+    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+    text = re.sub(r'<g id="[^"]*">', "<g>", text)
+    for colour, name in _THEME.items():
+        text = re.sub(rf"(?<=: ){colour}\b", name, text)
+    head, body = text.split(">", 1)
+    head = re.sub(r' (width|height)="[^"]*"', "", head)  # the page decides; the viewBox keeps the proportions
+    return Markup(f'<div class="plot">{head} role="img" aria-label="{escape(description)}">{body}</div>')
+
+
+def png_uri(density: np.ndarray) -> str:
+    """A density image as a PNG data URI."""
+    buffer = io.BytesIO()
+    imsave(buffer, DENSITY_COLOURS(DENSITY_NORM(density)), format="png")
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def histogram_path(values: np.ndarray, edges: np.ndarray, width: float, height: float) -> str:
+    """The outline of a histogram as the `d` of an SVG path, as high as the box at its highest bin.
+
+    >>> histogram_path(np.array([0.5, 1.5, 1.6]), np.array([0, 1, 2]), 10, 8)
+    'M0,8V4H5V0H10V8'
+    """
+    counts = np.histogram(values, edges)[0]
+    heights = height * (1 - counts / max(counts.max(), 1))
+    rights = np.linspace(0, width, len(counts) + 1)[1:]
+    return (
+        f"M0,{height:g}" + "".join(f"V{y:.4g}H{x:.4g}" for x, y in zip(rights, heights, strict=True)) + f"V{height:g}"
+    )
+
+
+def thinned(values: Sequence[float] | np.ndarray) -> np.ndarray:
+    """The values, as means of equal runs of them where there are more than a line can show."""
+    values = np.asarray(values, float)
+    run_length = math.ceil(len(values) / MAX_LINE_POINTS)
+    if run_length <= 1:
+        return values
+    starts = np.arange(0, len(values), run_length)
+    return np.add.reduceat(values, starts) / np.diff(np.append(starts, len(values)))
+
+
+def column(rows: Sequence[Row], key: str) -> np.ndarray:
+    """A column of the rows."""
+    return np.array([row[key] for row in rows], float)
+
+
+def cell_edges(steps: Sequence[int]) -> np.ndarray:
+    """Edges between the columns of a heatmap: each reaches to the next step, the last as far as the one before.
+
+    >>> cell_edges([0, 10, 30])
+    array([ 0., 10., 30., 50.])
+    """
+    last_width = steps[-1] - steps[-2] if len(steps) > 1 else 1
+    return np.array([*steps, steps[-1] + max(last_width, 1)], float)

@@ -1,0 +1,178 @@
+"""The page: a heading and cards, readable on paper, on a phone, and by day and night."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from jinja2 import Environment, StrictUndefined, Template
+from markupsafe import Markup, escape
+
+from spdf_jax.tracking import write_atomically
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One titled card of the page."""
+
+    title: str
+    body: Markup
+    caption: str = ""
+    wide: bool = False
+
+
+def write_page(path: Path, *, title: str, status: str, verdict: str, note: str, panels: Sequence[Panel]) -> Path:
+    """Writes a page, atomically.
+
+    Args:
+        path: of the page.
+        title: its heading.
+        status: a few words above it.
+        verdict: the sentence below it: what came out.
+        note: what to keep in mind with it, or "".
+        panels: its cards, in order.
+
+    Returns:
+        The path.
+    """
+    page = _PAGE.render(title=title, status=status, verdict=verdict, note=note, panels=panels)
+    write_atomically(path, page.encode())
+    return path
+
+
+def template(text: str) -> Template:
+    """A template whose values are escaped and whose names must all be given."""
+    return _ENVIRONMENT.from_string(text)
+
+
+def breakable(name: str) -> Markup:
+    """A dotted or underscored name that may go on in the next line.
+
+    >>> breakable("model.n_layer")
+    Markup('model.<wbr>n_<wbr>layer')
+    """
+    return Markup(str(escape(name)).replace(".", ".<wbr>").replace("_", "_<wbr>"))
+
+
+def command_panel(command: str, remark: str) -> Panel:
+    """How to run it again."""
+    return Panel("Run it again", Markup("<pre><code>{}</code></pre>").format(command), remark, wide=True)
+
+
+_ENVIRONMENT = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+_ENVIRONMENT.filters["breakable"] = breakable
+
+_PAGE = template("""\
+<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{{ title }}</title>
+<style>
+:root { color-scheme: light dark; --page: #f6f7f8; --card: #fff; --ink: #1f2933; --soft: #52606d; --line: #e3e7ea;
+        --axis: #c5ccd3; --accent: #0f766e; --second: #c2570c; }
+@media (prefers-color-scheme: dark) {
+  :root { --page: #14181c; --card: #1c2228; --ink: #e4e7eb; --soft: #9aa5b1; --line: #323a42; --axis: #56616c;
+          --accent: #4fd1c5; --second: #f59e5b; }
+}
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 68rem; padding: 2rem 1.25rem 4rem; background: var(--page); color: var(--ink);
+       font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
+h1 { margin: 0 0 .6rem; font-size: 1.7rem; line-height: 1.2; overflow-wrap: anywhere; }
+h2 { margin: 0 0 .25rem; font-size: 1.05rem; }
+h3 { margin: 1rem 0 .3rem; font-size: .92rem; overflow-wrap: anywhere; }
+a { color: var(--accent); }
+.status { margin: 0 0 .25rem; color: var(--accent); font-size: .85rem; font-weight: 600; overflow-wrap: anywhere; }
+.verdict { margin: 0 0 .75rem; max-width: 46rem; font-size: 1.2rem; line-height: 1.45; text-wrap: balance;
+           overflow-wrap: anywhere; }
+.note { margin: 0 0 1.75rem; max-width: 46rem; padding-left: .9rem; border-left: 3px solid var(--accent);
+        color: var(--soft); overflow-wrap: anywhere; }
+.grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 1.1rem; }
+.card { min-width: 0; padding: 1.1rem 1.2rem; border: 1px solid var(--line); border-radius: 10px;
+        background: var(--card); }
+.wide { grid-column: 1 / -1; }
+.caption { margin: 0 0 .7rem; color: var(--soft); font-size: .88rem; line-height: 1.45; overflow-wrap: anywhere; }
+.soft { color: var(--soft); font-size: .88rem; }
+.plot svg { display: block; width: 100%; height: auto; }
+.plot svg text { font-family: inherit !important; }
+.three { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 17rem), 1fr)); gap: .8rem; }
+.key { display: flex; flex-wrap: wrap; gap: .1rem 1.2rem; margin: 0 0 .7rem; padding: 0; font-size: .85rem;
+       list-style: none; }
+.key svg { width: 1.9rem; height: .6rem; margin-right: .4rem; vertical-align: middle; }
+.scroll { overflow-x: auto; }
+table { width: 100%; border-collapse: collapse; font-variant-numeric: tabular-nums; }
+td, th { padding: .34rem .8rem .34rem 0; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top;
+         font-weight: normal; }
+td:last-child, th:last-child { padding-right: 0; }
+tr:last-child > * { border-bottom: 0; }
+thead th { color: var(--soft); font-size: .85rem; line-height: 1.3; vertical-align: bottom; }
+.numbers td:nth-child(2) { font-weight: 600; overflow-wrap: anywhere; }
+.numbers td:nth-child(3) { color: var(--soft); font-size: .88rem; }
+.figures { font-size: .92rem; }
+.figures th[scope=row] { min-width: 8rem; overflow-wrap: anywhere; background: var(--card); }
+.figures td { white-space: nowrap; }
+.figures td.name { min-width: 8rem; white-space: normal; overflow-wrap: anywhere; }
+.figures small { display: block; color: var(--soft); font-size: .8rem; line-height: 1.35; }
+.multiples { display: grid; grid-template-columns: repeat(var(--columns), minmax(0, 9.5rem)); gap: .4rem .8rem;
+             font-size: .8rem; line-height: 1.35; }
+.multiples > code { grid-column: 1 / -1; margin-top: .5rem; font-weight: 600; overflow-wrap: anywhere; }
+.multiples figure { margin: 0; }
+.multiples img { display: block; width: 100%; aspect-ratio: 1; border: 1px solid var(--axis);
+                 image-rendering: pixelated; }
+.multiples svg { display: block; width: 100%; border-bottom: 1px solid var(--axis); }
+.multiples figcaption, .multiples > span { color: var(--soft); }
+.into { fill: var(--accent); fill-opacity: .35; stroke: none; }
+.out { fill: none; stroke: var(--second); stroke-width: 1.5; vector-effect: non-scaling-stroke; }
+.scale { display: grid; grid-template-columns: 1fr auto 1fr; margin-top: 1rem; color: var(--soft);
+         font-size: .8rem; }
+.scale img { grid-column: 1 / -1; width: 100%; height: .6rem; }
+.scale span:last-child { text-align: right; }
+.texts { margin: 0; padding-left: 1.6rem; }
+.texts li { margin: 0 0 .9rem; overflow-wrap: anywhere; break-inside: avoid; }
+.texts p { margin: 0; white-space: pre-line; }
+.texts strong { font-weight: 600; }
+pre { margin: .5rem 0 0; white-space: pre-wrap; overflow-wrap: anywhere; font-size: .83rem; line-height: 1.45; }
+summary { margin-top: .8rem; cursor: pointer; font-weight: 600; }
+@media (max-width: 34rem) {
+  body { padding: 1.25rem .75rem 3rem; }
+  .card { padding: .9rem .8rem; }
+  .numbers td:nth-child(3) { display: none; }
+}
+@media print {
+  :root { --page: #fff; --card: #fff; --ink: #000; --soft: #444; --line: #ccc; --axis: #999; --accent: #0f766e;
+          --second: #c2570c; }
+  body { max-width: none; padding: 0; font-size: 10pt; }
+  .grid { grid-template-columns: 1fr 1fr; }
+  .three { grid-template-columns: 1fr 1fr 1fr; }
+  .card { break-inside: avoid; }
+  .wide { break-inside: auto; }
+  .figures { font-size: .75rem; }
+  .figures td { white-space: normal; }
+  tr { break-inside: avoid; }
+  details { display: none; }
+}
+</style>
+</head>
+<body>
+<header>
+  <p class="status">{{ status }}</p>
+  <h1>{{ title }}</h1>
+  <p class="verdict">{{ verdict }}</p>
+  {% if note %}
+  <p class="note">{{ note }}</p>
+  {% endif %}
+</header>
+<main class="grid">
+  {% for panel in panels %}
+  <section class="card{{ ' wide' if panel.wide }}">
+    <h2>{{ panel.title }}</h2>
+    {% if panel.caption %}
+    <p class="caption">{{ panel.caption }}</p>
+    {% endif %}
+    {{ panel.body }}
+  </section>
+  {% endfor %}
+</main>
+</body>
+</html>
+""")

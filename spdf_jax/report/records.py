@@ -1,0 +1,268 @@
+"""What a run or a sweep recorded, read from its folder."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from spdf_jax.config import default_config
+from spdf_jax.errors import InputError
+from spdf_jax.report.words import flat, setting
+from spdf_jax.tracking import METRICS_FILE, PICTURES_FOLDER, read_metrics
+
+Row = Mapping[str, Any]
+
+_NAMES = ("experiment", "variant", "variants", "phases", "command")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run recorded.
+
+    `numbers` is `summary.json`, and before there is one, what the rows say so far; `scores` is `evaluation.json`.
+    `pictures` and `degrees` are by step, then by leaf path: an image of densities, and the connections (into each output,
+    out of each input).
+    """
+
+    config: Mapping[str, Any]
+    numbers: Mapping[str, Any]
+    scores: Mapping[str, Any]
+    generations: Sequence[Mapping[str, Any]]
+    train_rows: Sequence[Row]
+    evaluation_rows: Sequence[Row]
+    topology_rows: Sequence[Row]
+    pictures: Mapping[int, Mapping[str, np.ndarray]]
+    degrees: Mapping[int, Mapping[str, tuple[np.ndarray, np.ndarray]]]
+
+    @property
+    def name(self) -> str:
+        """Experiment and variant."""
+        return f"{self.config['experiment']}: {self.config['variant']}"
+
+    @cached_property
+    def all_rows(self) -> list[Row]:
+        """Every row, by step."""
+        return sorted([*self.train_rows, *self.evaluation_rows, *self.topology_rows], key=lambda row: row["step"])
+
+    @cached_property
+    def max_sparsity(self) -> float:
+        """The highest sparsity any row saw; 0 for a run without masks."""
+        return max((row["sparsity"] for row in self.all_rows), default=0.0)
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether nothing is saved: no masks, and no attention pattern that skips work."""
+        return self.max_sparsity <= 0 and self.numbers.get("flops_reduction", 1.0) < 1.005
+
+    @property
+    def status(self) -> str:
+        """Finished, or how far."""
+        if "status" in self.numbers:
+            return str(self.numbers["status"])
+        if "steps" in self.numbers:
+            return f"unfinished, at step {self.numbers['steps']:,}"
+        return "unfinished, nothing logged yet"
+
+    def task(self, row: Row) -> str:
+        """The task whose target tokens a row's loss is over; "" for text."""
+        return str(self.config.get(row["phase"], {}).get("task", {}).get("name", ""))
+
+    def training_seconds(self, rows: Sequence[Row]) -> np.ndarray | None:
+        """The training time at each of the rows, from tokens and tokens per second; evaluations are not in it.
+
+        None where the rows do not say. After a restart the first interval is taken at the rate of its second part.
+        """
+        rates = np.array([row.get("tokens_per_second", 0) for row in self.train_rows], float)
+        if not rates.size or rates.min() <= 0:
+            return None
+        tokens = np.array([0, *(row["tokens"] for row in self.train_rows)], float)
+        seconds = np.concatenate([[0], np.cumsum(np.diff(tokens) / rates)])
+        return np.interp([row["tokens"] for row in rows], tokens, seconds)
+
+
+class Value(NamedTuple):
+    """A figure of a table: mean and deviation over as many seeds; no mean where it is absent."""
+
+    mean: float | None
+    deviation: float
+    seeds: int
+
+
+@dataclass(frozen=True)
+class TableRow:
+    """A row of a sweep's table: label, the choice it took, its cells' records (summary, evaluation) and its figures."""
+
+    label: str
+    choice: str
+    cells: Mapping[str, Mapping[str, Any]]
+    values: Mapping[str, Value]
+
+    @property
+    def train_flops(self) -> float:
+        """Counted FLOPs of a cell of this row, with those of the run that it started from; the mean over seeds."""
+        summaries = [record["summary"] for record in self.cells.values()]
+        return float(np.mean([s["train_flops"] + s.get("before", {}).get("train_flops", 0) for s in summaries]))
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What a sweep recorded: its table (no rows before the end) and its cells, by name."""
+
+    title: str
+    name: str
+    rows: Sequence[TableRow]
+    cells: Mapping[str, Run]
+    reports: frozenset[str]
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether there is a table, and every cell has come to its end."""
+        return bool(self.rows) and all("status" in run.numbers for run in self.cells.values())
+
+
+def read_run(workdir: Path) -> Run:
+    """Reads a run's folder.
+
+    Raises:
+        InputError: the folder holds no run, or a file in it cannot be read.
+    """
+    rows = read_metrics(workdir)
+    config = _read_json(workdir / "config.json")
+    if config is None or not {"experiment", "variant"} <= config.keys():
+        raise InputError(
+            f"{workdir / 'config.json'}: missing or without experiment and variant; give the --workdir of a run"
+        )
+    numbers = {**_numbers_so_far(rows), **(_read_json(workdir / "summary.json") or {})}
+    arrays = _read_arrays(workdir)
+    return Run(
+        config=config,
+        numbers={key: number for key, number in numbers.items() if number is not None},
+        scores=_read_json(workdir / "evaluation.json") or {},
+        generations=_read_generations(workdir / "generations.jsonl"),
+        train_rows=[row for row in rows if "loss" in row],
+        evaluation_rows=[row for row in rows if "val_loss" in row],
+        topology_rows=[row for row in rows if row.get("density")],
+        pictures={step: {k: a for k, a in found.items() if a.ndim == 2} for step, found in arrays.items()},
+        degrees={step: _degrees(found) for step, found in arrays.items()},
+    )
+
+
+def read_sweep(workdir: Path) -> Sweep:
+    """Reads a sweep's folder, finished or not: the cells that are there, and the table if there is one.
+
+    Raises:
+        InputError: the folder holds no cell that has begun, or a file in it cannot be read.
+    """
+    folders = sorted(path.parent for path in (workdir / "cells").glob(f"*/{METRICS_FILE}"))
+    begun = [folder for folder in folders if (folder / "config.json").is_file()]
+    if not begun:
+        raise InputError(f"{workdir / 'cells'}: no run has begun there; give the --workdir of a sweep, or start it")
+    cells = {folder.name: read_run(folder) for folder in begun}
+    table = _read_json(workdir / "table.json")
+    name = next(iter(cells.values())).name
+    return Sweep(
+        title=str(table["title"]) if table and "title" in table else name,
+        name=name,
+        rows=_read_rows(workdir / "table.json", table, cells) if table else [],
+        cells=cells,
+        reports=frozenset(folder.name for folder in begun if (folder / "report.html").is_file()),
+    )
+
+
+def changed_settings(config: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Key, value and default of everything in a config that is not at its default; names and command left out."""
+    variant, phases = config["variant"], tuple(config.get("phases", ()))
+    sections = default_config(config["experiment"], variant, variants=(variant,), phases=phases).to_dict()
+    defaults = flat(json.loads(json.dumps(sections)))
+    ours = flat({key: value for key, value in config.items() if key not in _NAMES})
+    return [
+        (key, setting(value), setting(defaults[key]) if key in defaults else "none")
+        for key, value in ours.items()
+        if key not in defaults or defaults[key] != value
+    ]
+
+
+def differing_settings(configs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The keys in which configs of the same sections differ; names and command left out."""
+    flats = [flat({key: value for key, value in config.items() if key not in _NAMES}) for config in configs]
+    keys = dict.fromkeys(key for values in flats for key in values)
+    return [key for key in keys if any(values.get(key) != flats[0].get(key) for values in flats)]
+
+
+def _read_rows(path: Path, table: Mapping[str, Any], cells: Mapping[str, Run]) -> list[TableRow]:
+    try:
+        rows = [
+            TableRow(
+                row["row"],
+                row["choice"],
+                {name: record for name, record in row["cells"].items() if record["summary"]["train_flops"] >= 0},
+                {header: Value(**value) for header, value in row["values"].items()},
+            )
+            for row in table["rows"]
+        ]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: not a sweep's table ({error}); delete it and run the sweep again") from error
+    if missing := {name for row in rows for name in row.cells} - cells.keys():
+        raise InputError(f"{path}: names cells that are not there ({', '.join(sorted(missing))}); run the sweep again")
+    return rows
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a JSON file; None where there is no such file."""
+    if not path.is_file():
+        return None
+    try:
+        obj = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON ({error}); restore the file or run the job again") from error
+    if not isinstance(obj, dict):
+        raise InputError(f"{path}: holds {type(obj).__name__}, not an object; restore the file or run the job again")
+    return obj
+
+
+def _read_generations(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        return []
+    try:
+        found = [json.loads(line) for line in path.read_text().splitlines()]
+        return [{key: one[key] for key in ("context", "text", "references")} for one in found]
+    except (ValueError, KeyError, TypeError) as error:
+        message = f"{path}: not generated texts ({error}); run --job evaluate again"
+        raise InputError(message) from error
+
+
+def _read_arrays(workdir: Path) -> dict[int, dict[str, np.ndarray]]:
+    """Step -> name -> array, of all mask pictures and degrees."""
+    arrays = {}
+    for path in sorted((workdir / PICTURES_FOLDER).glob("step_*.npz")):
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                arrays[int(path.stem.removeprefix("step_"))] = {name: file[name] for name in file.files}
+        except (ValueError, OSError, EOFError) as error:
+            raise InputError(f"{path}: not a mask picture ({error}); delete it and write the report again") from error
+    return arrays
+
+
+def _degrees(arrays: Mapping[str, np.ndarray]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Leaf -> (into each output, out of each input), from the arrays LEAF:in and LEAF:out."""
+    leaves = [name.removesuffix(":in") for name, array in arrays.items() if name.endswith(":in") and array.ndim == 1]
+    return {leaf: (arrays[f"{leaf}:in"], arrays[f"{leaf}:out"]) for leaf in leaves if f"{leaf}:out" in arrays}
+
+
+def _numbers_so_far(rows: Sequence[Row]) -> dict[str, Any]:
+    """The summary's numbers, from the rows alone."""
+    numbers: dict[str, Any] = {}
+    for row in rows:
+        numbers["steps"] = row["step"]
+        numbers |= {key: row[key] for key in ("tokens", "sparsity", "tokens_per_second", "val_loss") if key in row}
+        if "train_flops" in row:
+            numbers |= {"train_flops": row["train_flops"], "dense_flops": row["dense_flops"]}
+        if "val_loss" in row and row["step"] == 0:
+            numbers["initial_val_loss"] = row["val_loss"]
+    if "train_flops" in numbers and numbers["train_flops"] > 0:
+        numbers["flops_reduction"] = numbers["dense_flops"] / numbers["train_flops"]
+    return numbers

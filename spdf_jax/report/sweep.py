@@ -1,0 +1,466 @@
+"""The page about a sweep: its table, its cells in the same figures, and how they differ."""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import quote
+
+import matplotlib
+import numpy as np
+from markupsafe import Markup
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
+
+from spdf_jax.report.draw import DASHES, SERIES, SOFT_INK, SPARSE, STYLE, new_figure, svg
+from spdf_jax.report.page import Panel, command_panel, template, write_page
+from spdf_jax.report.records import Row, Run, Sweep, Value, differing_settings, read_sweep
+from spdf_jax.report.words import (
+    COUNT_UNITS,
+    COUNTED_NOTE,
+    FLOP_UNITS,
+    count_tick,
+    digits,
+    duration,
+    flat,
+    flops,
+    quantity,
+    score_name,
+    setting,
+    target_name,
+    unit,
+)
+
+# Further apart than this, the ends of the curves share an axis only if it is logarithmic.
+_LOG_RATIO = 10
+_LARGE_UNITS = ((1e21, "Z"), (1e18, "E"), (1e15, "P"), *COUNT_UNITS[:-1])
+
+
+def write_sweep_report(workdir: Path) -> Path:
+    """Writes a sweep's `report.html`, atomically, from what its cells have recorded so far.
+
+    Args:
+        workdir: the sweep's folder; needs one cell that has begun, and shows the table once there is one.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        InputError: the folder holds no cell that has begun, or a file in it cannot be read.
+    """
+    sweep = read_sweep(Path(workdir))
+    with matplotlib.rc_context(STYLE):
+        panels = [panel for make in _PANELS for panel in make(sweep)]
+    return write_page(
+        Path(workdir) / "report.html",
+        title=sweep.title,
+        status=f"{sweep.name}, {_status(sweep)}",
+        verdict=_verdict(sweep),
+        note=f"{_what_ran(sweep)} {COUNTED_NOTE if any(run.max_sparsity for run in sweep.cells.values()) else ''}",
+        panels=panels,
+    )
+
+
+# --- words -----------------------------------------------------------------------------------------------------------
+
+
+def _status(sweep: Sweep) -> str:
+    if sweep.is_finished:
+        return "finished"
+    finished = sum("status" in run.numbers for run in sweep.cells.values())
+    return f"unfinished: {finished} of the {len(sweep.cells)} runs begun are at their end"
+
+
+def _verdict(sweep: Sweep) -> str:
+    """The main score of the first row, the highest and the lowest."""
+    header = _main_score(sweep)
+    if header is None:
+        return "No table yet." if not sweep.rows else "No score yet."
+    means = {row.label: mean for row in sweep.rows if (mean := row.values[header].mean) is not None}
+    reference = sweep.rows[0]
+    highest, lowest = (pick(means, key=means.__getitem__) for pick in (max, min))
+    text = f"{header}: "
+    if reference.label in means:
+        text += f"{_figure(means[reference.label])} for “{reference.label}”, the reference; "
+    text += " ".join(
+        f"{word} {_compared(sweep, label, means)}{end}"
+        for word, label, end in (("highest", highest, ","), ("lowest", lowest, "."))
+    )
+    return text
+
+
+def _compared(sweep: Sweep, label: str, means: Mapping[str, float]) -> str:
+    """A row's figure, and its ratios to the first row's."""
+    reference = sweep.rows[0]
+    if label == reference.label:
+        return "that reference"
+    (row,) = [row for row in sweep.rows if row.label == label][:1]
+    text = f"{_figure(means[label])} for “{label}”"
+    ratios = [f"{means[label] / means[reference.label]:.2f} of the reference"] if means.get(reference.label) else []
+    if reference.train_flops > 0:
+        ratios.append(f"{row.train_flops / reference.train_flops:.2f} of its counted FLOPs")
+    return f"{text} ({' at '.join(ratios)})" if ratios else text
+
+
+def _what_ran(sweep: Sweep) -> str:
+    kinds = Counter(" then ".join(run.config.get("phases", ())) or "no phase" for run in sweep.cells.values())
+    numbers = [run.numbers for run in sweep.cells.values()]
+    runs = ", ".join(f"{count} of {kind}" for kind, count in kinds.items())
+    text = f"{len(numbers)} {'run' if len(numbers) == 1 else 'runs'}: {runs}."
+    text += f" {quantity(sum(n.get('tokens', 0) for n in numbers), COUNT_UNITS)} training tokens"
+    if seconds := sum(n.get("wall_seconds", 0) for n in numbers):
+        text += f", {duration(seconds)}"
+    devices = list(dict.fromkeys(n["device"] for n in numbers if "device" in n))
+    return f"{text} on {', '.join(devices)}." if devices else f"{text}."
+
+
+def _main_score(sweep: Sweep) -> str | None:
+    """The first column that has figures."""
+    headers = sweep.rows[0].values if sweep.rows else {}
+    return next((h for h in headers if any(row.values[h].mean is not None for row in sweep.rows)), None)
+
+
+def _figure(value: float) -> str:
+    scale, name = unit(value, _LARGE_UNITS)
+    return f"{digits(value / scale, 4 if scale == 1 else 3)}{name}"
+
+
+def _with_deviation(value: Value) -> str:
+    if value.mean is None:
+        return "-"
+    scale, name = unit(value.mean, _LARGE_UNITS)
+    text = digits(value.mean / scale, 4 if scale == 1 else 3)
+    if value.seeds < 2:
+        return text + name
+    decimals = len(text.partition(".")[2])
+    return f"{text} ± {value.deviation / scale:.{decimals}f}{name}"
+
+
+# --- the table -------------------------------------------------------------------------------------------------------
+
+
+def _table(sweep: Sweep) -> list[Panel]:
+    if not sweep.rows:
+        return []
+    headers, reference = list(sweep.rows[0].values), sweep.rows[0]
+    rows = [
+        {
+            "label": row.label,
+            "choice": row.choice,
+            "cells": [(name, _href(sweep, name)) for name in row.cells],
+            "figures": [(_with_deviation(row.values[h]), _ratio(row.values[h], reference.values[h])) for h in headers],
+        }
+        for row in sweep.rows
+    ]
+    seeds = max(len(row.cells) for row in sweep.rows)
+    caption = "Small: times the first row." + (f" ±: standard deviation over up to {seeds} seeds." if seeds > 1 else "")
+    if any(row.choice for row in sweep.rows):
+        caption += " Each row took, among its choices of settings, that of the lowest validation loss; it is named."
+    return [Panel("Results", Markup(_TABLE.render(headers=headers, rows=rows)), caption, wide=True)]
+
+
+def _ratio(value: Value, reference: Value) -> str:
+    if value.mean is None or not reference.mean or value is reference:
+        return ""
+    return f"x {value.mean / reference.mean:.3f}"
+
+
+def _href(sweep: Sweep, cell: str) -> str:
+    """The page of a cell, relative to the sweep's; "" where it has none."""
+    return f"cells/{quote(cell)}/report.html" if cell in sweep.reports else ""
+
+
+_LINK = """\
+{% macro link(name, href) %}
+{% if href %}
+<a href="{{ href }}">{{ name | breakable }}</a>
+{%- else %}
+{{ name | breakable }}
+{%- endif %}
+{% endmacro %}
+"""
+
+_TABLE = template(
+    _LINK
+    + """\
+<div class="scroll"><table class="figures">
+  <thead><tr><th></th>
+  {% for header in headers %}
+  <th>{{ header }}</th>
+  {% endfor %}
+  </tr></thead>
+  {% for row in rows %}
+  <tr><th scope="row">{{ row.label }}{% if row.choice %}<small>{{ row.choice }}</small>{% endif %}
+    {% for name, href in row.cells %}
+    <small>{{ link(name, href) }}</small>
+    {% endfor %}
+    </th>
+    {% for text, ratio in row.figures %}
+    <td>{{ text }}<small>{{ ratio }}</small></td>
+    {% endfor %}
+  </tr>
+  {% endfor %}
+</table></div>
+"""
+)
+
+
+def _main_chart(sweep: Sweep) -> list[Panel]:
+    header = _main_score(sweep)
+    if header is None:
+        return []
+    rows = [
+        (row.label, mean, row.values[header]) for row in sweep.rows if (mean := row.values[header].mean) is not None
+    ]
+    figure, axes = new_figure(height_inches=0.7 + 0.42 * len(rows))
+    if (first := sweep.rows[0].values[header].mean) is not None:
+        axes.axvline(first, color=SOFT_INK, linewidth=1, linestyle=":")
+    for level, (label, mean, value) in enumerate(rows):
+        bar = value.deviation if value.seeds > 1 else None
+        axes.errorbar([mean], [level], xerr=bar, fmt="o", color=SPARSE, markersize=6, capsize=3)
+        # Over its line, not beside the axis: labels are sentences, and the page may be a phone's.
+        axes.annotate(label, (0, level - 0.32), xycoords=("axes fraction", "data"), fontsize=8.5, va="center")
+    axes.set(xlabel=header, ylim=(len(rows) - 0.5, -0.75), yticks=range(len(rows)))
+    axes.tick_params(left=False, labelleft=False)
+    axes.spines.left.set_visible(False)
+    axes.margins(x=0.08)
+    caption = "Dotted: the first row." if first is not None else ""
+    if any(value.seeds > 1 for _, _, value in rows):
+        caption += " Bars: standard deviation over seeds."
+    return [Panel(f"{header} by row", svg(figure, f"{header} by row"), caption)]
+
+
+# --- curves ----------------------------------------------------------------------------------------------------------
+
+
+class _Series(NamedTuple):
+    """Cells that share a line in the key."""
+
+    label: str
+    cells: tuple[str, ...]
+    colour: str
+    dashes: tuple[float, ...]
+
+    @property
+    def key_style(self) -> str:
+        """The line of the key, as CSS."""
+        dashes = " ".join(f"{2 * length:g}" for length in self.dashes) or "none"
+        return f"fill: none; stroke: {self.colour}; stroke-width: 3; stroke-dasharray: {dashes}"
+
+
+class _AxisOf(NamedTuple):
+    """A way to say how far training is."""
+
+    label: str
+    of: Callable[[Run, Sequence[Row]], np.ndarray | None]
+    units: Sequence[tuple[float, str]] | None
+
+
+def _column(key: str) -> Callable[[Run, Sequence[Row]], np.ndarray]:
+    return lambda _, rows: np.array([row[key] for row in rows], float)
+
+
+_AXES = (
+    _AxisOf("step", _column("step"), None),
+    _AxisOf("training compute ({}, counted)", _column("train_flops"), FLOP_UNITS),
+    _AxisOf("training time ({}, measured)", Run.training_seconds, ((3600, "hours"), (60, "minutes"), (1, "seconds"))),
+)
+
+
+def _curves(sweep: Sweep) -> list[Panel]:
+    """A panel for everything that a validation loss is over: losses over other targets share no axis."""
+    by_task: dict[str, dict[str, list[Row]]] = {}
+    for name, run in sweep.cells.items():
+        for row in run.evaluation_rows:
+            by_task.setdefault(run.task(row), {}).setdefault(name, []).append(row)
+    return [_curves_of(sweep, task, by_task[task]) for task in sorted(by_task)]
+
+
+def _curves_of(sweep: Sweep, task: str, rows: dict[str, list[Row]]) -> Panel:
+    caption = f"Loss over {target_name(task)}, by the steps, FLOPs and time of each run by itself."
+    trained = {name: [row for row in found if row["step"] > 0] for name, found in rows.items()}
+    if any(found[0]["step"] == 0 for found in rows.values()) and all(len(found) > 1 for found in trained.values()):
+        rows, caption = trained, f"{caption} The evaluation at step 0 is left out."
+    series = _series(sweep, list(rows))
+    figures = [
+        svg(figure, f"validation loss over {target_name(task)}, {axis.label}")
+        for axis in _AXES
+        if (figure := _curves_figure(sweep, series, rows, axis)) is not None
+    ]
+    body = Markup(_CURVES.render(series=series, figures=figures))
+    return Panel(f"Validation loss: {task or 'text'}", body, caption, wide=True)
+
+
+def _curves_figure(
+    sweep: Sweep, series: Sequence[_Series], rows: Mapping[str, Sequence[Row]], axis: _AxisOf
+) -> Figure | None:
+    found = {name: axis.of(sweep.cells[name], some) for name, some in rows.items()}
+    xs = {name: x for name, x in found.items() if x is not None}
+    ends = [x[-1] for x in xs.values() if x[-1] > 0]
+    if not ends:
+        return None
+    scale, name = next((one for one in axis.units or () if max(ends) >= one[0]), (1, ""))
+    is_log = max(ends) > _LOG_RATIO * min(ends)
+    figure, axes = new_figure(height_inches=2.5, width_inches=3.4)
+    for one in series:
+        many = len(one.cells) > _MANY
+        for cell in one.cells:
+            if cell not in xs:
+                continue
+            shown = xs[cell] > 0 if is_log else np.full(len(xs[cell]), True)
+            losses = np.array([row["val_loss"] for row in rows[cell]])
+            line = {"linewidth": 0.7, "alpha": 0.45} if many else {"linewidth": 1.3, "marker": "o", "markersize": 2.5}
+            style: dict[str, Any] = {"color": one.colour, "linestyle": (0, one.dashes) if one.dashes else "-", **line}
+            axes.plot(xs[cell][shown] / scale, losses[shown], **style)
+    axes.set(xlabel=axis.label.format(name), ylabel="validation loss (nats/token)")
+    if is_log:
+        axes.set_xscale("log")
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    else:
+        axes.set_xlim(0, None)
+    axes.xaxis.set_major_formatter(count_tick)
+    return figure
+
+
+_MANY = 8
+
+
+def _series(sweep: Sweep, names: Sequence[str]) -> list[_Series]:
+    """A series a row of the table, over its seeds; cells of no row each by themselves, or, beside rows, all as one."""
+    labels: dict[tuple[str, ...], list[str]] = {}
+    for row in sweep.rows:
+        if cells := tuple(name for name in row.cells if name in names):
+            labels.setdefault(cells, []).append(row.label)
+    chosen = {name for cells in labels for name in cells}
+    others = tuple(name for name in names if name not in chosen)
+    found = [(" = ".join(rows), cells) for cells, rows in labels.items()]
+    if chosen and others:
+        found.append((f"not chosen ({len(others)})", others))
+    elif others:
+        found += [(name, (name,)) for name in others]
+    count = len(SERIES)
+    return [
+        _Series(
+            label + (f" ({len(cells)} seeds)" if len(cells) > 1 and cells != others else ""),
+            cells,
+            SERIES[i % count],
+            DASHES[i // count % len(DASHES)],
+        )
+        for i, (label, cells) in enumerate(found)
+    ]
+
+
+_CURVES = template("""\
+<ul class="key">
+  {% for one in series %}
+  <li><svg viewBox="0 0 30 8" aria-hidden="true"><path d="M0,4H30" style="{{ one.key_style }}"/></svg>{{ one.label }}</li>
+  {% endfor %}
+</ul>
+<div class="three">
+  {% for figure in figures %}
+  {{ figure }}
+  {% endfor %}
+</div>
+""")
+
+
+# --- cells -----------------------------------------------------------------------------------------------------------
+
+
+def _cells(sweep: Sweep) -> list[Panel]:
+    """The cells of each shape, that is, of the same phases, with what they set differently."""
+    shapes: dict[tuple[str, ...], list[str]] = {}
+    for name, run in sweep.cells.items():
+        shapes.setdefault(tuple(run.config.get("phases", ())), []).append(name)
+    panels = []
+    for phases, names in shapes.items():
+        keys = differing_settings([sweep.cells[name].config for name in names])
+        body = Markup(_CELLS.render(keys=keys, rows=[_cell(sweep, name, keys) for name in names]))
+        caption = "What each came to" + (
+            ", and every setting in which they differ." if keys else "; their settings are the same."
+        )
+        panels.append(Panel(f"Runs: {' then '.join(phases) or 'no phase'}", body, caption, wide=True))
+    return panels
+
+
+def _cell(sweep: Sweep, name: str, keys: Sequence[str]) -> dict[str, Any]:
+    run = sweep.cells[name]
+    values = flat(run.config)
+    numbers = {
+        "val_loss": lambda v: f"{v:.4f}",
+        "flops_reduction": lambda v: f"{v:.2f}x",
+        "train_flops": flops,
+        "wall_seconds": duration,
+    }
+    figures = [render(run.numbers[key]) if key in run.numbers else "-" for key, render in numbers.items()]
+    status = "" if run.status == "finished" else run.status
+    return {
+        "name": name,
+        "href": _href(sweep, name),
+        "status": status,
+        "figures": figures,
+        "settings": [setting(values[key]) if key in values else "-" for key in keys],
+    }
+
+
+_CELLS = template(
+    _LINK
+    + """\
+<div class="scroll"><table class="figures">
+  <thead><tr><th>run</th><th>validation loss</th><th>FLOP reduction</th><th>counted FLOPs</th><th>time</th>
+  {% for key in keys %}
+  <th>{{ key | breakable }}</th>
+  {% endfor %}
+  </tr></thead>
+  {% for row in rows %}
+  <tr><th scope="row">{{ link(row.name, row.href) }}{% if row.status %}<small>{{ row.status }}</small>{% endif %}</th>
+    {% for text in row.figures %}
+    <td>{{ text }}</td>
+    {% endfor %}
+    {% for text in row.settings %}
+    <td class="name">{{ text | breakable }}</td>
+    {% endfor %}
+  </tr>
+  {% endfor %}
+</table></div>
+"""
+)
+
+
+def _signatures(sweep: Sweep) -> list[Panel]:
+    """How the scores were computed, and why some were not; each said once."""
+    evaluations = [record.get("evaluation", {}) for row in sweep.rows for record in row.cells.values()]
+    lines = [
+        (score_name(name), state, text)
+        for kind, state in (("signatures", ""), ("absent", "absent"))
+        for name, text in dict.fromkeys(pair for one in evaluations for pair in one.get(kind, {}).items())
+    ]
+    if not lines:
+        return []
+    return [Panel("How the scores are computed", Markup(_SIGNATURES.render(lines=lines)), wide=True)]
+
+
+_SIGNATURES = template("""\
+<table class="figures">
+  {% for name, state, text in lines %}
+  <tr><th scope="row">{{ name }}<small>{{ state }}</small></th><td class="name soft">{{ text }}</td></tr>
+  {% endfor %}
+</table>
+""")
+
+
+def _again(sweep: Sweep) -> list[Panel]:
+    command = next((c for run in sweep.cells.values() if (c := run.config.get("command"))), "")
+    remark = "It goes on where this sweep is; for another one beside it, give another --workdir."
+    return [command_panel(command, remark)] if command else []
+
+
+# Each takes the sweep and gives panels, none where nothing is recorded for them.
+_PANELS: tuple[Callable[[Sweep], list[Panel]], ...] = (
+    _table,
+    _main_chart,
+    _curves,
+    _cells,
+    _signatures,
+    _again,
+)

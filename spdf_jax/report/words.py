@@ -1,0 +1,153 @@
+"""Numbers and names as a reader wants them."""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+FLOP_UNITS = ((1e21, "ZFLOP"), (1e18, "EFLOP"), (1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"), (1e6, "MFLOP"))
+COUNT_UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
+
+COUNTED_NOTE = (
+    "FLOPs saved are counted, not seconds saved. The count is what a machine that skips zeros would do; here masks"
+    " simulate sparsity and masked weights are still multiplied, so wall-clock time is no measure of the saving."
+)
+
+_SCORE_NAMES = {
+    "bleu": "BLEU",
+    "nist": "NIST",
+    "rouge_l": "ROUGE-L",
+    "cider": "CIDEr",
+    "meteor": "METEOR",
+    "ter": "TER",
+}
+
+
+def unit(value: float, units: Sequence[tuple[float, str]]) -> tuple[float, str]:
+    """The largest unit not over `value`.
+
+    >>> unit(2.5e12, FLOP_UNITS)
+    (1000000000000.0, 'TFLOP')
+    """
+    return next((one for one in units if abs(value) >= one[0]), (1.0, "FLOP" if units is FLOP_UNITS else ""))
+
+
+def digits(value: float, significant: int = 3) -> str:
+    """A number to so many significant digits, never less than its whole part, without an exponent.
+
+    >>> digits(0.01234), digits(1234.5), digits(66.5, 4)
+    ('0.0123', '1,234', '66.50')
+    """
+    if value == 0:
+        return "0"
+    return f"{value:,.{max(significant - 1 - math.floor(math.log10(abs(value))), 0)}f}"
+
+
+def quantity(value: float, units: Sequence[tuple[float, str]]) -> str:
+    """A large number with its unit.
+
+    >>> quantity(983_040, COUNT_UNITS), quantity(12, COUNT_UNITS)
+    ('983k', '12')
+    """
+    scale, name = unit(value, units)
+    return f"{digits(value / scale)}{name}" if scale > 1 else f"{value:,.0f}"
+
+
+def flops(value: float) -> str:
+    """A count of FLOPs with its unit.
+
+    >>> flops(3.7e13)
+    '37.0 TFLOP'
+    """
+    scale, name = unit(value, FLOP_UNITS)
+    return f"{digits(value / scale)} {name}"
+
+
+def percent(fraction: float) -> str:
+    """A share in per cent.
+
+    >>> percent(0.9375)
+    '93.8 %'
+    """
+    return f"{100 * fraction:.3g} %"
+
+
+def duration(seconds: float) -> str:
+    """A time in its two largest units.
+
+    >>> duration(312.4), duration(7261)
+    ('5 min 12 s', '2 h 1 min')
+    """
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours:,} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def count_tick(value: float, _position: float = 0) -> str:
+    """A count as the label of an axis.
+
+    >>> count_tick(400), count_tick(1500)
+    ('400', '1.5k')
+    """
+    scale, name = unit(value, COUNT_UNITS)
+    return f"{value / scale:g}{name}"
+
+
+def short_name(leaf: str) -> str:
+    """A leaf path without the parts that say nothing.
+
+    >>> short_name("blocks/attn/q/kernel/3")
+    'attn/q, layer 3'
+    """
+    name = re.sub(r"^params/|^blocks/|/kernel(?=/|$)|/embedding(?=/|$)", "", leaf)
+    return clipped(re.sub(r"/(\d+)$", r", layer \1", name))
+
+
+def clipped(name: str, max_characters: int = 24) -> str:
+    """The end of a name that is too long to stand in a figure.
+
+    >>> clipped("transformer/blocks/attn/q", 10)
+    '…ks/attn/q'
+    """
+    return name if len(name) <= max_characters else f"…{name[1 - max_characters :]}"
+
+
+def score_name(key: str) -> str:
+    """A score as it is written in papers.
+
+    >>> score_name("rouge_l"), score_name("perplexity_per_byte")
+    ('ROUGE-L', 'perplexity per byte')
+    """
+    return _SCORE_NAMES.get(key, key.replace("_", " "))
+
+
+def target_name(task: str) -> str:
+    """What a validation loss is over, given the task of its phase ("" for none)."""
+    return f"the target tokens of {task}" if task else "held-out text"
+
+
+def setting(value: Any) -> str:
+    """A value of a config.
+
+    >>> setting(True), setting("rigl"), setting([1, 2]), setting("")
+    ('true', 'rigl', '[1, 2]', '""')
+    """
+    if isinstance(value, str):
+        return value or '""'
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(value)
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections as one dict by dotted keys.
+
+    >>> flat({"model": {"n_layer": 2}, "seed": 0})
+    {'model.n_layer': 2, 'seed': 0}
+    """
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return found

@@ -1,0 +1,144 @@
+"""The jobs that use what a run has come to: evaluate, generate, export."""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jax.sharding import Mesh
+
+from spdf_jax.config import RunConfig, check_devices
+from spdf_jax.data import (
+    Example,
+    decode_texts,
+    encode_prompts,
+    end_of_text_id,
+    load_task,
+    load_tokenizer,
+    seen_categories,
+)
+from spdf_jax.data.tokenizer import Tokenizer
+from spdf_jax.errors import InputError
+from spdf_jax.evals.metrics import score_texts
+from spdf_jax.feed import make_feed
+from spdf_jax.generate import generate
+from spdf_jax.huggingface import save_gpt2
+from spdf_jax.jobs import load_data
+from spdf_jax.model import GPT
+from spdf_jax.restore import SavedRun, saved_run
+from spdf_jax.sharding import make_mesh
+from spdf_jax.step import make_steps
+from spdf_jax.tracking import write_atomically, write_json
+from spdf_jax.train import evaluate
+
+
+def evaluate_checkpoint(config: RunConfig, workdir: Path) -> dict[str, Any]:
+    """What a run has come to: perplexity, and for a task its decoded test set, scored.
+
+    Perplexity is over the whole validation set, per token and, of text, per UTF-8 byte; a task's is over the target tokens of
+    its test set. Prints the figures and writes ``evaluation.json``, for a task ``generations.jsonl`` too.
+
+    Raises:
+      InputError: no checkpoint there, or one of another model.
+    """
+    mesh = make_mesh(config.mesh)
+    check_devices(config, mesh.shape["data"] * mesh.shape["fsdp"])
+    saved = saved_run(workdir, mesh, config)
+    _, plan, state = saved
+    tokens, tokenizer = load_data(config, workdir, progress=True)
+    steps = make_steps(GPT(config.model), plan.tx, plan.learning_rate, plan.programme.config.topology_rule)
+    attention = plan.programme.attention(max(0, int(state.step) - plan.start - 1))
+    feed = make_feed(config, plan, tokens, tokenizer)
+    loss = evaluate(feed.validation(), mesh, steps, state.params, *attention)
+    result: dict[str, Any] = {"step": int(state.step), "val_loss": loss, "perplexity": math.exp(loss)}
+    if feed.test is not None and tokenizer is not None:
+        result["perplexity"] = math.exp(evaluate(feed.test(), mesh, steps, state.params, *attention))
+        result |= _score_task(saved, mesh, tokenizer, workdir)
+    elif tokens is not None and tokens.validation_bytes:
+        targets = tokens.validation.shape[0] - 1
+        result["perplexity_per_byte"] = math.exp(loss * targets / tokens.validation_bytes)
+    write_json(workdir / "evaluation.json", result)
+    figures = {name: value for name, value in result.items() if isinstance(value, int | float)}
+    print(
+        ", ".join(
+            f"{name} {value:.4f}" if isinstance(value, float) else f"{name} {value}" for name, value in figures.items()
+        )
+    )
+    return result
+
+
+def _score_task(saved: SavedRun, mesh: Mesh, tokenizer: Tokenizer, workdir: Path) -> dict[str, Any]:
+    """Scores over the whole test set, their signatures, and the same over seen and unseen categories where there are both."""
+    task = load_task(saved.plan.config.task)
+    if task.style == "perplexity":
+        return {}
+    texts = _decode(saved, mesh, tokenizer, task.test)
+    lines = (
+        json.dumps({"context": e.context, "text": text, "references": e.references}, ensure_ascii=False)
+        for e, text in zip(task.test, texts, strict=True)
+    )
+    write_atomically(workdir / "generations.jsonl", ("\n".join(lines) + "\n").encode())
+
+    def scores(chosen: Sequence[int]) -> dict[str, Any]:
+        return score_texts([texts[i] for i in chosen], [task.test[i].references for i in chosen], style=task.style)
+
+    every = scores(range(len(texts)))
+    result: dict[str, Any] = {name: score.value for name, score in every.items() if score.value is not None}
+    result["signatures"] = {name: score.signature for name, score in every.items() if score.value is not None}
+    result["absent"] = {name: score.absent_because for name, score in every.items() if score.value is None}
+    seen = seen_categories(task)
+    parts = {
+        "seen": [i for i, e in enumerate(task.test) if e.category in seen],
+        "unseen": [i for i, e in enumerate(task.test) if e.category not in seen],
+    }
+    if any(e.category for e in task.test) and all(parts.values()):
+        result |= {name: {k: s.value for k, s in scores(chosen).items()} for name, chosen in parts.items()}
+    return result
+
+
+def _decode(saved: SavedRun, mesh: Mesh, tokenizer: Tokenizer, examples: Sequence[Example]) -> list[str]:
+    model, decode = saved.config.model, saved.config.decode
+    prompts = encode_prompts(examples, tokenizer, max_tokens=model.context - decode.max_new_tokens)
+    end = [end_of_text_id(tokenizer)]
+    found = generate(GPT(model), saved.state.params, prompts, decode, end_tokens=end, mesh=mesh)
+    return decode_texts([generation.tokens for generation in found], tokenizer)
+
+
+def generate_text(config: RunConfig, workdir: Path, prompt: str) -> str:
+    """Continues a prompt by ``config.decode``, prints it and returns the continuation.
+
+    Where the last phase has a task, the prompt is a context, and what follows its target.
+
+    Raises:
+      InputError: no checkpoint or tokenizer there, or a prompt too long.
+    """
+    mesh = make_mesh(config.mesh)
+    saved = saved_run(workdir, mesh, config)
+    tokenizer = load_tokenizer(workdir / "tokenizer.json")
+    if saved.plan.config.task.name:
+        (text,) = _decode(saved, mesh, tokenizer, [Example(prompt, ())])
+        print(text)
+        return text
+    end = end_of_text_id(tokenizer)
+    ids = tokenizer.encode(prompt, add_special_tokens=False).ids or [end]
+    (found,) = generate(GPT(config.model), saved.state.params, [ids], config.decode, end_tokens=[end], mesh=mesh)
+    text = tokenizer.decode(found.tokens, skip_special_tokens=True)
+    print(f"{prompt}{text}")
+    return text
+
+
+def export(config: RunConfig, workdir: Path) -> Path:
+    """Writes ``WORKDIR/huggingface``, a GPT-2 folder for ``transformers``, masks folded in, and prints its path.
+
+    Raises:
+      InputError: no checkpoint there, the folder is there already, or what GPT-2 cannot express.
+    """
+    folder = workdir / "huggingface"
+    _, _, state = saved_run(workdir, make_mesh(config.mesh), config)
+    tokenizer = load_tokenizer(workdir / "tokenizer.json") if (workdir / "tokenizer.json").is_file() else None
+    if folder.exists():
+        raise InputError(f"{folder}: is there already; move or delete it, then export again")
+    save_gpt2(folder, config.model, state.params, masks=state.masks, tokenizer=tokenizer)
+    print(folder)
+    return folder
