@@ -11,7 +11,7 @@ import pytest
 
 import spdf_jax as spdf
 from spdf_jax.errors import InputError
-from spdf_jax.report import write_report
+from spdf_jax.report import write_report, write_sweep_report
 from spdf_jax.tracking import Tracker, mask_picture, save_mask_picture, write_json
 
 LAYERS = 4
@@ -384,3 +384,7 @@ def test_folders_without_a_readable_run_are_refused(tmp_path):
     with pytest.raises(InputError, match="not a mask picture"):
         write_report(tmp_path)
     assert not (tmp_path / "report.html").exists()
+
+
+def test_x(tmp_path):
+    write_sweep_report(make_sweep(tmp_path))

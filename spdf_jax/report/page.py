@@ -109,9 +109,10 @@ thead th { color: var(--soft); font-size: .85rem; line-height: 1.3; vertical-ali
 .numbers td:nth-child(2) { font-weight: 600; overflow-wrap: anywhere; }
 .numbers td:nth-child(3) { color: var(--soft); font-size: .88rem; }
 .figures { font-size: .92rem; }
-.figures th[scope=row] { min-width: 8rem; overflow-wrap: anywhere; background: var(--card); }
+.figures th[scope=row] { min-width: 12rem; overflow-wrap: anywhere; }
 .figures td { white-space: nowrap; }
-.figures td.name { min-width: 8rem; white-space: normal; overflow-wrap: anywhere; }
+.figures .name { min-width: 8rem; white-space: normal; overflow-wrap: anywhere; }
+.figures .setting { max-width: 14rem; white-space: normal; overflow-wrap: anywhere; }
 .figures small { display: block; color: var(--soft); font-size: .8rem; line-height: 1.35; }
 .multiples { display: grid; grid-template-columns: repeat(var(--columns), minmax(0, 9.5rem)); gap: .4rem .8rem;
              font-size: .8rem; line-height: 1.35; }
@@ -137,6 +138,7 @@ summary { margin-top: .8rem; cursor: pointer; font-weight: 600; }
   body { padding: 1.25rem .75rem 3rem; }
   .card { padding: .9rem .8rem; }
   .numbers td:nth-child(3) { display: none; }
+  .figures th[scope=row] { min-width: 8rem; }
 }
 @media print {
   :root { --page: #fff; --card: #fff; --ink: #000; --soft: #444; --line: #ccc; --axis: #999; --accent: #0f766e;

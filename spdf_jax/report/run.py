@@ -511,7 +511,9 @@ def _scores(run: Run) -> Panel | None:
         rows.append((score_name(key), texts, signatures.get(key, "")))
     body = _SCORES.render(parts=parts, rows=rows, absent=[(score_name(key), why) for key, why in absent.items()])
     step = f"The state after step {run.scores['step']:,}. " if "step" in run.scores else ""
-    of_task = signatures and " Texts are decoded from the whole test set; the validation loss is over the validation set."
+    of_task = (
+        signatures and " Texts are decoded from the whole test set; the validation loss is over the validation set."
+    )
     return Panel("Scores", Markup(body), f"{step}{of_task or ''}".strip(), wide=True)
 
 

@@ -9,12 +9,13 @@ from urllib.parse import quote
 import matplotlib
 import numpy as np
 from markupsafe import Markup
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-from spdf_jax.report.draw import DASHES, SERIES, SOFT_INK, SPARSE, STYLE, new_figure, svg
+from spdf_jax.report.draw import DASHES, SERIES, SOFT_INK, STYLE, new_figure, svg
 from spdf_jax.report.page import Panel, command_panel, template, write_page
-from spdf_jax.report.records import Row, Run, Sweep, Value, differing_settings, read_sweep
+from spdf_jax.report.records import Row, Run, Sweep, TableRow, Value, differing_settings, read_sweep
 from spdf_jax.report.words import (
     COUNT_UNITS,
     COUNTED_NOTE,
@@ -120,20 +121,19 @@ def _main_score(sweep: Sweep) -> str | None:
     return next((h for h in headers if any(row.values[h].mean is not None for row in sweep.rows)), None)
 
 
-def _figure(value: float) -> str:
-    scale, name = unit(value, _LARGE_UNITS)
-    return f"{digits(value / scale, 4 if scale == 1 else 3)}{name}"
+def _figure(value: float, largest: float | None = None) -> str:
+    """Four significant digits; large numbers in the unit of the largest of their column."""
+    scale, name = unit(largest or value, _LARGE_UNITS)
+    return digits(value / scale, 4) + name
 
 
-def _with_deviation(value: Value) -> str:
+def _with_deviation(value: Value, largest: float) -> str:
     if value.mean is None:
         return "-"
-    scale, name = unit(value.mean, _LARGE_UNITS)
-    text = digits(value.mean / scale, 4 if scale == 1 else 3)
-    if value.seeds < 2:
-        return text + name
-    decimals = len(text.partition(".")[2])
-    return f"{text} ± {value.deviation / scale:.{decimals}f}{name}"
+    text = _figure(value.mean, largest)
+    scale, name = unit(largest, _LARGE_UNITS)
+    decimals = len(text.removesuffix(name).partition(".")[2])
+    return text + (f" ± {value.deviation / scale:.{decimals}f}" if value.deviation else "")
 
 
 # --- the table -------------------------------------------------------------------------------------------------------
@@ -143,17 +143,23 @@ def _table(sweep: Sweep) -> list[Panel]:
     if not sweep.rows:
         return []
     headers, reference = list(sweep.rows[0].values), sweep.rows[0]
+    largest = {h: max(abs(row.values[h].mean or 0) for row in sweep.rows) for h in headers}
     rows = [
         {
             "label": row.label,
             "choice": row.choice,
             "cells": [(name, _href(sweep, name)) for name in row.cells],
-            "figures": [(_with_deviation(row.values[h]), _ratio(row.values[h], reference.values[h])) for h in headers],
+            "figures": [
+                (_with_deviation(row.values[h], largest[h]), _ratio(row.values[h], reference.values[h]))
+                for h in headers
+            ],
         }
         for row in sweep.rows
     ]
     seeds = max(len(row.cells) for row in sweep.rows)
-    caption = "Small: times the first row." + (f" ±: standard deviation over up to {seeds} seeds." if seeds > 1 else "")
+    caption = "Small: times the first row." + (
+        f" ±: standard deviation over {seeds} seeds, where it is not 0." if seeds > 1 else ""
+    )
     if any(row.choice for row in sweep.rows):
         caption += " Each row took, among its choices of settings, that of the lowest validation loss; it is named."
     return [Panel("Results", Markup(_TABLE.render(headers=headers, rows=rows)), caption, wide=True)]
@@ -209,25 +215,50 @@ def _main_chart(sweep: Sweep) -> list[Panel]:
     header = _main_score(sweep)
     if header is None:
         return []
-    rows = [
-        (row.label, mean, row.values[header]) for row in sweep.rows if (mean := row.values[header].mean) is not None
-    ]
-    figure, axes = new_figure(height_inches=0.7 + 0.42 * len(rows))
-    if (first := sweep.rows[0].values[header].mean) is not None:
-        axes.axvline(first, color=SOFT_INK, linewidth=1, linestyle=":")
-    for level, (label, mean, value) in enumerate(rows):
-        bar = value.deviation if value.seeds > 1 else None
-        axes.errorbar([mean], [level], xerr=bar, fmt="o", color=SPARSE, markersize=6, capsize=3)
+    figure, axes = new_figure(height_inches=0.7 + 0.42 * len(sweep.rows))
+    _mark_reference(axes.axvline, sweep, header)
+    for level, row in enumerate(sweep.rows):
+        _plot_dot(axes, sweep, row, header, y=level)
         # Over its line, not beside the axis: labels are sentences, and the page may be a phone's.
-        axes.annotate(label, (0, level - 0.32), xycoords=("axes fraction", "data"), fontsize=8.5, va="center")
-    axes.set(xlabel=header, ylim=(len(rows) - 0.5, -0.75), yticks=range(len(rows)))
+        axes.annotate(row.label, (0, level - 0.32), xycoords=("axes fraction", "data"), fontsize=8.5, va="center")
+    axes.set(xlabel=header, ylim=(len(sweep.rows) - 0.5, -0.75), yticks=range(len(sweep.rows)))
     axes.tick_params(left=False, labelleft=False)
     axes.spines.left.set_visible(False)
     axes.margins(x=0.08)
-    caption = "Dotted: the first row." if first is not None else ""
-    if any(value.seeds > 1 for _, _, value in rows):
-        caption += " Bars: standard deviation over seeds."
-    return [Panel(f"{header} by row", svg(figure, f"{header} by row"), caption)]
+    caption = "Dotted: the first row. Bars: standard deviation over seeds, where it is not 0."
+    panels = [Panel(f"{header} by row", svg(figure, f"{header} by row"), caption)]
+    costs = [row.train_flops for row in sweep.rows if row.values[header].mean is not None]
+    return [*panels, _trade_off(sweep, header, max(costs))] if max(costs) > 1.05 * min(costs) else panels
+
+
+def _trade_off(sweep: Sweep, header: str, largest_cost: float) -> Panel:
+    """The main score against what it took, pre-training and all."""
+    scale, name = unit(largest_cost, FLOP_UNITS)
+    figure, axes = new_figure(height_inches=0.7 + 0.42 * len(sweep.rows))
+    _mark_reference(axes.axhline, sweep, header)
+    for row in sweep.rows:
+        _plot_dot(axes, sweep, row, header, x=row.train_flops / scale)
+    axes.set(xlabel=f"training compute ({name}, counted)", ylabel=header, xlim=(0, None))
+    caption = "Counted FLOPs of each row with those of the run it started from. Colours as in the figure before."
+    return Panel(f"{header} over compute", svg(figure, f"{header} against training FLOPs"), caption)
+
+
+def _mark_reference(line: Callable[..., Any], sweep: Sweep, header: str) -> None:
+    if (mean := sweep.rows[0].values[header].mean) is not None:
+        line(mean, color=SOFT_INK, linewidth=1, linestyle=":")
+
+
+def _plot_dot(
+    axes: Axes, sweep: Sweep, row: TableRow, header: str, *, x: float | None = None, y: float | None = None
+) -> None:
+    """A row's figure at one given coordinate, in the colour of its curves, with its deviation along the other axis."""
+    value = row.values[header]
+    if value.mean is None:
+        return
+    (colour,) = (one.colour for one in _series(sweep, list(sweep.cells)) if set(one.cells) == set(row.cells))
+    bar: dict[str, Any] = {"xerr" if x is None else "yerr": value.deviation} if value.deviation else {}
+    at = [value.mean if x is None else x], [value.mean if y is None else y]
+    axes.errorbar(*at, **bar, fmt="o", color=colour, markersize=6, capsize=3)
 
 
 # --- curves ----------------------------------------------------------------------------------------------------------
@@ -240,12 +271,15 @@ class _Series(NamedTuple):
     cells: tuple[str, ...]
     colour: str
     dashes: tuple[float, ...]
+    is_faint: bool = False
 
     @property
     def key_style(self) -> str:
         """The line of the key, as CSS."""
         dashes = " ".join(f"{2 * length:g}" for length in self.dashes) or "none"
-        return f"fill: none; stroke: {self.colour}; stroke-width: 3; stroke-dasharray: {dashes}"
+        width, opacity = (1.5, 0.5) if self.is_faint else (3, 1)
+        style = f"stroke: {self.colour}; stroke-width: {width}; stroke-dasharray: {dashes}; opacity: {opacity}"
+        return f"fill: none; {style}"
 
 
 class _AxisOf(NamedTuple):
@@ -303,16 +337,16 @@ def _curves_figure(
     is_log = max(ends) > _LOG_RATIO * min(ends)
     figure, axes = new_figure(height_inches=2.5, width_inches=3.4)
     for one in series:
-        many = len(one.cells) > _MANY
-        for cell in one.cells:
-            if cell not in xs:
-                continue
+        line: dict[str, Any] = {"color": one.colour, "linestyle": (0, one.dashes) if one.dashes else "-"}
+        if one.is_faint:
+            line |= {"linewidth": 0.7, "alpha": 0.5, "zorder": 1.5}
+        else:
+            line |= {"linewidth": 1.3, "marker": "o", "markersize": 2.5}
+        for cell in (name for name in one.cells if name in xs):
             shown = xs[cell] > 0 if is_log else np.full(len(xs[cell]), True)
             losses = np.array([row["val_loss"] for row in rows[cell]])
-            line = {"linewidth": 0.7, "alpha": 0.45} if many else {"linewidth": 1.3, "marker": "o", "markersize": 2.5}
-            style: dict[str, Any] = {"color": one.colour, "linestyle": (0, one.dashes) if one.dashes else "-", **line}
-            axes.plot(xs[cell][shown] / scale, losses[shown], **style)
-    axes.set(xlabel=axis.label.format(name), ylabel="validation loss (nats/token)")
+            axes.plot(xs[cell][shown] / scale, losses[shown], **line)
+    axes.set(xlabel=axis.label.format(name), ylabel="loss (nats/token)")
     if is_log:
         axes.set_xscale("log")
         axes.xaxis.set_minor_formatter(NullFormatter())
@@ -320,9 +354,6 @@ def _curves_figure(
         axes.set_xlim(0, None)
     axes.xaxis.set_major_formatter(count_tick)
     return figure
-
-
-_MANY = 8
 
 
 def _series(sweep: Sweep, names: Sequence[str]) -> list[_Series]:
@@ -333,21 +364,15 @@ def _series(sweep: Sweep, names: Sequence[str]) -> list[_Series]:
             labels.setdefault(cells, []).append(row.label)
     chosen = {name for cells in labels for name in cells}
     others = tuple(name for name in names if name not in chosen)
-    found = [(" = ".join(rows), cells) for cells, rows in labels.items()]
+    found = [(" = ".join(rows), cells) for cells, rows in labels.items()] or [(name, (name,)) for name in others]
+    series = []
+    for i, (label, cells) in enumerate(found):
+        seeds = f" ({len(cells)} seeds)" if len(cells) > 1 else ""
+        dashes = DASHES[i // len(SERIES) % len(DASHES)]
+        series.append(_Series(label + seeds, cells, SERIES[i % len(SERIES)], dashes))
     if chosen and others:
-        found.append((f"not chosen ({len(others)})", others))
-    elif others:
-        found += [(name, (name,)) for name in others]
-    count = len(SERIES)
-    return [
-        _Series(
-            label + (f" ({len(cells)} seeds)" if len(cells) > 1 and cells != others else ""),
-            cells,
-            SERIES[i % count],
-            DASHES[i // count % len(DASHES)],
-        )
-        for i, (label, cells) in enumerate(found)
-    ]
+        series.append(_Series(f"not chosen ({len(others)})", others, SOFT_INK, (), is_faint=True))
+    return series
 
 
 _CURVES = template("""\
@@ -418,7 +443,7 @@ _CELLS = template(
     <td>{{ text }}</td>
     {% endfor %}
     {% for text in row.settings %}
-    <td class="name">{{ text | breakable }}</td>
+    <td class="setting">{{ text | breakable }}</td>
     {% endfor %}
   </tr>
   {% endfor %}
