@@ -23,6 +23,7 @@ from spdf_jax.flops import parameter_count
 from spdf_jax.model import GPT
 from spdf_jax.plan import PhasePlan, make_plan, total_cost
 from spdf_jax.report import write_report
+from spdf_jax.report.words import flat
 from spdf_jax.restore import BEST, CHECKPOINTS, enter_phase, initial_from, restore_state, source_folder
 from spdf_jax.sharding import make_mesh
 from spdf_jax.state import TrainState, init_state
@@ -49,7 +50,7 @@ def train(config: RunConfig, workdir: Path, *, command: str = "", progress: bool
     check_devices(config, mesh.shape["data"] * mesh.shape["fsdp"])
     plans = make_plan(config)
     make_workdir(workdir)
-    with lock(workdir):
+    with lock(workdir), jax.set_mesh(mesh):
         finished = _finished(config, workdir)
         if finished:
             print(f"{workdir}: this run is finished (validation loss {finished['val_loss']:.4f}); nothing to do.")
@@ -225,7 +226,7 @@ def _check_same_run(config: RunConfig, workdir: Path) -> None:
     path = workdir / "config.json"
     if not path.exists():
         return
-    saved, ours = (_flat(c) for c in (json.loads(path.read_text()), config.as_dict()))
+    saved, ours = (flat(c) for c in (json.loads(path.read_text()), config.as_dict()))
     free = ("loop.", "mesh.", "decode.", "command", "variants", "data.cache_dir")
     differing = [
         f"{key} was {saved.get(key)!r}, is {ours.get(key)!r}"
@@ -237,9 +238,3 @@ def _check_same_run(config: RunConfig, workdir: Path) -> None:
             f"workdir {workdir}: holds a run of another config ({'; '.join(differing[:4])}); choose another --workdir, or run "
             f"with the same config to resume"
         )
-
-
-def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(values, dict):
-        return {prefix[:-1]: values}
-    return {k: v for key, value in values.items() for k, v in _flat(value, f"{prefix}{key}.").items()}

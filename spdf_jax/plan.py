@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
+from spdf_jax.attention_backends import attention_backend, target_platform
 from spdf_jax.config import PhaseConfig, RunConfig
 from spdf_jax.data import load_task, steps_per_epoch
 from spdf_jax.flops import head_size, linear_size, parameter_count, step_flops
-from spdf_jax.model import GPT
+from spdf_jax.model import GPT, GPTConfig
 from spdf_jax.optim import learning_rate_schedule, make_optimizer
 from spdf_jax.sparsity.masks import matrix_groups
 from spdf_jax.sparsity.mupar import mup_multipliers
@@ -167,7 +168,7 @@ def describe(config: RunConfig, device_count: int = 1) -> str:
         f"{'tied' if config.model.tied_head else 'untied'})",
     ]
     for plan in plans:
-        lines += _describe_phase(plan)
+        lines += _describe_phase(plan, config.model)
     lines += [
         f"tokens                  {total.tokens:,}",
         f"train FLOPs             {total.train_flops:.4g}",
@@ -187,14 +188,20 @@ def state_bytes(config: RunConfig, plan: PhasePlan) -> int:
     )
 
 
-def _describe_phase(plan: PhasePlan) -> list[str]:
+def _describe_phase(plan: PhasePlan, model: GPTConfig) -> list[str]:
     steps = range(0, plan.config.steps, max(1, plan.config.steps // 1000))
     sparsity = [plan.programme.sparsity(step) for step in steps]
     head = "sparse" if plan.config.sparsity.sparsify_head and not plan.config.sparsity.dense else "dense"
     c = plan.config.sparsity
-    window = f", {c.attention_pattern} attention on [{c.attention_start:g}, {c.attention_end:g})"
+    window = c.attention_end > c.attention_start
+    patterns = dict.fromkeys(("causal", c.attention_pattern) if window else ("causal",))
+    backend = partial(
+        attention_backend, dtype=model.dtype, head_size=model.d_model // model.n_head, length=plan.seq_len
+    )
+    backends = (f"{pattern} by {backend(pattern, platform=target_platform())}" for pattern in patterns)
     return [
         f"phase {plan.name:<18}{plan.config.steps:,} steps x {plan.config.batch_size} x {plan.seq_len} tokens, rule {c.rule}, "
         f"sparsity {sparsity[0]:.3f} at first, {max(sparsity):.3f} at most, {sparsity[-1]:.3f} at last, head {head}"
-        f"{window if c.attention_end > c.attention_start else ''}"
+        f"{f', {c.attention_pattern} attention on [{c.attention_start:g}, {c.attention_end:g})' if window else ''}",
+        f"attention               {', '.join(backends)}",
     ]

@@ -164,7 +164,7 @@ def save_mask_picture(workdir: Path, step: int, pictures: Mapping[str, np.ndarra
     Args:
         workdir: the run's folder.
         step: the step the masks are of.
-        pictures: leaf path -> 2-D density image, as `mask_picture` makes it.
+        pictures: leaf path -> 2-D density image and 1-D degrees, as `picture_of` makes them.
     """
     folder = Path(workdir) / PICTURES_FOLDER
     folder.mkdir(exist_ok=True)
@@ -172,6 +172,15 @@ def save_mask_picture(workdir: Path, step: int, pictures: Mapping[str, np.ndarra
     images: dict[str, Any] = {path: np.asarray(image, np.float32) for path, image in pictures.items()}
     np.savez_compressed(buffer, **images)
     write_atomically(folder / f"step_{step:08d}.npz", buffer.getvalue())
+
+
+def picture_of(path: str, mask: np.ndarray) -> dict[str, np.ndarray]:
+    """What is kept of a mask to be drawn: its picture, and by ``:in`` and ``:out`` the active weights a column and a row.
+
+    >>> {name: array.tolist() for name, array in picture_of("w", np.array([[True, False, True]])).items()}
+    {'w': [[1.0, 0.0, 1.0]], 'w:in': [1, 0, 1], 'w:out': [2]}
+    """
+    return {path: mask_picture(mask), f"{path}:in": mask.sum(axis=0), f"{path}:out": mask.sum(axis=1)}
 
 
 def mask_picture(mask: np.ndarray, max_side: int = 64) -> np.ndarray:

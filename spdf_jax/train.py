@@ -21,7 +21,7 @@ from spdf_jax.plan import PhasePlan, StepCost
 from spdf_jax.sharding import batch_sharding
 from spdf_jax.state import TrainState, state_shardings
 from spdf_jax.step import Steps, make_steps
-from spdf_jax.tracking import Tracker, mask_picture, save_mask_picture
+from spdf_jax.tracking import Tracker, picture_of, save_mask_picture
 from spdf_jax.tree import named_leaves
 
 
@@ -207,11 +207,11 @@ def _picture_steps(plan: PhasePlan) -> set[int]:
 
 def _save_pictures(run: Run, state: TrainState, step: int) -> None:
     """First and last layer of an attention and an MLP matrix, and the head if it is masked."""
-    pictures = {}
+    pictures: dict[str, np.ndarray] = {}
     for name, mask in named_leaves(state.masks):
         if mask.ndim == 3 and name.startswith(("blocks/attn_q", "blocks/mlp_up")):
             for layer in sorted({0, mask.shape[0] - 1}):
-                pictures[f"{name}/{layer}"] = mask_picture(np.asarray(mask[layer]))
+                pictures |= picture_of(f"{name}/{layer}", np.asarray(mask[layer]))
         elif mask.ndim == 2:
-            pictures[name] = mask_picture(np.asarray(mask))
+            pictures |= picture_of(name, np.asarray(mask))
     save_mask_picture(run.workdir, step, pictures)

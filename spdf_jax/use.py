@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 
 from spdf_jax.config import RunConfig, check_devices
@@ -26,6 +27,7 @@ from spdf_jax.generate import generate
 from spdf_jax.huggingface import save_gpt2
 from spdf_jax.jobs import load_data
 from spdf_jax.model import GPT
+from spdf_jax.report import write_report
 from spdf_jax.restore import SavedRun, saved_run
 from spdf_jax.sharding import make_mesh
 from spdf_jax.step import make_steps
@@ -50,15 +52,18 @@ def evaluate_checkpoint(config: RunConfig, workdir: Path) -> dict[str, Any]:
     steps = make_steps(GPT(config.model), plan.tx, plan.learning_rate, plan.programme.config.topology_rule)
     attention = plan.programme.attention(max(0, int(state.step) - plan.start - 1))
     feed = make_feed(config, plan, tokens, tokenizer)
-    loss = evaluate(feed.validation(), mesh, steps, state.params, *attention)
-    result: dict[str, Any] = {"step": int(state.step), "val_loss": loss, "perplexity": math.exp(loss)}
+    with jax.set_mesh(mesh):
+        loss = evaluate(feed.validation(), mesh, steps, state.params, *attention)
+        test_loss = evaluate(feed.test(), mesh, steps, state.params, *attention) if feed.test else loss
+    result: dict[str, Any] = {"step": int(state.step), "val_loss": loss, "perplexity": math.exp(test_loss)}
     if feed.test is not None and tokenizer is not None:
-        result["perplexity"] = math.exp(evaluate(feed.test(), mesh, steps, state.params, *attention))
         result |= _score_task(saved, mesh, tokenizer, workdir)
     elif tokens is not None and tokens.validation_bytes:
         targets = tokens.validation.shape[0] - 1
         result["perplexity_per_byte"] = math.exp(loss * targets / tokens.validation_bytes)
     write_json(workdir / "evaluation.json", result)
+    if (workdir / "metrics.jsonl").is_file():
+        write_report(workdir)
     figures = {name: value for name, value in result.items() if isinstance(value, int | float)}
     print(
         ", ".join(

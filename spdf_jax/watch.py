@@ -45,11 +45,13 @@ def watch_training(config: RunConfig) -> Iterator[tuple[TrainState, dict[str, An
         feed = make_feed(config, plan, data, data.tokenizer)
         batches = device_batches(feed, mesh, plan, 0)
         for local in range(phase.steps):
-            state, metrics = one_step(steps, plan, local, state, next(batches))
+            with jax.set_mesh(mesh):  # not around the yield: it would leak to whoever looks on
+                state, metrics = one_step(steps, plan, local, state, next(batches))
             metrics = jax.device_get(metrics)
             done = plan.start + local + 1
             if plan.evaluates_after(done):
-                metrics["val_loss"] = evaluate(
-                    feed.validation(), mesh, steps, state.params, *programme.attention(local)
-                )
+                with jax.set_mesh(mesh):
+                    metrics["val_loss"] = evaluate(
+                        feed.validation(), mesh, steps, state.params, *programme.attention(local)
+                    )
             yield state, metrics

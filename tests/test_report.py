@@ -3,15 +3,20 @@
 import itertools
 import json
 import re
+import shutil
 import statistics
+import subprocess
+from html import escape
 from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.image import imread
 
 import spdf_jax as spdf
 from spdf_jax.errors import InputError
 from spdf_jax.report import write_report, write_sweep_report
+from spdf_jax.report.records import changed_settings, read_run
 from spdf_jax.tracking import Tracker, mask_picture, save_mask_picture, write_json
 
 LAYERS = 4
@@ -110,7 +115,10 @@ def save_pictures(workdir: Path, last_step: int) -> None:
         masks = {
             leaf: rng.random(shape) < density * np.resize(rows_256, (shape[0], 1)) for leaf, shape in shapes.items()
         }
-        save_mask_picture(workdir, step, {leaf: mask_picture(mask) for leaf, mask in masks.items()})
+        pictures = {leaf: mask_picture(mask) for leaf, mask in masks.items()}
+        into = {f"{leaf}:in": mask.sum(axis=0) for leaf, mask in masks.items()}
+        out = {f"{leaf}:out": mask.sum(axis=1) for leaf, mask in masks.items()}
+        save_mask_picture(workdir, step, pictures | into | out)
 
 
 def make_summary(rows: list[dict]) -> dict:
@@ -239,11 +247,14 @@ def test_every_panel_of_a_finished_run_is_there(page):
         "Numbers",
         "Loss over steps",
         "Loss over compute",
+        "Loss over time",
         "Sparsity over steps",
         "Churn over steps",
         "Density by layer",
         "Masks",
+        "Degrees",
         "Run it again",
+        "Settings",
     ]
     for text in (
         "8.5500 nats/token",
@@ -288,9 +299,19 @@ def test_ids_are_unique_and_the_page_is_reproducible(page, tmp_path):
     assert not list(tmp_path.glob("*.tmp")) + list(tmp_path.glob(".*"))
 
 
+DENSE_TITLES = [
+    "Numbers",
+    "Loss over steps",
+    "Loss over compute",
+    "Loss over time",
+    "Run it again",
+    "Settings",
+]
+
+
 def test_a_dense_run_has_no_mask_panels(tmp_path):
     page = write_report(make_run(tmp_path, sparse=False)).read_text()
-    assert titles(page) == ["Numbers", "Loss over steps", "Loss over compute", "Run it again"]
+    assert titles(page) == DENSE_TITLES
     assert "trained dense for 2.00 PFLOP" in page
     assert "fewer training FLOPs" not in page
     assert "sparse, up to" not in page
@@ -299,8 +320,8 @@ def test_a_dense_run_has_no_mask_panels(tmp_path):
 def test_attention_that_skips_work_saves_without_masks(tmp_path):
     rows = [{**row, "train_flops": 0.9 * row["dense_flops"]} for row in make_rows(STEPS, sparse=False)]
     page = write_report(make_run(tmp_path, sparse=False, rows=rows)).read_text()
-    assert "with 1.1x fewer training FLOPs than dense (1.80 vs 2.00 PFLOP)" in page
-    assert titles(page) == ["Numbers", "Loss over steps", "Loss over compute", "Run it again"]
+    assert "with 1.11x fewer training FLOPs than dense (1.80 vs 2.00 PFLOP)" in page
+    assert titles(page) == DENSE_TITLES
 
 
 def test_mask_pictures_name_their_layer(tmp_path):
@@ -386,5 +407,337 @@ def test_folders_without_a_readable_run_are_refused(tmp_path):
     assert not (tmp_path / "report.html").exists()
 
 
-def test_x(tmp_path):
-    write_sweep_report(make_sweep(tmp_path))
+# --- a run fine-tuned on a task --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finetuned(tmp_path_factory) -> Path:
+    """Pre-trained on text, then fine-tuned with early stopping, evaluated and scored."""
+    workdir = tmp_path_factory.mktemp("finetuned")
+    config, rows = sweep_cell("", 0.75)
+    task_config, task_rows = sweep_cell("", 0.0, rate=1e-3)
+    last = rows[-1]
+    for row in task_rows[1:]:
+        row["step"] += last["step"]
+        row |= {key: row[key] + last[key] for key in ("train_flops", "dense_flops", "tokens")}
+    config |= {"phases": ["pretrain", "finetune"], "finetune": task_config["finetune"]}
+    make_run(workdir, config=config, rows=rows + task_rows[1:], sparse=False, last_step=0)
+    summary = make_summary(rows + task_rows) | {"best_step": 1080, "val_loss": 0.8, "initial_val_loss": 8.1}
+    del summary["unigram_loss"]
+    write_json(workdir / "summary.json", summary)
+    scores = {"step": 1080, "val_loss": 0.8, "perplexity": 2.2255, "bleu": 34.221, "seen": {"bleu": 36.0}}
+    absent = {"meteor": "java <is> not there"}
+    write_json(
+        workdir / "evaluation.json",
+        scores | {"unseen": {"bleu": 30.5}, "signatures": {"bleu": SIGNATURE}, "absent": absent},
+    )
+    texts = [{"context": f"name : Mill {i}", "text": f"<b>Mill {i}</b>", "references": ["A mill."]} for i in range(19)]
+    (workdir / "generations.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts))
+    return workdir
+
+
+def test_a_finetuned_run_shows_scores_texts_and_its_best_step(finetuned):
+    page = write_report(finetuned).read_text()
+    assert "Validation loss 0.80 over the target tokens of restaurant" in page
+    assert "Scored: BLEU 34.2." in page
+    assert titles(page)[:3] == ["Numbers", "Scores", "Loss over steps"]
+    assert "at the best evaluation, step 1,080" in page
+    assert "stopped early" in page
+    assert "best, kept" in page
+    assert "over held-out text: not to be compared with the last" in page
+    assert "Points: held-out text, then the target tokens of restaurant." in page
+    scores = re.findall(r"<td>([^<]*)</td>", page[page.index("<h2>Scores") :])
+    assert scores[:9] == ["0.8000", "", "", "2.2255", "", "", "34.2210", "36.0000", "30.5000"]
+    assert SIGNATURE in page
+    assert "java &lt;is&gt; not there" in page
+    assert re.findall(r"&lt;b&gt;Mill (\d+)&lt;/b&gt;", page) == [str(i) for i in range(0, 19, 2)]
+    assert "token frequencies alone" not in page
+
+
+def test_what_a_run_started_from_is_counted_with_it(tmp_path):
+    workdir = make_run(tmp_path, sparse=False)
+    summary = json.loads((workdir / "summary.json").read_text())
+    write_json(workdir / "summary.json", summary | {"before": {"train_flops": 1e15}})
+    page = write_report(workdir).read_text()
+    assert '<th scope="row">Counted FLOPs of the run before</th><td>1.00 PFLOP</td>' in page
+    assert '<th scope="row">Both together</th><td>3.00 PFLOP</td>' in page
+
+
+def test_unreadable_texts_are_refused(tmp_path):
+    workdir = make_run(tmp_path, sparse=False)
+    (workdir / "generations.jsonl").write_text('{"text": "no context"}\n')
+    with pytest.raises(InputError, match=r"generations\.jsonl: not generated texts"):
+        write_report(workdir)
+
+
+def test_training_time_is_tokens_over_rate(tmp_path):
+    base = {"phase": "pretrain", "sparsity": 0.0, "train_flops": 1, "dense_flops": 1}
+    rows = [
+        base | {"step": 10, "tokens": 100, "loss": 1.0, "tokens_per_second": 100.0},
+        base | {"step": 20, "tokens": 300, "loss": 1.0, "tokens_per_second": 50.0},
+        base | {"step": 15, "tokens": 200, "val_loss": 1.0},
+    ]
+    run = read_run(make_run(tmp_path, rows=rows, sparse=False))
+    np.testing.assert_allclose(run.training_seconds(run.train_rows), [1, 5])
+    np.testing.assert_allclose(run.training_seconds(run.evaluation_rows), [3])
+    rows[1]["tokens_per_second"] = 0.0
+    other = make_run(tmp_path / "no_rate", rows=rows, sparse=False)
+    assert read_run(other).training_seconds(rows) is None
+    assert "Loss over time" not in titles(write_report(other).read_text())
+
+
+def test_settings_are_those_that_differ_from_the_defaults():
+    config, _ = sweep_cell("", 0.75)
+    assert changed_settings(config) == [
+        ("pretrain.sparsity.rule", "static", "dense"),
+        ("pretrain.sparsity.sparsity", "0.75", "0.0"),
+    ]
+    assert ("model.of_another_version", "1", "none") in changed_settings(config | {"model": {"of_another_version": 1}})
+
+
+def test_degrees_are_counted_neuron_by_neuron(tmp_path):
+    workdir = make_run(tmp_path, last_step=100, sparse=False, rows=make_rows(100, sparse=True))
+    mask = np.zeros((4, 6), bool)  # 4 inputs, 6 outputs
+    mask[0], mask[1, :3] = True, True
+    into, out = mask.sum(axis=0), mask.sum(axis=1)
+    picture = {"blocks/up/kernel/0": mask_picture(mask)}
+    save_mask_picture(workdir, 80, picture | {"blocks/up/kernel/0:in": into, "blocks/up/kernel/0:out": out})
+    page = write_report(workdir).read_text()
+    assert "in 1 to 2 of 4<br>out 0 to 6 of 6<br>2 without any" in page
+    assert page.count("<img src") == 2  # the mask and the scale: degrees are no pictures
+
+
+# --- sweeps ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory) -> Path:
+    return make_sweep(tmp_path_factory.mktemp("sweep"))
+
+
+@pytest.fixture(scope="module")
+def sweep_page(sweep) -> str:
+    return write_sweep_report(sweep).read_text()
+
+
+def test_a_sweep_says_in_words_what_came_out(sweep_page):
+    assert "<h1>SPDF on restaurant</h1>" in sweep_page
+    assert "table: mini, finished" in sweep_page
+    assert (
+        "BLEU: 41.00 for “0 %, dense fine-tuning”, the reference; highest 42.50 for “50 %, dense fine-tuning” (1.04 of"
+        " the reference at 0.60 of its counted FLOPs), lowest 31.00 for “75 %, dense fine-tuning” (0.76 of the reference"
+        " at 0.40 of its counted FLOPs)." in sweep_page
+    )
+    assert "15 runs: 12 of finetune, 3 of pretrain." in sweep_page
+
+
+def test_a_sweep_whose_rows_are_alike_says_so(tmp_path):
+    workdir = make_sweep(tmp_path)
+    table = json.loads((workdir / "table.json").read_text())
+    for row in table["rows"]:
+        row["values"]["BLEU"]["mean"] = 0.0
+    write_json(workdir / "table.json", table)
+    assert "BLEU: 0 in every row." in write_sweep_report(workdir).read_text()
+
+
+def test_every_panel_of_a_sweep_is_there(sweep_page):
+    assert titles(sweep_page) == [
+        "Results",
+        "BLEU by row",
+        "BLEU over compute",
+        "Validation loss: text",
+        "Validation loss: restaurant",
+        "Runs: finetune",
+        "Runs: pretrain",
+        "How the scores are computed",
+        "Run it again",
+    ]
+
+
+def test_the_table_has_deviations_and_ratios_to_the_first_row(sweep_page):
+    table = sweep_page[sweep_page.index("<h2>Results") : sweep_page.index("<h2>BLEU by row")]
+    figures = re.findall(r"<td>([^<]*)<small>([^<]*)</small></td>", table)
+    assert figures == [
+        ("41.00 ± 1.41", ""),
+        ("-", ""),
+        ("1.000P", ""),
+        ("41.00 ± 1.41", "x 1.000"),
+        ("-", ""),
+        ("1.000P", "x 1.000"),
+        ("42.50", "x 1.037"),
+        ("-", ""),
+        ("0.600P", "x 0.600"),
+        ("31.00 ± 1.41", "x 0.756"),
+        ("-", ""),
+        ("0.400P", "x 0.400"),
+    ]
+
+
+def test_a_sweep_links_its_runs_and_nothing_else(sweep, sweep_page):
+    links = {link for link in re.findall(r'(?:src|href)="([^"#]+)', sweep_page) if not link.startswith("data:")}
+    assert links == {f"cells/{name}/report.html" for name in sweep_cells()}
+    assert all((sweep / link).is_file() for link in links)
+    assert not re.findall(r"<script|<link|@import|<iframe", sweep_page)
+    ids = re.findall(r' id="([^"]+)"', sweep_page)
+    assert len(ids) == len(set(ids))
+
+
+def test_one_run_in_two_rows_is_one_curve(sweep_page):
+    key = re.findall(r"</svg>([^<]+)</li>", sweep_page)
+    assert key == [
+        "pretrain_0",
+        "pretrain_50",
+        "pretrain_75",
+        "0 %, dense fine-tuning = 0 %, sparse fine-tuning (2 seeds)",
+        "50 %, dense fine-tuning (2 seeds)",
+        "75 %, dense fine-tuning (2 seeds)",
+        "not chosen (6)",
+    ]
+
+
+def test_runs_are_told_apart_by_what_they_set_differently(sweep_page):
+    heads = re.findall(r"<th>([^<]*(?:<wbr>[^<]*)*)</th>", sweep_page[sweep_page.index("<h2>Runs: finetune") :])
+    names = [head.replace("<wbr>", "") for head in heads]
+    assert names[5:8] == ["seed", "init_from", "finetune.optimizer.peak_learning_rate"]
+    assert names[13:] == ["pretrain.sparsity.rule", "pretrain.sparsity.sparsity"]
+
+
+def test_signatures_and_reasons_are_said_once(sweep_page):
+    section = sweep_page[sweep_page.index("<h2>How the scores") :]
+    assert section.count(SIGNATURE) == 1
+    assert section.count("java is not there") == 1
+
+
+def test_a_sweep_under_way_shows_the_runs_that_are_there(tmp_path):
+    workdir = make_sweep(tmp_path, finished=False)
+    (workdir / "cells" / "not_begun").mkdir()
+    page = write_sweep_report(workdir).read_text()
+    assert "table: mini, unfinished: 14 of the 15 runs begun are at their end" in page
+    # 0.6 + 0.04 + 4 exp(-5) + 0.1, and so for text.
+    assert "0.767 over the target tokens of restaurant (finetune_0_0.001_0)" in page
+    assert "4.127 over held-out text (pretrain_0)" in page
+    assert titles(page)[:2] == ["Validation loss: text", "Validation loss: restaurant"]
+    assert "unfinished, at step 100" in page
+    assert 'href="cells/finetune_75_0.002_1/' not in page
+    assert "not_begun" not in page
+
+
+def test_runs_of_very_different_lengths_share_a_logarithmic_axis(tmp_path):
+    ticks = []
+    for factor in (2, 1000):
+        workdir = tmp_path / str(factor)
+        for name, times in (("short", 1), ("long", factor)):
+            config, rows = sweep_cell("", 0.0)
+            rows = [row | {"step": row["step"] * times, "train_flops": row["train_flops"] * times} for row in rows]
+            (workdir / "cells" / name).mkdir(parents=True)
+            write_json(workdir / "cells" / name / "config.json", config)
+            (workdir / "cells" / name / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+        page = write_sweep_report(workdir).read_text()
+        ticks.append(set(re.findall(r">([\d.]+[kM]?)</text>", page[: page.index("training compute")])))
+    assert {"1k", "10k", "100k", "1M"} <= ticks[1]
+    assert "10k" not in ticks[0]
+
+
+def test_hundreds_of_runs_stay_readable_and_small(tmp_path):
+    config, rows = sweep_cell("", 0.0)
+    for i in range(100):
+        (tmp_path / "cells" / f"run_{i:03}").mkdir(parents=True)
+        write_json(tmp_path / "cells" / f"run_{i:03}" / "config.json", config | {"seed": i})
+        lines = (json.dumps(row) + "\n" for row in rows)
+        (tmp_path / "cells" / f"run_{i:03}" / "metrics.jsonl").write_text("".join(lines))
+    page = write_sweep_report(tmp_path).read_text()
+    styles = re.findall(r'<path d="M0,4H30" style="([^"]+)"', page)
+    assert len(styles) == 100
+    assert len(set(styles)) == 32  # colours x dashes, before they repeat
+    assert len(page) < 1_500_000
+
+
+def test_folders_without_a_readable_sweep_are_refused(tmp_path):
+    with pytest.raises(InputError, match="no run has begun there"):
+        write_sweep_report(tmp_path)
+    make_sweep(tmp_path)
+    table = json.loads((tmp_path / "table.json").read_text())
+    write_json(tmp_path / "table.json", {"rows": [{"row": "no cells"}]})
+    with pytest.raises(InputError, match=r"table\.json: not a sweep's table"):
+        write_sweep_report(tmp_path)
+    write_json(tmp_path / "table.json", table)
+    (tmp_path / "cells" / "finetune_0_0.001_0" / "config.json").unlink()
+    with pytest.raises(InputError, match=r"cells that are not there \(finetune_0_0\.001_0\)"):
+        write_sweep_report(tmp_path)
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_names_in_a_sweep_are_escaped(tmp_path):
+    nasty = "<script>alert('$x$')</script>"
+    workdir = make_sweep(tmp_path)
+    table = json.loads((workdir / "table.json").read_text())
+    table["title"] = table["rows"][0]["row"] = table["rows"][0]["choice"] = nasty
+    for row in table["rows"]:
+        row["values"] = {nasty: row["values"]["BLEU"]}
+    write_json(workdir / "table.json", table)
+    page = write_sweep_report(workdir).read_text()
+    assert "<script" not in page
+    assert "&lt;script&gt;" in page
+
+
+# --- in a browser ----------------------------------------------------------------------------------------------------
+
+
+def chromium(page: Path, *flags: str, size: str = "1000,800") -> str:
+    """Opens a page in a headless browser of its own profile, and returns what it prints."""
+    quiet = ["headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "hide-scrollbars", "disable-sync"]
+    quiet += ["disable-background-networking", "disable-component-update", f"user-data-dir={page.parent / 'profile'}"]
+    command = ["chromium", *(f"--{flag}" for flag in quiet), f"--window-size={size}", *flags, page.as_uri()]
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
+
+
+def measured(html: str, width: int, folder: Path) -> dict[str, float]:
+    """Width that the page needs in a frame of the given one, its cards, and the size of the smallest text in a figure."""
+    script = """
+      const d = frame.contentDocument, texts = [...d.querySelectorAll(".plot text")];
+      document.title = JSON.stringify({
+        needs: d.documentElement.scrollWidth, cards: d.querySelectorAll(".card").length,
+        smallest: Math.min(...texts.map(text => {
+          const m = text.getScreenCTM();
+          return Math.hypot(m.a, m.b) * parseFloat(getComputedStyle(text).fontSize)}))})"""
+    frame = f'<iframe id=frame style="width:{width}px;height:800px;border:0" srcdoc="{escape(html)}"></iframe>'
+    wrapper = folder / "wrapper.html"
+    wrapper.write_text(f"<title></title>{frame}<script>frame.onload = () => {{{script}}}</script>")
+    (title,) = re.findall(r"<title>(.*?)</title>", chromium(wrapper, "--dump-dom"))
+    return json.loads(title.replace("&quot;", '"'))
+
+
+needs_chromium = pytest.mark.skipif(shutil.which("chromium") is None, reason="needs the browser chromium")
+
+
+@pytest.mark.slow
+@needs_chromium
+@pytest.mark.parametrize("kind", ["run", "finetuned", "sweep"])
+def test_a_page_fits_a_phone(kind, request, tmp_path):
+    html = request.getfixturevalue("page") if kind == "run" else request.getfixturevalue("sweep_page")
+    if kind == "finetuned":
+        html = write_report(request.getfixturevalue("finetuned")).read_text()
+    found = measured(html, 360, tmp_path)
+    assert found["cards"] == html.count('<section class="card')
+    assert found["needs"] == 360
+    assert found["smallest"] > 7.5  # CSS pixels
+    too_wide = html.replace("<main", '<div style="width: 500px">wide</div><main')
+    assert measured(too_wide, 360, tmp_path)["needs"] > 500
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_a_page_is_drawn_by_day_and_by_night(sweep, sweep_page, tmp_path):
+    page = sweep / "report.html"
+    means = {}
+    for scheme, flag in (("light", 1), ("dark", 0)):
+        picture = tmp_path / f"{scheme}.png"
+        chromium(page, f"--screenshot={picture}", f"--blink-settings=preferredColorScheme={flag}", size="1000,1600")
+        pixels = imread(picture)[..., :3]
+        means[scheme] = pixels.mean()
+        # Text, lines and the colours of the series, not one flat sheet.
+        assert len(np.unique((pixels * 255).astype(np.uint8).reshape(-1, 3), axis=0)) > 200
+        blue = np.abs(pixels - np.array([0x3B, 0x82, 0xC4]) / 255).max(axis=-1) < 0.02
+        assert blue.sum() > 200
+    assert means["light"] > 0.9
+    assert means["dark"] < 0.2

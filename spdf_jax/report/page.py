@@ -111,9 +111,9 @@ thead th { color: var(--soft); font-size: .85rem; line-height: 1.3; vertical-ali
 .figures { font-size: .92rem; }
 .figures th[scope=row] { min-width: 12rem; overflow-wrap: anywhere; }
 .figures td { white-space: nowrap; }
-.figures .name { min-width: 8rem; white-space: normal; overflow-wrap: anywhere; }
-.figures .setting { max-width: 14rem; white-space: normal; overflow-wrap: anywhere; }
-.figures small { display: block; color: var(--soft); font-size: .8rem; line-height: 1.35; }
+.signatures td { overflow-wrap: anywhere; }
+.figures .name { min-width: 14rem; white-space: normal; overflow-wrap: anywhere; }
+.figures small, .signatures small { display: block; color: var(--soft); font-size: .8rem; line-height: 1.35; }
 .multiples { display: grid; grid-template-columns: repeat(var(--columns), minmax(0, 9.5rem)); gap: .4rem .8rem;
              font-size: .8rem; line-height: 1.35; }
 .multiples > code { grid-column: 1 / -1; margin-top: .5rem; font-weight: 600; overflow-wrap: anywhere; }
@@ -141,15 +141,18 @@ summary { margin-top: .8rem; cursor: pointer; font-weight: 600; }
   .figures th[scope=row] { min-width: 8rem; }
 }
 @media print {
-  :root { --page: #fff; --card: #fff; --ink: #000; --soft: #444; --line: #ccc; --axis: #999; --accent: #0f766e;
+  :root { --page: #fff; --card: #fff; --ink: #000; --soft: #444; --line: #e3e7ea; --axis: #999; --accent: #0f766e;
           --second: #c2570c; }
   body { max-width: none; padding: 0; font-size: 10pt; }
   .grid { grid-template-columns: 1fr 1fr; }
   .three { grid-template-columns: 1fr 1fr 1fr; }
   .card { break-inside: avoid; }
-  .wide { break-inside: auto; }
+  .wide:not(:has(.plot)) { break-inside: auto; }
+  h2, .caption { break-after: avoid; }
   .figures { font-size: .75rem; }
-  .figures td { white-space: normal; }
+  .figures td { white-space: normal; overflow-wrap: anywhere; }
+  .figures th[scope=row], .signatures td { overflow-wrap: anywhere; }
+.figures .name { min-width: 0; }
   tr { break-inside: avoid; }
   details { display: none; }
 }

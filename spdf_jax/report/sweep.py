@@ -1,5 +1,6 @@
 """The page about a sweep: its table, its cells in the same figures, and how they differ."""
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ from spdf_jax.report.words import (
     COUNTED_NOTE,
     FLOP_UNITS,
     count_tick,
-    digits,
+    decimals,
     duration,
     flat,
     flops,
@@ -34,6 +35,9 @@ from spdf_jax.report.words import (
 
 # Further apart than this, the ends of the curves share an axis only if it is logarithmic.
 _LOG_RATIO = 10
+_FAINT: dict[str, Any] = {"linewidth": 0.7, "alpha": 0.5, "zorder": 1.5}
+_CLEAR: dict[str, Any] = {"linewidth": 1.3, "marker": "o", "markersize": 2.5}
+_MAX_MARKERS = 40
 _LARGE_UNITS = ((1e21, "Z"), (1e18, "E"), (1e15, "P"), *COUNT_UNITS[:-1])
 
 
@@ -76,10 +80,12 @@ def _verdict(sweep: Sweep) -> str:
     """The main score of the first row, the highest and the lowest."""
     header = _main_score(sweep)
     if header is None:
-        return "No table yet." if not sweep.rows else "No score yet."
+        return f"No scores yet. Lowest validation loss so far: {_lowest_losses(sweep)}."
     means = {row.label: mean for row in sweep.rows if (mean := row.values[header].mean) is not None}
     reference = sweep.rows[0]
     highest, lowest = (pick(means, key=means.__getitem__) for pick in (max, min))
+    if means[highest] == means[lowest]:
+        return f"{header}: {_figure(means[highest])} in every row."
     text = f"{header}: "
     if reference.label in means:
         text += f"{_figure(means[reference.label])} for “{reference.label}”, the reference; "
@@ -88,6 +94,17 @@ def _verdict(sweep: Sweep) -> str:
         for word, label, end in (("highest", highest, ","), ("lowest", lowest, "."))
     )
     return text
+
+
+def _lowest_losses(sweep: Sweep) -> str:
+    """Of each thing that a validation loss is over, the lowest, and where."""
+    lowest: dict[str, tuple[float, str]] = {}
+    for name, run in sweep.cells.items():
+        for row in run.evaluation_rows:
+            found = row["val_loss"], name
+            lowest[run.task(row)] = min(lowest.get(run.task(row), found), found)
+    texts = [f"{loss:.3f} over {target_name(task)} ({name})" for task, (loss, name) in sorted(lowest.items())]
+    return ", ".join(texts) or "none"
 
 
 def _compared(sweep: Sweep, label: str, means: Mapping[str, float]) -> str:
@@ -121,19 +138,12 @@ def _main_score(sweep: Sweep) -> str | None:
     return next((h for h in headers if any(row.values[h].mean is not None for row in sweep.rows)), None)
 
 
-def _figure(value: float, largest: float | None = None) -> str:
-    """Four significant digits; large numbers in the unit of the largest of their column."""
-    scale, name = unit(largest or value, _LARGE_UNITS)
-    return digits(value / scale, 4) + name
-
-
-def _with_deviation(value: Value, largest: float) -> str:
-    if value.mean is None:
-        return "-"
-    text = _figure(value.mean, largest)
+def _figure(value: float, largest: float | None = None, deviation: float = 0.0) -> str:
+    """A figure, with the unit and the decimals of the largest of its column, and its deviation if it has one."""
+    largest = largest or value
     scale, name = unit(largest, _LARGE_UNITS)
-    decimals = len(text.removesuffix(name).partition(".")[2])
-    return text + (f" ± {value.deviation / scale:.{decimals}f}" if value.deviation else "")
+    places = max(decimals(largest / scale, 4), decimals(value / scale, 3))
+    return f"{value / scale:,.{places}f}{name}" + (f" ± {deviation / scale:.{places}f}" if deviation else "")
 
 
 # --- the table -------------------------------------------------------------------------------------------------------
@@ -149,10 +159,7 @@ def _table(sweep: Sweep) -> list[Panel]:
             "label": row.label,
             "choice": row.choice,
             "cells": [(name, _href(sweep, name)) for name in row.cells],
-            "figures": [
-                (_with_deviation(row.values[h], largest[h]), _ratio(row.values[h], reference.values[h]))
-                for h in headers
-            ],
+            "figures": [_cell_texts(row.values[h], reference.values[h], largest[h]) for h in headers],
         }
         for row in sweep.rows
     ]
@@ -165,10 +172,12 @@ def _table(sweep: Sweep) -> list[Panel]:
     return [Panel("Results", Markup(_TABLE.render(headers=headers, rows=rows)), caption, wide=True)]
 
 
-def _ratio(value: Value, reference: Value) -> str:
-    if value.mean is None or not reference.mean or value is reference:
-        return ""
-    return f"x {value.mean / reference.mean:.3f}"
+def _cell_texts(value: Value, reference: Value, largest: float) -> tuple[str, str]:
+    """A figure, and its ratio to the first row's."""
+    if value.mean is None:
+        return "-", ""
+    ratio = f"x {value.mean / reference.mean:.3f}" if reference.mean and value is not reference else ""
+    return _figure(value.mean, largest, value.deviation), ratio
 
 
 def _href(sweep: Sweep, cell: str) -> str:
@@ -238,7 +247,7 @@ def _trade_off(sweep: Sweep, header: str, largest_cost: float) -> Panel:
     _mark_reference(axes.axhline, sweep, header)
     for row in sweep.rows:
         _plot_dot(axes, sweep, row, header, x=row.train_flops / scale)
-    axes.set(xlabel=f"training compute ({name}, counted)", ylabel=header, xlim=(0, None))
+    axes.set(xlabel=f"training compute ({name}, counted)", ylabel=header, xlim=(0, 1.06 * largest_cost / scale))
     caption = "Counted FLOPs of each row with those of the run it started from. Colours as in the figure before."
     return Panel(f"{header} over compute", svg(figure, f"{header} against training FLOPs"), caption)
 
@@ -338,14 +347,12 @@ def _curves_figure(
     figure, axes = new_figure(height_inches=2.5, width_inches=3.4)
     for one in series:
         line: dict[str, Any] = {"color": one.colour, "linestyle": (0, one.dashes) if one.dashes else "-"}
-        if one.is_faint:
-            line |= {"linewidth": 0.7, "alpha": 0.5, "zorder": 1.5}
-        else:
-            line |= {"linewidth": 1.3, "marker": "o", "markersize": 2.5}
+        line |= _FAINT if one.is_faint else _CLEAR
         for cell in (name for name in one.cells if name in xs):
             shown = xs[cell] > 0 if is_log else np.full(len(xs[cell]), True)
             losses = np.array([row["val_loss"] for row in rows[cell]])
-            axes.plot(xs[cell][shown] / scale, losses[shown], **line)
+            every = math.ceil(len(losses) / _MAX_MARKERS)
+            axes.plot(xs[cell][shown] / scale, losses[shown], markevery=every, **line)
     axes.set(xlabel=axis.label.format(name), ylabel="loss (nats/token)")
     if is_log:
         axes.set_xscale("log")
@@ -443,7 +450,7 @@ _CELLS = template(
     <td>{{ text }}</td>
     {% endfor %}
     {% for text in row.settings %}
-    <td class="setting">{{ text | breakable }}</td>
+    <td>{{ text }}</td>
     {% endfor %}
   </tr>
   {% endfor %}
@@ -466,9 +473,9 @@ def _signatures(sweep: Sweep) -> list[Panel]:
 
 
 _SIGNATURES = template("""\
-<table class="figures">
+<table class="signatures">
   {% for name, state, text in lines %}
-  <tr><th scope="row">{{ name }}<small>{{ state }}</small></th><td class="name soft">{{ text }}</td></tr>
+  <tr><th scope="row">{{ name }}<small>{{ state }}</small></th><td class="soft">{{ text }}</td></tr>
   {% endfor %}
 </table>
 """)
@@ -476,7 +483,7 @@ _SIGNATURES = template("""\
 
 def _again(sweep: Sweep) -> list[Panel]:
     command = next((c for run in sweep.cells.values() if (c := run.config.get("command"))), "")
-    remark = "It goes on where this sweep is; for another one beside it, give another --workdir."
+    remark = "It finishes what is unfinished here; for another sweep beside this one, give another --workdir."
     return [command_panel(command, remark)] if command else []
 
 

@@ -20,6 +20,7 @@ _SCORE_NAMES = {
     "cider": "CIDEr",
     "meteor": "METEOR",
     "ter": "TER",
+    "val_loss": "validation loss",
 }
 
 
@@ -38,9 +39,16 @@ def digits(value: float, significant: int = 3) -> str:
     >>> digits(0.01234), digits(1234.5), digits(66.5, 4)
     ('0.0123', '1,234', '66.50')
     """
-    if value == 0:
-        return "0"
-    return f"{value:,.{max(significant - 1 - math.floor(math.log10(abs(value))), 0)}f}"
+    return f"{value:,.{decimals(value, significant)}f}"
+
+
+def decimals(value: float, significant: int) -> int:
+    """Decimals that a number needs for so many significant digits.
+
+    >>> decimals(66.5, 4), decimals(1234.5, 3), decimals(0, 3)
+    (2, 0, 0)
+    """
+    return max(significant - 1 - math.floor(math.log10(abs(value))), 0) if value else 0
 
 
 def quantity(value: float, units: Sequence[tuple[float, str]]) -> str:
