@@ -2,8 +2,9 @@
 
 Source: SPDF (arXiv 2303.10464) and its appendix: forward + backward of a sequence of S tokens is
 ``3 S (2 nnz_linear + 4 S d L a + 2 nnz_head)`` with ``nnz_linear = 12 L d^2 (1 - s)`` for an MLP of 4 d. Attention is counted
-full (S^2), times the share ``a`` of the causal triangle that a sparse pattern attends to; the input look-up is free. Counts
-are exact integers, so that a resumed run continues its totals to the last FLOP.
+full (S^2), times the share ``a`` of the causal triangle that a sparse pattern attends to; the input look-up is free. A tap of
+Primer's convolutions multiplies once a token, as a weight does. Counts are exact integers, so that a resumed run continues its
+totals to the last FLOP.
 """
 
 from collections.abc import Mapping
@@ -11,11 +12,17 @@ from collections.abc import Mapping
 from spdf_jax.attention_patterns import causal_share
 from spdf_jax.errors import InputError
 from spdf_jax.model import GPTConfig
+from spdf_jax.primer import TAPS
 
 
 def linear_size(config: GPTConfig) -> int:
     """Weights of all block matrices: ``L (4 D^2 + 2 D F)``, 12 L D^2 for F = 4 D."""
     return config.n_layer * (4 * config.d_model**2 + 2 * config.d_model * config.mlp_width)
+
+
+def taps_size(config: GPTConfig) -> int:
+    """Taps of Primer's convolutions, which are never sparse: ``9 L D`` with queries, keys and values convolved."""
+    return config.n_layer * len(config.convolved) * TAPS * config.d_model
 
 
 def head_size(config: GPTConfig) -> int:
@@ -29,7 +36,8 @@ def parameter_count(config: GPTConfig) -> int:
     norms = (2 * config.n_layer + 1) * d * (2 if config.use_bias else 1)
     biases = config.n_layer * (5 * d + config.mlp_width) if config.use_bias else 0
     embeddings = (config.vocab_size + config.context) * d
-    return linear_size(config) + norms + biases + embeddings + (0 if config.tied_head else head_size(config))
+    head = 0 if config.tied_head else head_size(config)
+    return linear_size(config) + taps_size(config) + norms + biases + embeddings + head
 
 
 def train_flops(
@@ -63,7 +71,7 @@ def train_flops(
     s = seq_len or config.context
     attention = 4 * s * config.d_model * config.n_layer * attention_share
     head = 2 * head_size(config) * (1 - head_sparsity) if include_head else 0.0
-    return 3 * s * (2 * linear_size(config) * (1 - sparsity) + attention + head)
+    return 3 * s * (2 * linear_size(config) * (1 - sparsity) + 2 * taps_size(config) + attention + head)
 
 
 def step_flops(
@@ -91,17 +99,17 @@ def step_flops(
     Returns:
       FLOPs.
     """
-    nnz = _active_linear_and_head(config, active)
-    weights = 2 * (2 * nnz + (nnz if gradient is None else _active_linear_and_head(config, gradient)))
+    nnz = _active_weights(config, active)
+    weights = 2 * (2 * nnz + (nnz if gradient is None else _active_weights(config, gradient)))
     attention = round(3 * 4 * seq_len * config.d_model * config.n_layer * causal_share(pattern, seq_len, width))
     return sequences * seq_len * (weights + attention)
 
 
-def _active_linear_and_head(config: GPTConfig, active: Mapping[str, int]) -> int:
+def _active_weights(config: GPTConfig, active: Mapping[str, int]) -> int:
     head_name = "wte/embedding" if config.tied_head else "head/kernel"
     blocks = {name: n for name, n in active.items() if name != head_name}
     missing = sum(_leaf_size(config, name) - n for name, n in blocks.items())
-    return linear_size(config) - missing + active.get(head_name, head_size(config))
+    return linear_size(config) + taps_size(config) - missing + active.get(head_name, head_size(config))
 
 
 def _leaf_size(config: GPTConfig, name: str) -> int:

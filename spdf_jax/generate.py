@@ -18,7 +18,8 @@ from jax import lax
 from jax.sharding import Mesh
 
 from spdf_jax.errors import InputError
-from spdf_jax.model import GPT, empty_cache
+from spdf_jax.model import GPT, GPTConfig
+from spdf_jax.primer import TAPS
 from spdf_jax.sharding import batch_sharding, parameter_shardings, replicated
 
 METHODS = ("greedy", "sample", "beam")
@@ -114,7 +115,6 @@ def generate(
     Raises:
       InputError: a prompt that is empty or too long, or an id outside the vocabulary.
 
-    >>> from spdf_jax.model import GPTConfig
     >>> model = GPT(GPTConfig(n_layer=1, n_head=1, d_model=8, vocab_size=11, context=32))
     >>> params = model.init(jax.random.key(0), jnp.zeros((1, 4), int))["params"]
     >>> [len(g.tokens) for g in generate(model, params, [[1, 2, 3], [4]], DecodeConfig(max_new_tokens=5), end_tokens=[])]
@@ -139,6 +139,28 @@ def generate(
             for index, *row in zip(batch, *rows, strict=False):  # rows beyond the batch fill it up
                 found[index] = _generation(program, len(prompts[index]), *row)
     return [found[index] for index in range(len(prompts))]
+
+
+def empty_cache(config: GPTConfig, batch_size: int, length: int) -> dict[str, Any]:
+    """The ``cache`` collection for `GPT` called with positions.
+
+    Args:
+      config: the model's.
+      batch_size: B, sequences.
+      length: S, positions that a sequence may reach, prompt included.
+
+    Returns:
+      Zeros in the compute dtype: keys and values [L, B, S, H, K], and of each convolution the last two inputs [L, B, 2, D].
+
+    >>> jax.tree.map(jnp.shape, empty_cache(GPTConfig(), 8, 64))
+    {'blocks': {'kv': ((4, 8, 64, 4, 64), (4, 8, 64, 4, 64))}}
+    """
+    c = config
+    shape = (c.n_layer, batch_size, length, c.n_head, c.d_model // c.n_head)
+    cache: dict[str, Any] = {"kv": (jnp.zeros(shape, c.dtype), jnp.zeros(shape, c.dtype))}
+    for name in c.convolved:
+        cache[f"dconv_{name}"] = {"last": jnp.zeros((c.n_layer, batch_size, TAPS - 1, c.d_model), c.dtype)}
+    return {"blocks": cache}
 
 
 class _Program(NamedTuple):
@@ -166,8 +188,9 @@ def _decode(
 ) -> _Rows:
     p = program
     B, S = tokens_BS.shape
-    positions_BT = jnp.broadcast_to(jnp.arange(p.bucket)[None], (B, p.bucket))
-    # The last token of each prompt is computed again by the first step, which spares logits for all positions here.
+    # The last token of each prompt is left to the first step, which spares logits for all positions here.
+    at_BT = jnp.arange(p.bucket)[None]
+    positions_BT = jnp.where(at_BT < lengths_B1 - 1, at_BT, -1)
     _, cache = _apply(p, params, empty_cache(p.model.config, B, S), tokens_BS[:, : p.bucket], positions_BT)
     if p.config.method == "beam":
         rows = _beam_search(p, params, cache, tokens_BS, lengths_B1[:, 0])

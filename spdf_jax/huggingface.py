@@ -97,8 +97,8 @@ def save_gpt2(
       dtype: of the weights in the file: ``float32`` | ``float16`` | ``bfloat16``.
 
     Raises:
-      InputError: the folder holds something or cannot be written; parameters or masks of another model; a weight that is
-        not finite in `dtype`; a tokenizer that does not fit.
+      InputError: the folder holds something or cannot be written; parameters or masks of another model, or a model that GPT-2
+        cannot express; a weight that is not finite in `dtype`; a tokenizer that does not fit.
 
     >>> import jax, spdf_jax as spdf
     >>> config = spdf.GPTConfig(n_layer=2, n_head=2, d_model=8, vocab_size=11, context=4)
@@ -112,6 +112,7 @@ def save_gpt2(
     folder = Path(folder).resolve()
     if dtype not in _DTYPES.values():
         raise InputError(f"export dtype: {dtype!r} is not one of {', '.join(_DTYPES.values())}")
+    _check_expressible(config)
     _check_vacant(folder)
     end_of_text_id = _end_of_text_id(config, tokenizer, end_of_text_id)
     tokens_BT = jax.ShapeDtypeStruct((1, 1), jnp.int32)
@@ -180,6 +181,14 @@ def load_gpt2(folder: str | PathLike[str]) -> tuple[GPTConfig, Any]:
                 f"set it to false to keep both"
             )
         return config, _params(config, read)
+
+
+def _check_expressible(config: GPTConfig) -> None:
+    plain = GPTConfig()
+    other = [n for n in ("activation", "dconv", "shared_qk", "mlp_norm") if getattr(config, n) != getattr(plain, n)]
+    if other:
+        found, needed = (", ".join(f"model.{n} {getattr(c, n)!r}" for n in other) for c in (config, plain))
+        raise InputError(f"export: {found} cannot be said in a GPT-2 folder, only {needed}; export a model trained so")
 
 
 def _check_vacant(folder: Path) -> None:

@@ -75,7 +75,7 @@ def test_a_finetuning_phase_counts_its_epochs_at_full_length():
     plan = make_plan(run)[-1]
     phase = run.phases["finetune"]
     pairs = sum(len(example.references) for example in load_task(phase.task).train)
-    assert plan.config.steps == 3 * -(-pairs // phase.batch_size)
+    assert plan.config.steps == 5 * -(-pairs // phase.batch_size)
     per_sequence = spdf.train_flops(run.model, seq_len=256)
     assert plan.cost(0).train_flops == pytest.approx(phase.batch_size * per_sequence, rel=1e-6)
 

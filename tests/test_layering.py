@@ -18,7 +18,9 @@ FLOORS = [
         "losses",
         "attention_patterns",
         "attention_backends",
+        "attention_cached",
         "attention",
+        "primer",
     ],
     [
         "sparsity.masks",
@@ -46,12 +48,14 @@ FLOORS = [
 SAME_FLOOR = {
     ("errors", "tree"),
     ("attention_patterns", "attention_backends"),
+    ("attention_patterns", "attention_cached"),
     ("attention_patterns", "attention"),
     ("attention_backends", "attention"),
     ("sparsity.select", "sparsity.patterns"),
     ("sparsity.patterns", "sparsity.distributions"),
     ("sparsity.distributions", "sparsity.schedules"),
     ("model", "flops"),
+    ("generate", "evals"),
     ("sparsity.transforms", "sparsity.rules"),
     ("sparsity.regrowth", "sparsity.rules"),
     ("sparsity.transforms", "sparsity.topkast"),
@@ -71,7 +75,18 @@ ROOMS = {
     "torch": set(),
 }
 # Files that a reader walks through to follow one training step, batch to new state.
-ONE_STEP = ["train", "feed", "step", "data/pipeline", "state", "model", "attention", "losses", "optim", "sparsity/transforms"]
+ONE_STEP = [
+    "train",
+    "feed",
+    "step",
+    "data/pipeline",
+    "state",
+    "model",
+    "attention",
+    "losses",
+    "optim",
+    "sparsity/transforms",
+]
 
 
 def module_name(path: Path) -> str:

@@ -10,7 +10,7 @@ import pytest
 import spdf_jax as spdf
 from spdf_jax.attention_patterns import PATTERNS
 from spdf_jax.flops import parameter_count
-from spdf_jax.model import empty_cache
+from spdf_jax.generate import empty_cache
 from spdf_jax.state import abstract_params
 
 TINY = spdf.GPTConfig(n_layer=2, n_head=2, d_model=16, vocab_size=50, context=12)
@@ -123,6 +123,8 @@ def test_residual_projections_start_smaller():
         ({"dropout": 1.0}, "dropout: 1.0"),
         ({"dtype": "float16"}, "dtype: 'float16'"),
         ({"n_layer": 0}, "n_layer: 0"),
+        ({"activation": "relu"}, "activation: 'relu' is not 'gelu' or 'squared_relu'"),
+        ({"mlp_norm": "both"}, "mlp_norm: 'both' is not 'pre' or 'post'"),
     ],
 )
 def test_impossible_architectures_are_refused(changes, message):
@@ -141,7 +143,7 @@ def in_steps(model, params, tokens_BT, prompt_tokens, length, **options):
     batch, total = tokens_BT.shape
     lengths_B, at = jnp.array(prompt_tokens), jnp.arange(max(prompt_tokens))
     padded_BT = jnp.where(at[None] < lengths_B[:, None], tokens_BT[:, : len(at)], 7)
-    positions_BT = jnp.broadcast_to(at[None], padded_BT.shape)
+    positions_BT = jnp.where(at[None] < lengths_B[:, None], at[None], -1)
 
     @jax.jit
     def call(cache, tokens_BT, positions_BT):
@@ -153,9 +155,11 @@ def in_steps(model, params, tokens_BT, prompt_tokens, length, **options):
     for b, n in enumerate(prompt_tokens):
         found_BTV[b, :n] = logits_BTV[b, :n]
     for step in range(total - min(prompt_tokens)):
-        position_B1 = np.minimum(np.array(prompt_tokens) + step, total - 1)[:, None]
-        logits_BTV, state = call(state["cache"], np.take_along_axis(np.asarray(tokens_BT), position_B1, 1), position_B1)
-        found_BTV[np.arange(batch), position_B1[:, 0]] = logits_BTV[:, 0]
+        at_B = np.array(prompt_tokens) + step
+        live_B = at_B < total
+        token_B1 = np.asarray(tokens_BT)[np.arange(batch), np.where(live_B, at_B, 0)][:, None]
+        logits_BTV, state = call(state["cache"], token_B1, np.where(live_B, at_B, -1)[:, None])
+        found_BTV[live_B, at_B[live_B]] = logits_BTV[live_B, 0]
     return found_BTV
 
 
@@ -180,5 +184,37 @@ def test_the_cache_is_as_long_as_asked_and_in_the_compute_dtype():
 
 def test_positions_without_a_cache_are_refused():
     model, params, tokens_BT = make()
-    with pytest.raises(spdf.InputError, match="positions_BT without a cache: pass empty_cache"):
+    with pytest.raises(spdf.InputError, match="positions_BT: they need empty_cache"):
         model.apply({"params": params}, tokens_BT, positions_BT=tokens_BT, mutable=["cache"])
+
+
+def test_padding_leaves_nothing_in_the_cache():
+    model, params, tokens_BT = make()
+    positions_BT = jnp.where(jnp.arange(12)[None] < jnp.array([[3], [0]]), jnp.arange(12)[None], -1)
+    variables = {"params": params, "cache": empty_cache(model.config, 2, 12)}
+    _, state = model.apply(variables, tokens_BT, positions_BT=positions_BT, mutable=["cache"])
+    for leaf in jax.tree.leaves(state["cache"]):
+        written_LBS = np.abs(np.asarray(leaf)).sum((3, 4)) > 0
+        np.testing.assert_array_equal(written_LBS, np.broadcast_to(np.arange(12) < [[3], [0]], (2, 2, 12)))
+
+
+@pytest.mark.parametrize("pattern", ["causal", "local"])
+def test_packed_documents_do_not_see_each_other(pattern):
+    model, params, tokens_BT = make(init_std=0.3)
+    segments_BT = jnp.broadcast_to(jnp.arange(12)[None] // 5, (2, 12))
+
+    def logits(tokens_BT):
+        return model.apply({"params": params}, tokens_BT, segments_BT=segments_BT, pattern=pattern, width=4)
+
+    other_BT = tokens_BT.at[:, :5].set((tokens_BT[:, :5] + 1) % 50)
+    np.testing.assert_array_equal(logits(tokens_BT)[:, 5:], logits(other_BT)[:, 5:])
+    assert not np.array_equal(logits(tokens_BT)[:, :5], logits(other_BT)[:, :5])
+    whole_BTV = model.apply({"params": params}, tokens_BT, pattern=pattern, width=4)
+    np.testing.assert_allclose(logits(tokens_BT)[:, :5], whole_BTV[:, :5], atol=1e-5)
+
+
+def test_segments_have_no_place_beside_a_cache():
+    model, params, tokens_BT = make()
+    variables = {"params": params, "cache": empty_cache(model.config, 2, 12)}
+    with pytest.raises(spdf.InputError, match="no segments_BT"):
+        model.apply(variables, tokens_BT, positions_BT=tokens_BT, segments_BT=tokens_BT, mutable=["cache"])

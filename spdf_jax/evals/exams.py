@@ -19,7 +19,13 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from jax.sharding import Mesh
+
+from spdf_jax.data import end_of_text_id
+from spdf_jax.data.tokenizer import Tokenizer
 from spdf_jax.errors import InputError
+from spdf_jax.evals.likelihood import log_likelihoods
+from spdf_jax.model import GPT
 
 SHIPPED_QUESTIONS = Path(__file__).with_name("exam_questions.jsonl")
 PASS_OVER_PERCENT = 70
@@ -327,6 +333,42 @@ def _folded(text: str) -> str:
 
 
 # --- scoring ---------------------------------------------------------------------------------------------------------
+
+
+def exam_results(
+    model: GPT,
+    params: Any,
+    tokenizer: Tokenizer,
+    questions: Sequence[Question],
+    mode: str = "length",
+    *,
+    batch_size: int,
+    mesh: Mesh | None = None,
+) -> ExamResults:
+    """Sits the exams with a model: `take_exams`, scored by `spdf_jax.evals.likelihood.log_likelihoods`.
+
+    Args:
+        model: `spdf_jax.GPT`.
+        params: its parameters, masks applied.
+        tokenizer: the model's.
+        questions: the exams, as `read_questions` gives them.
+        mode: ``length`` or ``letter``.
+        batch_size: most choices scored at once; changes no result but for rounding.
+        mesh: `spdf_jax.sharding.make_mesh`; None: wherever `params` are.
+
+    Returns:
+        The marks.
+
+    Raises:
+        InputError: as `take_exams` and `log_likelihoods` do.
+    """
+
+    def score(pairs: Sequence[tuple[str, str]]) -> list[tuple[float, int]]:
+        end = end_of_text_id(tokenizer)
+        found = log_likelihoods(model, params, tokenizer, pairs, batch_size=batch_size, end_of_text=end, mesh=mesh)
+        return [(total, tokens) for total, tokens, _ in found]
+
+    return take_exams(questions, score, mode)
 
 
 def take_exams(questions: Sequence[Question], log_likelihoods: LogLikelihoods, mode: str = "length") -> ExamResults:
