@@ -15,6 +15,7 @@ def text(tmp_path_factory):
     return write_text(tmp_path_factory.mktemp("rules") / "text")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rule", "pattern", "schedule", "sparsity"),
     [

@@ -105,6 +105,7 @@ def test_redensifying_at_once_grows_to_the_exact_count_beside_what_was_there(tex
     np.testing.assert_array_equal(leaf(head_dense.masks), leaf(before.masks))
 
 
+@pytest.mark.slow
 def test_redensifying_on_a_schedule_ends_dense(text, pretrained, tmp_path):
     table = ((0.0, 0.8), (0.2, 0.5), (0.6, 0.0))
     c = finetuning(
@@ -237,6 +238,7 @@ def test_a_task_is_trained_by_epochs_evaluated_after_each_decoded_and_scored(tex
     assert text == lines[0]["text"], "one context alone decodes as it did among others"
 
 
+@pytest.mark.slow
 def test_a_sweep_runs_its_cells_chooses_and_tabulates_and_resumes(text, tmp_path, capsys):
     from spdf_jax.config import resolve_sweep
     from spdf_jax.sweep import run_sweep

@@ -1,5 +1,7 @@
 """Top-KAST against its algorithm in plain NumPy, by hand on a matrix, and through the real loop."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -118,7 +120,10 @@ def test_the_loop_keeps_sets_and_values_together(text):
         assert {name: set(np.asarray(n).tolist()) for name, n in counts.items()} == {
             name: {n} for name, n in plan.programme.counts(i).items()
         }
-        jax.tree.map(np.testing.assert_array_equal, state.params, apply_masks(values, state.masks))
+        # Two sums of the same numbers: XLA may contract one of them, so up to rounding; topology steps make them equal again.
+        exact = i == 0 or "churn" in metrics
+        same = np.testing.assert_array_equal if exact else partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7)
+        jax.tree.map(same, state.params, apply_masks(values, state.masks))
         if i >= 1:
             wider = active_counts(explored, state.params, plan.filter)
             expected = plan.programme.gradient_counts(0.8, False)

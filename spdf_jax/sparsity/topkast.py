@@ -25,7 +25,8 @@ class TopKastState(NamedTuple):
 
     Attributes:
       inner: the optimiser's.
-      values: of every weight, those that do not compute included; the parameters are these under the masks.
+      values: of every weight, those that do not compute included; the parameters are these under the masks, to the bit after
+        a topology step and to rounding until the next.
       explored: bool of the weights' shapes: which of them get gradients, a superset of the mask.
     """
 
@@ -64,7 +65,7 @@ def explore(inner: optax.GradientTransformation) -> optax.GradientTransformation
         grads = jax.tree.map(keep_where, state.explored, grads)
         pulled = jax.tree.map(_pulled, state.values, masks)
         updates, inner_state = inner.update(grads, state.inner, pulled, masks=state.explored, **extra)
-        # Added to two trees: the barrier keeps both sums of the same numbers, so that they stay equal bit for bit.
+        # Added to two trees: without the barrier, each sum would be fused with the making of the updates in its own way.
         updates = jax.lax.optimization_barrier(jax.tree.map(keep_where, state.explored, updates))
         values = optax.apply_updates(state.values, updates)
         held, _ = hold_at_zero.update(updates, optax.EmptyState(), params, masks=masks)
