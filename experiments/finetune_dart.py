@@ -6,7 +6,7 @@ Source  settings: spdf_jax/recipes.py. Data: DART (Nan et al. 2021): the release
 Command python -m spdf_jax.main --config experiments/finetune_dart.py --config.finetune.task.path=DIR
         then the same with --job evaluate: decodes the test set and scores it.
 
-mini    4 layers x 256: 240 steps of pre-training at 75 % on the embedded corpus, then dense fine-tuning, 5 epochs.
+mini    3 layers x 128: 1200 steps of pre-training at 75 % on the embedded corpus, then dense fine-tuning, 5 epochs.
         About 10 to 40 minutes on 2 CPU cores.
 125m    goes on from runs/gpt2_spdf-125m_75. Not run here.
 gpt2    goes on from the Hugging Face GPT-2 in data/gpt2 (config.json, model.safetensors, tokenizer.json). Not run here.

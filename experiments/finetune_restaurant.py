@@ -6,7 +6,7 @@ Source  settings: spdf_jax/recipes.py. Data: generated, see spdf_jax/data/restau
 Command python -m spdf_jax.main --config experiments/finetune_restaurant.py
         then the same with --job evaluate: decodes the test set and scores it.
 
-mini    4 layers x 256: 240 steps of pre-training at 75 % on the embedded corpus, then dense fine-tuning; 100 inputs, 5 epochs.
+mini    3 layers x 128: 1200 steps of pre-training at 75 % on the embedded corpus, then dense fine-tuning; 100 inputs, 5 epochs.
         About 5 minutes on 2 CPU cores.
 125m    goes on from runs/gpt2_spdf-125m_75. Not run here.
 gpt2    goes on from the Hugging Face GPT-2 in data/gpt2 (config.json, model.safetensors, tokenizer.json). Not run here.

@@ -59,16 +59,27 @@ def finetuning_experiment(experiment: str, variant: str | None, task: str, path:
 
 
 def mini_pretraining(c: ConfigDict, sparsity: float) -> None:
-    """Phase ``pretrain`` of the mini model on the embedded corpus: 240 steps of SPDF at `sparsity` (0 is dense)."""
-    c.pretrain.steps = 240
+    """Phase ``pretrain`` of the mini model: 1200 steps of SPDF on the embedded corpus at `sparsity` (0 is dense)."""
+    _mini_model(c)
+    c.pretrain.steps = 1200
     c.pretrain.sparsity.rule, c.pretrain.sparsity.sparsity = "static" if sparsity else "dense", sparsity
     c.pretrain.optimizer.peak_learning_rate, c.pretrain.optimizer.warmup_steps = 3e-3, 50
     c.pretrain.optimizer.beta2 = 0.999
+    c.loop.log_every_steps, c.loop.eval_every_steps, c.loop.checkpoint_every_steps = 20, 200, 400
 
 
 def mini_finetuning(c: ConfigDict) -> None:
-    """Phase ``finetune`` at mini scale: few examples and beams; the rate is a sixth of pre-training's, as in the paper."""
+    """Phase ``finetune`` of the mini model: few examples and beams, a third of pre-training's rate."""
+    _mini_model(c)
     phase = c.finetune
     phase.task.train_examples, phase.task.validation_examples, phase.task.test_examples = 100, 50, 100
-    phase.optimizer.peak_learning_rate, phase.optimizer.warmup_steps = 5e-4, 10
+    phase.optimizer.peak_learning_rate, phase.optimizer.warmup_steps = 1e-3, 10
     c.decode.beam_size, c.decode.batch_size = 4, 64
+
+
+def _mini_model(c: ConfigDict) -> None:
+    """Small enough to see 5M tokens in minutes: about as many as it takes to learn to copy from the context, which every one of
+    the tasks needs. Its few word pieces are shared by the corpus and the tasks.
+    """
+    c.model.n_layer, c.model.n_head, c.model.d_model, c.model.vocab_size = 3, 4, 128, 1024
+    c.data.tokenizer_vocab_size = 1024
