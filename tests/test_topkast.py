@@ -121,8 +121,11 @@ def test_the_loop_keeps_sets_and_values_together(text):
             name: {n} for name, n in plan.programme.counts(i).items()
         }
         # Two sums of the same numbers: XLA may contract one of them, so up to rounding; topology steps make them equal again.
-        exact = i == 0 or "churn" in metrics
-        same = np.testing.assert_array_equal if exact else partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7)
+        same = (
+            np.testing.assert_array_equal
+            if "churn" in metrics
+            else partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-7)
+        )
         jax.tree.map(same, state.params, apply_masks(values, state.masks))
         if i >= 1:
             wider = active_counts(explored, state.params, plan.filter)
