@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import pytest
 
 import spdf_jax as spdf
-from spdf_jax.data.tokenizer import train_tokenizer
+from spdf_jax.data.tokenizer import encode_plain, train_tokenizer
 from spdf_jax.evals import harness as module
 from spdf_jax.evals.harness import HarnessModel, run_harness
-from spdf_jax.evals.likelihood import encode_plain, log_likelihoods, perplexity, rolling_log_likelihoods
+from spdf_jax.evals.likelihood import log_likelihoods, perplexity, rolling_log_likelihoods
 from spdf_jax.evals.task_data import TASKS, write_task
 from spdf_jax.generate import DecodeConfig, generate
 

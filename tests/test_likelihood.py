@@ -11,11 +11,10 @@ import pytest
 
 import spdf_jax as spdf
 from spdf_jax.data import validation_batches
-from spdf_jax.data.tokenizer import train_tokenizer
+from spdf_jax.data.tokenizer import encode_plain, train_tokenizer
 from spdf_jax.evals import likelihood as module
 from spdf_jax.evals.exams import Question, exam_results, take_exams
 from spdf_jax.evals.likelihood import (
-    encode_plain,
     log_likelihoods,
     perplexity,
     rolling_log_likelihoods,

@@ -165,11 +165,8 @@ def tfds_corpus(name: str, *, data_dir: str, text_key: str, validation_fraction:
     used = ["train", "validation"] if "validation" in splits else ["train"]
     try:
         sources = {split: builder.as_data_source(split=split) for split in used}
-    except (
-        NotImplementedError,
-        ValueError,
-        OSError,
-    ) as error:  # TFDS's answer for tfrecord, which it reads in order only
+    # NotImplementedError is TFDS's answer for tfrecord, which it reads in order only.
+    except (NotImplementedError, ValueError, OSError) as error:
         raise InputError(f"{where}: not readable by random access; {prepare_it}") from error
 
     def read(split: Split) -> Iterator[str]:

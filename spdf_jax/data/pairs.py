@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 
 from spdf_jax.data.examples import TASK_SPLITS, Example, Task, TaskSplit
 from spdf_jax.data.pipeline import Batch, check_batching
-from spdf_jax.data.tokenizer import end_of_text_id
+from spdf_jax.data.tokenizer import encode_plain, end_of_text_id
 from spdf_jax.errors import InputError
 
 _BUCKET_FRACTIONS = (1 / 8, 3 / 16, 1 / 4, 1 / 2, 1)
@@ -77,8 +77,8 @@ def encode_task(task: Task, tokenizer: Tokenizer, seq_len: int) -> EncodedTask:
     cut_contexts = cut_targets = 0
     for split in TASK_SPLITS:
         examples = getattr(task, split)
-        contexts = _encode(tokenizer, [example.context for example in examples])
-        targets = iter(_encode(tokenizer, [f" {text}" for example in examples for text in example.references]))
+        contexts = encode_plain(tokenizer, [example.context for example in examples])
+        targets = iter(encode_plain(tokenizer, [f" {text}" for example in examples for text in example.references]))
         pairs = []
         for example, context in zip(examples, contexts, strict=True):
             for _ in example.references:
@@ -113,7 +113,7 @@ def encode_prompts(examples: Sequence[Example], tokenizer: Tokenizer, *, max_tok
     """
     if max_tokens < 1:
         raise InputError(f"max_tokens={max_tokens}: no room for a prompt; lower max_new_tokens or raise the context")
-    contexts = _encode(tokenizer, [example.context for example in examples])
+    contexts = encode_plain(tokenizer, [example.context for example in examples])
     return [[*context[: max_tokens - 1], end_of_text_id(tokenizer)] for context in contexts]
 
 
@@ -232,15 +232,6 @@ def task_validation_batches(
         _batch(ordered[start : start + batch_size], seq_len, batch_size, process_index, process_count)
         for start in range(0, len(ordered), batch_size)
     )
-
-
-def _encode(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
-    """Ids of each text, a spelled end of text as ordinary text."""
-    before, tokenizer.encode_special_tokens = tokenizer.encode_special_tokens, True
-    try:
-        return [encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
-    finally:
-        tokenizer.encode_special_tokens = before
 
 
 def _check_pairs(pairs: Sequence[Pair], seq_len: int, batch_size: int, process_index: int, process_count: int) -> None:

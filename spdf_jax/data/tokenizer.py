@@ -2,7 +2,7 @@
 
 import itertools
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +70,26 @@ def end_of_text_id(tokenizer: Tokenizer) -> int:
     end_id = tokenizer.token_to_id(END_OF_TEXT)
     assert end_id is not None, "load_tokenizer and train_tokenizer see to it"
     return end_id
+
+
+def encode_plain(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
+    """Ids of each text, a spelled end of text as ordinary text, as in training.
+
+    Args:
+        tokenizer: the model's.
+        texts: any.
+
+    Returns:
+        A list of ids for each.
+
+    >>> len(encode_plain(train_tokenizer(["a"], vocab_size=257, progress=False), ["<|endoftext|>"])[0])
+    13
+    """
+    before, tokenizer.encode_special_tokens = tokenizer.encode_special_tokens, True
+    try:
+        return [encoding.ids for encoding in tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+    finally:
+        tokenizer.encode_special_tokens = before
 
 
 def vocabulary_size(tokenizer: Tokenizer) -> int:

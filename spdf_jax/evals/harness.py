@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 from jax.sharding import Mesh
 
 from spdf_jax.data import end_of_text_id
-from spdf_jax.data.tokenizer import Tokenizer
+from spdf_jax.data.tokenizer import Tokenizer, encode_plain
 from spdf_jax.errors import InputError
-from spdf_jax.evals.likelihood import encode_plain, log_likelihoods, rolling_log_likelihoods
+from spdf_jax.evals.likelihood import log_likelihoods, rolling_log_likelihoods
 from spdf_jax.evals.task_data import write_task
 from spdf_jax.generate import DecodeConfig, generate
 from spdf_jax.model import GPT

@@ -16,7 +16,7 @@ from jax import lax
 from jax.sharding import Mesh
 
 from spdf_jax.data import Batch, length_buckets
-from spdf_jax.data.tokenizer import Tokenizer
+from spdf_jax.data.tokenizer import Tokenizer, encode_plain
 from spdf_jax.errors import InputError
 from spdf_jax.model import GPT
 from spdf_jax.sharding import batch_sharding, parameter_shardings, replicated
@@ -210,27 +210,6 @@ def perplexity(texts: Sequence[str], scores: Sequence[tuple[float, int]]) -> Per
     nats, tokens = -math.fsum(total for total, _ in scores), sum(n for _, n in scores)
     per_token, per_word, per_byte = (_exp(nats / n) for n in (tokens, words, utf8_bytes))
     return Perplexity(per_token, per_word, per_byte, tokens, words, utf8_bytes)
-
-
-def encode_plain(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
-    """Ids of each text, a spelled end of text as ordinary text, as in training.
-
-    Args:
-        tokenizer: the model's.
-        texts: any.
-
-    Returns:
-        A list of ids for each.
-
-    >>> from spdf_jax.data.tokenizer import train_tokenizer
-    >>> len(encode_plain(train_tokenizer(["a"], vocab_size=257, progress=False), ["<|endoftext|>"])[0])
-    13
-    """
-    before, tokenizer.encode_special_tokens = tokenizer.encode_special_tokens, True
-    try:
-        return [encoding.ids for encoding in tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
-    finally:
-        tokenizer.encode_special_tokens = before
 
 
 def _exp(x: float) -> float:
