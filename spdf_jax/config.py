@@ -18,7 +18,7 @@ from ml_collections import ConfigDict, FieldReference
 from spdf_jax.data import DataConfig, TaskConfig
 from spdf_jax.errors import InputError
 from spdf_jax.generate import DecodeConfig
-from spdf_jax.model import GPTConfig
+from spdf_jax.gpt_config import GPTConfig
 from spdf_jax.optim import OptimizerConfig
 from spdf_jax.sharding import MeshConfig
 from spdf_jax.sparsity.programme import SparsityConfig

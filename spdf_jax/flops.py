@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 from spdf_jax.attention_patterns import causal_share
 from spdf_jax.errors import InputError
-from spdf_jax.model import GPTConfig
+from spdf_jax.gpt_config import GPTConfig
 from spdf_jax.primer import TAPS
 
 

@@ -18,7 +18,8 @@ from jax import lax
 from jax.sharding import Mesh
 
 from spdf_jax.errors import InputError
-from spdf_jax.model import GPT, GPTConfig
+from spdf_jax.gpt_config import GPTConfig
+from spdf_jax.model import GPT
 from spdf_jax.primer import TAPS
 from spdf_jax.sharding import batch_sharding, parameter_shardings, replicated
 

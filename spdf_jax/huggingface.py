@@ -24,7 +24,8 @@ from tokenizers import Tokenizer
 
 from spdf_jax.data.tokenizer import END_OF_TEXT, vocabulary_size
 from spdf_jax.errors import InputError
-from spdf_jax.model import GPT, GPTConfig
+from spdf_jax.gpt_config import GPTConfig
+from spdf_jax.model import GPT
 from spdf_jax.sparsity.masks import apply_masks
 from spdf_jax.sparsity.mupar import mup_scales
 from spdf_jax.tree import named_leaves

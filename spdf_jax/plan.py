@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +13,8 @@ from spdf_jax.attention_backends import attention_backend, target_platform
 from spdf_jax.config import PhaseConfig, RunConfig
 from spdf_jax.data import load_task, steps_per_epoch
 from spdf_jax.flops import head_size, linear_size, parameter_count, step_flops
-from spdf_jax.model import GPT, GPTConfig
+from spdf_jax.gpt_config import GPTConfig
+from spdf_jax.model import GPT
 from spdf_jax.optim import learning_rate_schedule, make_optimizer
 from spdf_jax.sparsity.masks import matrix_groups
 from spdf_jax.sparsity.mupar import mup_multipliers
@@ -56,6 +57,14 @@ class PhasePlan:
         """Whether there is an evaluation after `step` steps of the run: at intervals or epochs, and at the end."""
         since, every = (step - self.start, self.epoch_steps) if self.epoch_steps else (step, self.eval_every_steps)
         return step == self.end or since % every == 0
+
+    @cached_property
+    def picture_steps(self) -> set[int]:
+        """Phase steps before which masks are pictured: the first, the first of the sparsest, the end."""
+        if not self.programme.groups:
+            return set()
+        every = range(self.config.steps + 1)
+        return {0, max(every, key=lambda step: (self.programme.sparsity(step), -step)), self.config.steps}
 
 
 def make_plan(config: RunConfig) -> list[PhasePlan]:

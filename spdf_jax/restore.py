@@ -12,8 +12,9 @@ from jax.sharding import Mesh
 from spdf_jax.checkpoint import Checkpoints
 from spdf_jax.config import RunConfig, check_transition, load_config
 from spdf_jax.errors import InputError
+from spdf_jax.gpt_config import GPTConfig
 from spdf_jax.huggingface import load_gpt2
-from spdf_jax.model import GPT, GPTConfig
+from spdf_jax.model import GPT
 from spdf_jax.plan import PhasePlan, make_plan
 from spdf_jax.sharding import make_mesh, parameter_shardings
 from spdf_jax.sparsity.masks import dense_masks

@@ -20,6 +20,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from tqdm import tqdm
 
 from spdf_jax.errors import InputError
+from spdf_jax.tree import named_leaves
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
@@ -172,6 +173,18 @@ def save_mask_picture(workdir: Path, step: int, pictures: Mapping[str, np.ndarra
     images: dict[str, Any] = {path: np.asarray(image, np.float32) for path, image in pictures.items()}
     np.savez_compressed(buffer, **images)
     write_atomically(folder / f"step_{step:08d}.npz", buffer.getvalue())
+
+
+def save_mask_pictures(workdir: Path, step: int, masks: Any) -> None:
+    """Pictures of the first and last layer of an attention and an MLP matrix, and of the head if it is masked."""
+    pictures: dict[str, np.ndarray] = {}
+    for name, mask in named_leaves(masks):
+        if mask.ndim == 3 and name.startswith(("blocks/attn_q", "blocks/mlp_up")):
+            for layer in sorted({0, mask.shape[0] - 1}):
+                pictures |= picture_of(f"{name}/{layer}", np.asarray(mask[layer]))
+        elif mask.ndim == 2:
+            pictures |= picture_of(name, np.asarray(mask))
+    save_mask_picture(workdir, step, pictures)
 
 
 def picture_of(path: str, mask: np.ndarray) -> dict[str, np.ndarray]:

@@ -21,8 +21,7 @@ from spdf_jax.plan import PhasePlan, StepCost
 from spdf_jax.sharding import batch_sharding
 from spdf_jax.state import TrainState, state_shardings
 from spdf_jax.step import Steps, make_steps
-from spdf_jax.tracking import Tracker, picture_of, save_mask_picture
-from spdf_jax.tree import named_leaves
+from spdf_jax.tracking import Tracker, save_mask_pictures
 
 
 class NonFiniteLossError(InputError):
@@ -57,7 +56,6 @@ def run_phase(run: Run, plan: PhasePlan, state: TrainState) -> TrainState:
     steps = make_steps(run.model, plan.tx, plan.learning_rate, programme.config.topology_rule, shardings, regrowth)
     first = int(state.step)
     batches = device_batches(run.feeds[plan.index], run.mesh, plan, first - plan.start)
-    pictures = _picture_steps(plan)
     if first == 0:
         _evaluate_and_log(run, plan, steps, state, 0)
     run.last_log = (time.perf_counter(), run.total.tokens)
@@ -66,8 +64,8 @@ def run_phase(run: Run, plan: PhasePlan, state: TrainState) -> TrainState:
         local = step - plan.start
         if _stops_early(run, plan):
             return state
-        if local in pictures:
-            _save_pictures(run, state, step)
+        if local in plan.picture_steps:
+            save_mask_pictures(run.workdir, step, state.masks)
         state, metrics = one_step(steps, plan, local, state, next(batches))
         if pending is not None:
             _fetch_and_log(run, plan, *pending)
@@ -85,8 +83,8 @@ def run_phase(run: Run, plan: PhasePlan, state: TrainState) -> TrainState:
                 run.best.wait()  # before a checkpoint that comes after it
         if save:
             _save(run, run.checkpoints, plan, state)
-    if plan.end - plan.start in pictures and first < plan.end:
-        _save_pictures(run, state, plan.end)
+    if plan.end - plan.start in plan.picture_steps and first < plan.end:
+        save_mask_pictures(run.workdir, plan.end, state.masks)
     return state
 
 
@@ -195,23 +193,3 @@ def _save(run: Run, checkpoints: Checkpoints, plan: PhasePlan, state: TrainState
         **_cost_columns(run.total),
     }
     checkpoints.save(state, record)
-
-
-def _picture_steps(plan: PhasePlan) -> set[int]:
-    """Phase steps before which masks are pictured: the first, the first of the sparsest, the end."""
-    if not plan.programme.groups:
-        return set()
-    every = range(plan.config.steps + 1)
-    return {0, max(every, key=lambda step: (plan.programme.sparsity(step), -step)), plan.config.steps}
-
-
-def _save_pictures(run: Run, state: TrainState, step: int) -> None:
-    """First and last layer of an attention and an MLP matrix, and the head if it is masked."""
-    pictures: dict[str, np.ndarray] = {}
-    for name, mask in named_leaves(state.masks):
-        if mask.ndim == 3 and name.startswith(("blocks/attn_q", "blocks/mlp_up")):
-            for layer in sorted({0, mask.shape[0] - 1}):
-                pictures |= picture_of(f"{name}/{layer}", np.asarray(mask[layer]))
-        elif mask.ndim == 2:
-            pictures |= picture_of(name, np.asarray(mask))
-    save_mask_picture(run.workdir, step, pictures)

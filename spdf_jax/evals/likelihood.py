@@ -84,7 +84,7 @@ def log_likelihoods(
         InputError: a continuation without tokens of its own or longer than the context, or an id outside the vocabulary.
 
     >>> from spdf_jax.data.tokenizer import train_tokenizer
-    >>> from spdf_jax.model import GPTConfig
+    >>> from spdf_jax.gpt_config import GPTConfig
     >>> tokenizer = train_tokenizer(["to be or not to be"], vocab_size=260, progress=False)
     >>> model = GPT(GPTConfig(n_layer=1, n_head=1, d_model=8, vocab_size=260, context=16))
     >>> params = model.init(jax.random.key(0), jnp.zeros((1, 4), int))["params"]

@@ -1,0 +1,98 @@
+"""What a GPT is: its architecture as data, and the published sizes."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from spdf_jax.errors import InputError
+from spdf_jax.sparsity.mupar import mup_scales
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """Architecture.
+
+    Attributes:
+      n_layer, n_head, d_model: depth, heads, width.
+      d_ff: MLP width; 0 means ``4 * d_model``.
+      vocab_size: rows of the embedding; ids must stay below.
+      context: longest sequence (learned positions).
+      tied_head: output head shares the embedding.
+      use_bias: biases in linear layers and norms.
+      activation: of the MLP, ``gelu`` or ``squared_relu``.
+      dconv: convolve queries, keys and values over three positions, see `spdf_jax.primer`; with squared ReLU, Primer-EZ.
+      shared_qk: queries are a projection of the (convolved) keys instead of the input. With all of these, Primer.
+      mlp_norm: ``pre``: x + mlp(norm(x)); ``post``: x + norm(mlp(x)), as in Primer.
+      dropout: rate on the embedding and on both residual branches, in [0, 1).
+      dtype: compute dtype, ``float32`` or ``bfloat16``; parameters are float32.
+      layer_norm_eps: epsilon.
+      init_std: truncated normal; residual output projections get ``init_std / sqrt(2 n_layer)``.
+      remat: recompute each block in the backward pass instead of storing its activations.
+      mup_base_width, mup_density, mup_alpha: S-muPar, see `spdf_jax.sparsity.mupar`; a base width of 0 turns it off.
+    """
+
+    n_layer: int = 4
+    n_head: int = 4
+    d_model: int = 256
+    d_ff: int = 0
+    vocab_size: int = 4096
+    context: int = 256
+    tied_head: bool = True
+    use_bias: bool = True
+    activation: str = "gelu"
+    dconv: bool = False
+    shared_qk: bool = False
+    mlp_norm: str = "pre"
+    dropout: float = 0.0
+    dtype: str = "float32"
+    layer_norm_eps: float = 1e-5
+    init_std: float = 0.02
+    remat: bool = False
+    mup_base_width: int = 0
+    mup_density: float = 1.0
+    mup_alpha: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.d_model % self.n_head:
+            raise InputError(f"model.d_model: {self.d_model} is not divisible by model.n_head {self.n_head}")
+        if not 0 <= self.dropout < 1:
+            raise InputError(f"model.dropout: {self.dropout} is outside [0, 1)")
+        choices = {
+            "dtype": ("float32", "bfloat16"),
+            "activation": ("gelu", "squared_relu"),
+            "mlp_norm": ("pre", "post"),
+        }
+        for name, (a, b) in choices.items():
+            if getattr(self, name) not in (a, b):
+                raise InputError(f"model.{name}: {getattr(self, name)!r} is not {a!r} or {b!r}")
+        for name in ("n_layer", "n_head", "d_model", "vocab_size", "context"):
+            if getattr(self, name) < 1:
+                raise InputError(f"model.{name}: {getattr(self, name)} must be at least 1")
+        mup_scales(self)  # raises where they are wrong
+
+    @property
+    def mlp_width(self) -> int:
+        """F."""
+        return self.d_ff or 4 * self.d_model
+
+    @property
+    def convolved(self) -> str:
+        """Which of q, k, v are."""
+        return ("kv" if self.shared_qk else "qkv") if self.dconv else ""
+
+
+def _size(n_layer: int, n_head: int, d_model: int, **more: Any) -> GPTConfig:
+    defaults: dict[str, Any] = {"vocab_size": 50257, "context": 2048, "dtype": "bfloat16", "remat": n_layer > 12}
+    return GPTConfig(n_layer=n_layer, n_head=n_head, d_model=d_model, **(defaults | more))
+
+
+#: Published sizes. GPT-2: Radford et al. 2019 (context 1024); GPT-3: Brown et al. 2020, table 2.1; 125m, 1.3b: SPDF.
+GPT_SIZES = {
+    "mini": GPTConfig(),
+    "124m": _size(12, 12, 768, context=1024),
+    "125m": _size(12, 12, 768),
+    "350m": _size(24, 16, 1024, context=1024),
+    "774m": _size(36, 20, 1280, context=1024),
+    "1.3b": _size(24, 16, 2048),
+    "1.5b": _size(48, 25, 1600, context=1024),
+    "6.7b": _size(32, 32, 4096),
+}
