@@ -1,10 +1,31 @@
 """Sparse pre-training of GPT models in JAX: train sparse, finish dense.
 
-import spdf_jax as spdf
+>>> import jax, jax.numpy as jnp, optax
+>>> import spdf_jax as spdf
+>>> params = {"w": jax.random.normal(jax.random.key(0), (8, 8)), "b": jnp.zeros(8)}
+>>> masks = spdf.init_masks(jax.random.key(1), params, sparsity=0.75, filter=[("w", "matrix")])
+>>> params = spdf.apply_masks(params, masks)
+>>> tx = spdf.sparse(optax.adamw(3e-4))
+>>> grads = jax.tree.map(jnp.ones_like, params)
+>>> updates, opt_state = tx.update(grads, tx.init(params), params, masks=masks)
+>>> int((optax.apply_updates(params, updates)["w"] != 0).sum())
+16
 
-masks = spdf.init_masks(key, params, sparsity=0.75)
-tx = spdf.sparse(optax.adamw(3e-4))
-updates, opt_state = tx.update(grads, opt_state, params, masks=masks)
+Masks: `init_masks`, `apply_masks`, `dense_masks`, `mask_report`, `save_masks`, `load_masks`. Topology: `prune_and_grow`,
+`prune_and_grow_tree`, `Rule`. Optimiser: `sparse`, `reset_masked_state`, `scale_by_smet_adam`, `scale_by_density`,
+`adam_overshoot`. Model: `GPT`, `GPTConfig`, `forward`, `widen`, `train_flops`. Experiments: `default_config`, `sweep_config`,
+`model_section`, `shared_value`, `finetuning_experiment`, `spdf_finetuning`, `mini_pretraining`, `mini_finetuning`. Runs:
+`resolve`, `run_cost`, `watch_training`, `saved_run`, `TrainState`, `drop_masks`, `as_masks`. What you can mend: `InputError`.
+
+Constants:
+
+* `GPT_SIZES`: published architectures by name, ``{"124m": GPTConfig(...), ...}``;
+* `RULES`: the topology rules by name, ``{"rigl": Rule(...), ...}``; a new one is one more entry;
+* `LINEAR_KERNELS`: the filter of every linear kernel inside the blocks of the GPT, the rest dense (SPDF);
+* `LINEAR_KERNELS_AND_HEAD`, `LINEAR_KERNELS_AND_TIED_HEAD`: with the output head too (MST), whose weights are its own or the
+  embedding's.
+
+A filter is a sequence of ``(pattern, decision)``, see `spdf_jax.tree`. Shapes are in names: B batch, T tokens, V vocabulary.
 """
 
 from spdf_jax.config import default_config as default_config
@@ -18,10 +39,13 @@ from spdf_jax.gpt_config import GPT_SIZES as GPT_SIZES
 from spdf_jax.gpt_config import GPTConfig as GPTConfig
 from spdf_jax.model import GPT as GPT
 from spdf_jax.model import forward as forward
+from spdf_jax.plan import run_cost as run_cost
 from spdf_jax.recipes import finetuning_experiment as finetuning_experiment
 from spdf_jax.recipes import mini_finetuning as mini_finetuning
 from spdf_jax.recipes import mini_pretraining as mini_pretraining
 from spdf_jax.recipes import spdf_finetuning as spdf_finetuning
+from spdf_jax.restore import saved_run as saved_run
+from spdf_jax.sparsity.blocks import as_masks as as_masks
 from spdf_jax.sparsity.masks import apply_masks as apply_masks
 from spdf_jax.sparsity.masks import dense_masks as dense_masks
 from spdf_jax.sparsity.masks import init_masks as init_masks
@@ -36,6 +60,7 @@ from spdf_jax.sparsity.rules import RULES as RULES
 from spdf_jax.sparsity.rules import Rule as Rule
 from spdf_jax.sparsity.rules import prune_and_grow as prune_and_grow
 from spdf_jax.sparsity.rules import prune_and_grow_tree as prune_and_grow_tree
+from spdf_jax.sparsity.scaling import widen as widen
 from spdf_jax.sparsity.transforms import sparse as sparse
 from spdf_jax.state import TrainState as TrainState
 from spdf_jax.state import drop_masks as drop_masks
@@ -43,3 +68,46 @@ from spdf_jax.tree import LINEAR_KERNELS as LINEAR_KERNELS
 from spdf_jax.tree import LINEAR_KERNELS_AND_HEAD as LINEAR_KERNELS_AND_HEAD
 from spdf_jax.tree import LINEAR_KERNELS_AND_TIED_HEAD as LINEAR_KERNELS_AND_TIED_HEAD
 from spdf_jax.watch import watch_training as watch_training
+
+__all__ = [
+    "GPT",
+    "GPT_SIZES",
+    "LINEAR_KERNELS",
+    "LINEAR_KERNELS_AND_HEAD",
+    "LINEAR_KERNELS_AND_TIED_HEAD",
+    "RULES",
+    "GPTConfig",
+    "InputError",
+    "Rule",
+    "TrainState",
+    "adam_overshoot",
+    "apply_masks",
+    "as_masks",
+    "default_config",
+    "dense_masks",
+    "drop_masks",
+    "finetuning_experiment",
+    "forward",
+    "init_masks",
+    "load_masks",
+    "mask_report",
+    "mini_finetuning",
+    "mini_pretraining",
+    "model_section",
+    "prune_and_grow",
+    "prune_and_grow_tree",
+    "reset_masked_state",
+    "resolve",
+    "run_cost",
+    "save_masks",
+    "saved_run",
+    "scale_by_density",
+    "scale_by_smet_adam",
+    "shared_value",
+    "sparse",
+    "spdf_finetuning",
+    "sweep_config",
+    "train_flops",
+    "watch_training",
+    "widen",
+]

@@ -25,6 +25,8 @@ from spdf_jax.attention_patterns import pattern_mask
 from spdf_jax.errors import InputError
 
 BACKENDS = ("auto", "xla", "cudnn", "splash")
+#: Name of what splash attention's backward pass needs of the forward one, for `jax.checkpoint_policies`.
+SPLASH_OUTPUT = "splash_output"
 # Splash attention's smallest block; its larger ones, best first.
 _LANES = 128
 _SPLASH_BLOCKS = (512, 256, _LANES)
@@ -166,7 +168,7 @@ def splash_attention(
     """
     _, length, heads, head_size = q_BTHD.shape
     mesh = jax.sharding.get_abstract_mesh()
-    batch_axes, head_axis = _split(mesh, *q_BTHD.shape[::2])
+    batch_axes, head_axis = split_over_mesh(mesh, *q_BTHD.shape[::2])
     heads_here = heads // (mesh.shape[head_axis] if head_axis else 1)
     kernel = _splash_kernel(pattern, length, width, heads_here, target_platform() != "tpu")
     args = [x_BTHD.swapaxes(1, 2) for x_BTHD in (q_BTHD * head_size**-0.5, k_BTHD, v_BTHD)]
@@ -181,7 +183,7 @@ def splash_attention(
     return attend(*args).swapaxes(1, 2)
 
 
-def _split(mesh: Any, batch: int, heads: int) -> tuple[tuple[str, ...], str | None]:
+def split_over_mesh(mesh: Any, batch: int, heads: int) -> tuple[tuple[str, ...], str | None]:
     """Mesh axes that split the batch and the heads, where they divide them."""
     batch_axes: tuple[str, ...] = ()
     for axis in _BATCH_AXES:
@@ -213,7 +215,10 @@ def _splash_kernel(pattern: str, length: int, width: int, heads: int, interpret:
         block_kv_dq=block,
     )
     kernel = splash.make_splash_mha_single_device(
-        masks.MultiHeadMask([mask] * heads), block_sizes=sizes, interpret=interpret
+        masks.MultiHeadMask([mask] * heads),
+        block_sizes=sizes,
+        residual_checkpoint_name=SPLASH_OUTPUT,
+        interpret=interpret,
     )
 
     def attend(q_HTD: jax.Array, k_HTD: jax.Array, v_HTD: jax.Array, segments_T: jax.Array | None = None) -> jax.Array:

@@ -1,13 +1,18 @@
 """Checkpoints of everything a run carries, by orbax: asynchronous, atomic, refused when they do not fit.
 
 A checkpoint holds the state (masks packed to one bit a weight) and a small JSON record of what is not an array: phase, data
-position and fingerprint, running totals. A save that is cut short leaves the one before it untouched.
+position and fingerprint, running totals, and a checksum of every array. A save that is cut short leaves the one before it
+untouched; a checkpoint that does not read back as it was written is noticed, whatever mesh reads it.
 """
 
 import contextlib
 import errno
+import json
 import os
 import shutil
+import sys
+import time
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +22,8 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from spdf_jax.errors import InputError
+from spdf_jax.processes import RESTART_CODE, stop, wait_for_first
+from spdf_jax.sparsity.blocks import balanced_topologies
 from spdf_jax.sparsity.masks import active_counts, pack_masks, unpack_masks
 from spdf_jax.sparsity.programme import Programme
 from spdf_jax.state import TrainState
@@ -24,6 +31,10 @@ from spdf_jax.tree import Filter, named_leaves
 
 # Metadata and index files of one checkpoint; about 60 kB were seen.
 _CHECKPOINT_OVERHEAD_BYTES = 256 * 1024
+
+
+class DamagedCheckpointError(InputError):
+    """A checkpoint does not read back as it was written."""
 
 
 class Checkpoints:
@@ -47,11 +58,24 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, state: TrainState, record: dict[str, Any]) -> None:
-        """Starts saving; the state may be donated right after. A step that is already saved is left alone."""
+        """Starts saving; the state may be donated right after. A step that is already saved is left alone.
+
+        Raises:
+          InputError: a number in the state is not finite; nothing is saved.
+          OSError: no room for it.
+        """
         step = int(state.step)
         if step in self._manager.all_steps():
             return
         packed = _pack(state)
+        finite, leaves = _examined(packed)
+        if not finite:
+            raise InputError(
+                f"step {step}: the loss is finite, but a parameter or a value of the optimiser is not; stopped. The checkpoint "
+                f"at step {self.latest_step()} is kept. Lower the learning rate or look at the data, and use another --workdir"
+            )
+        record = record | {"leaves": leaves}
+        record |= {"crc32": _crc32(record)}
         args = ocp.args.Composite(state=ocp.args.StandardSave(packed), record=ocp.args.JsonSave(record))
         with self._full_disk_named():
             self._check_room(packed)
@@ -61,12 +85,16 @@ class Checkpoints:
         """The JSON record of the newest checkpoint.
 
         Raises:
-          InputError: there is none.
+          InputError: there is none; `DamagedCheckpointError`: it is not what was written.
         """
-        if self.latest_step() is None:
+        step = self.latest_step()
+        if step is None:
             raise InputError(f"{self.directory}: no checkpoint there; train first with --job train")
-        restored = self._manager.restore(self.latest_step(), args=ocp.args.Composite(record=ocp.args.JsonRestore()))
-        return restored["record"]
+        with self._damage_named(step):
+            record = self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))["record"]
+            if "crc32" in record and record.pop("crc32") != _crc32(record):  # absent: of an older version
+                raise ValueError("its record is not what was written")
+        return record
 
     def restore(self, abstract: TrainState, shardings: TrainState) -> TrainState:
         """The newest state, laid out on the mesh of `shardings` whatever mesh wrote it.
@@ -77,24 +105,51 @@ class Checkpoints:
 
         Raises:
           InputError: no checkpoint; one of another model (names the shapes that differ); one without masks where the
-            phase is sparse.
+            phase is sparse; `DamagedCheckpointError`: it is not what was written.
         """
-        step = self.latest_step()
-        if step is None:
-            raise InputError(f"{self.directory}: no checkpoint there; train first with --job train")
+        record = self.record()
+        step: int = record["step"]
         packed = jax.eval_shape(_pack, abstract)
-        self._check(step, packed)
+        with self._damage_named(step):
+            saved = record["leaves"] if "leaves" in record else _shapes(self._manager.item_metadata(step)["state"])
+        self._check(step, saved, _shapes(jax.eval_shape(_plain, packed)))
         # A packed mask's last axis is eight times shorter than its parameter's: restored whole, split when unpacked.
         layout = shardings.replace(masks=jax.tree.map(lambda _: shardings.step, shardings.masks))
         target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), packed, layout)
-        restored = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target)))["state"]
+        with self._damage_named(step):
+            args = ocp.args.Composite(state=ocp.args.StandardRestore(target))
+            restored = self._manager.restore(step, args=args)["state"]
+            changed = [n for n, leaf in _examined(restored)[1].items() if "leaves" in record and leaf != saved[n]]
+            if changed:
+                raise ValueError(f"{', '.join(changed[:3])}: not what was written")
         unpack = jax.jit(unpack_masks, out_shardings=shardings.masks)
         return restored.replace(masks=unpack(restored.masks, restored.params))
 
+    def fall_back(self, damage: DamagedCheckpointError) -> str:
+        """Sets the newest checkpoint aside for the one before it, and says so.
+
+        A run of many processes ends here, to be started again: not all of them may have noticed.
+
+        Raises:
+          InputError: there is none before it.
+        """
+        *_, before, newest = (None, *sorted(self._manager.all_steps()))
+        if before is None:
+            raise InputError(f"{damage}, but there is none; start again with another --workdir") from damage
+        aside = self.directory / f"{newest}.damaged-{int(time.time())}"
+        with contextlib.suppress(FileNotFoundError):  # another process was first
+            (self.directory / str(newest)).rename(aside)
+        message = f"{damage}, at step {before}. The damaged one is kept as {aside.name}"
+        if jax.process_count() > 1:
+            stop(RESTART_CODE, f"{message}. Give the same command again")
+        self._manager.reload()
+        return message
+
     def wait(self) -> None:
-        """Until everything started is on disk; raises what went wrong."""
+        """Until everything started is on disk, for all processes; raises what went wrong."""
         with self._full_disk_named():
             self._manager.wait_until_finished()
+        wait_for_first()
 
     def close(self) -> None:
         """Waits and releases."""
@@ -118,11 +173,30 @@ class Checkpoints:
                 raise
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.directory)) from error
 
-    def _check(self, step: int, packed: TrainState) -> None:
-        metadata = self._manager.item_metadata(step)["state"]
-        saved = {name: tuple(leaf.shape) for name, leaf in named_leaves(metadata)}
-        plain_key = jax.eval_shape(lambda s: s.replace(key=jax.random.key_data(s.key)), packed)
-        wanted = {name: tuple(leaf.shape) for name, leaf in named_leaves(plain_key)}
+    @contextlib.contextmanager
+    def _damage_named(self, step: int) -> Iterator[None]:
+        """Files that are cut, changed or gone reach us as exceptions of many kinds from the libraries that read them."""
+        hook, sys.unraisablehook = (
+            sys.unraisablehook,
+            lambda _: None,
+        )  # one read has failed: those beside it complain, too
+        try:
+            yield
+        except Exception as error:
+            cause = error.__cause__ or error
+            if isinstance(cause, jax.errors.JaxRuntimeError) or (
+                isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError)
+            ):
+                raise
+            raise DamagedCheckpointError(
+                f"{self.directory}: the checkpoint at step {step} is damaged ({' '.join(str(cause).split())[:300]}); "
+                f"--job train falls back to the one before it"
+            ) from error
+        finally:
+            sys.unraisablehook = hook
+
+    def _check(self, step: int, saved_leaves: dict[str, list[Any]], wanted_leaves: dict[str, list[Any]]) -> None:
+        saved, wanted = ({name: tuple(leaf[0]) for name, leaf in x.items()} for x in (saved_leaves, wanted_leaves))
         masks = [
             name for name, shape in wanted.items() if name.startswith("masks/") and shape and saved.get(name) == ()
         ]
@@ -149,6 +223,49 @@ def _pack(state: TrainState) -> TrainState:
     return state.replace(masks=pack_masks(state.masks))
 
 
+def _plain(packed: TrainState) -> TrainState:
+    """With the key as the integers that orbax writes."""
+    return packed.replace(key=jax.random.key_data(packed.key))
+
+
+def _shapes(tree: Any) -> dict[str, list[Any]]:
+    """``{leaf name: [shape]}``."""
+    return {name: [list(leaf.shape)] for name, leaf in named_leaves(tree)}
+
+
+def _examined(packed: TrainState) -> tuple[bool, dict[str, list[Any]]]:
+    """Whether all numbers are finite, and ``{leaf name: [shape, checksum]}``."""
+    finite, checksums = jax.device_get(_examine(packed))
+    return bool(finite), {name: [*shape, int(checksums[name])] for name, shape in _shapes(_plain(packed)).items()}
+
+
+@jax.jit
+def _examine(packed: TrainState) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The numbers of `_examined`."""
+    leaves = named_leaves(_plain(packed))
+    finite = [jnp.all(jnp.isfinite(leaf)) for _, leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    return jnp.all(jnp.stack(finite)), {name: _checksum(leaf) for name, leaf in leaves}
+
+
+def _checksum(array: jax.Array) -> jax.Array:
+    """Sum of a hash of every element with its place, modulo 2^32: the same on every mesh, and computed where the shards are.
+
+    The hash is one-to-one in the element (multiply by odd, xor with a shift), so that no change of one element goes unseen.
+    """
+    unsigned = jnp.dtype(f"uint{8 * array.dtype.itemsize}")
+    bits = array if array.dtype == bool else jax.lax.bitcast_convert_type(array, unsigned)
+    mixed = bits.astype(jnp.uint32)
+    for axis in range(array.ndim):
+        place = jax.lax.broadcasted_iota(jnp.uint32, array.shape, axis)
+        mixed = (mixed ^ place) * jnp.uint32(0x9E3779B1)
+        mixed = mixed ^ (mixed >> 15)
+    return jnp.sum(mixed, dtype=jnp.uint32)
+
+
+def _crc32(record: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(record, sort_keys=True).encode())
+
+
 def check_invariants(programme: Programme, filter: Filter, state: TrainState, phase_start: int) -> None:
     """Masks hold the exact target counts, and every masked weight is exactly 0; anything else is a bug, and is not saved.
 
@@ -165,9 +282,13 @@ def check_invariants(programme: Programme, filter: Filter, state: TrainState, ph
             raise RuntimeError(f"{name}: masks hold {counts[name]} active weights, the programme says {target}")
         if nonzero[name]:
             raise RuntimeError(f"{name}: {nonzero[name]} masked weights are not zero")
+    for name, balanced in jax.device_get(_balanced(state.params, state.topology)).items():
+        if not balanced:
+            raise RuntimeError(f"{name}: its live blocks are not the same number in every column and row")
 
 
 _counts = jax.jit(active_counts, static_argnums=2)
+_balanced = jax.jit(balanced_topologies)
 
 
 @jax.jit

@@ -7,6 +7,7 @@ dataclasses' own defaults are the only defaults there are.
 import dataclasses
 import difflib
 import json
+import re
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,8 @@ from ml_collections import ConfigDict, FieldReference
 
 from spdf_jax.data import DataConfig, TaskConfig
 from spdf_jax.errors import InputError
+from spdf_jax.evals.exams import MODES
+from spdf_jax.evals.task_data import TASKS
 from spdf_jax.generate import DecodeConfig
 from spdf_jax.gpt_config import GPTConfig
 from spdf_jax.optim import OptimizerConfig
@@ -62,6 +65,9 @@ class LoopConfig:
         of every phase.
       eval_batch_size: sequences a validation batch.
       keep_checkpoints: how many of the newest stay.
+      watchdog_seconds: a command whose step, evaluation or save does not move for so long ends with 75, to be given again;
+        compilation counts, too. 0: never.
+      profile_steps: ``A:B`` leaves a profile of the steps after step A, up to step B, in ``profile/``; "" does not.
     """
 
     log_every_steps: int = 10
@@ -69,6 +75,57 @@ class LoopConfig:
     checkpoint_every_steps: int = 200
     eval_batch_size: int = 32
     keep_checkpoints: int = 2
+    watchdog_seconds: int = 600
+    profile_steps: str = ""
+
+    def __post_init__(self) -> None:
+        intervals = ("log_every_steps", "eval_every_steps", "checkpoint_every_steps")
+        for name in (*intervals, "eval_batch_size", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name}: {getattr(self, name)} must be at least 1")
+        if self.watchdog_seconds < 0:
+            raise InputError(f"watchdog_seconds: {self.watchdog_seconds} must not be negative; 0 turns it off")
+        first, _, last = self.profile_steps.partition(":")
+        if self.profile_steps and not (first.isdecimal() and last.isdecimal() and int(first) < int(last)):
+            raise InputError(f"profile_steps: {self.profile_steps!r} must be A:B with 0 <= A < B, for example 100:105")
+
+    @property
+    def profiled_steps(self) -> range:
+        """Steps, counted from 0, that are profiled."""
+        first, _, last = self.profile_steps.partition(":")
+        return range(int(first), int(last)) if last else range(0)
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """What ``--job evaluate`` measures besides perplexity and a task's scores. May change after a run, as `decode` may.
+
+    Attributes:
+      tasks: of lm-eval, some of `spdf_jax.evals.task_data.TASKS`; needs the extra ``eval``.
+      data_dir: the folder of their files, see `spdf_jax.evals.task_data`.
+      num_fewshot: labelled examples before each question, for tasks that take some; -1: as each task says.
+      exams: whether to sit the professional exams.
+      exam_questions: the file of their questions, see `spdf_jax.evals.exams`; "" stands for the package's own set.
+      exam_mode: how choices are scored, ``length`` or ``letter``, see `spdf_jax.evals.exams.take_exams`.
+    """
+
+    tasks: tuple[str, ...] = ()
+    data_dir: str = ""
+    num_fewshot: int = -1
+    exams: bool = False
+    exam_questions: str = ""
+    exam_mode: str = "length"
+
+    def __post_init__(self) -> None:
+        for name in self.tasks:
+            if name not in TASKS:
+                raise InputError(f"tasks: {name!r} is unknown: use some of {', '.join(TASKS)}")
+        if self.tasks and not self.data_dir:
+            raise InputError(f"data_dir: '' must name the folder with the files of {', '.join(self.tasks)}")
+        if self.num_fewshot < -1:
+            raise InputError(f"num_fewshot: {self.num_fewshot} must be at least 0, or -1 for as many as each task says")
+        if self.exam_mode not in MODES:
+            raise InputError(f"exam_mode: {self.exam_mode!r} is unknown: use one of {', '.join(MODES)}")
 
 
 @dataclass(frozen=True)
@@ -81,7 +138,7 @@ class RunConfig:
       init_from: where the parameters (and masks) come from: the workdir of another run, a folder of a Hugging Face GPT-2, or
         ``cell:NAME``, the workdir NAME beside this run's; "" draws them.
       phases: names to configs, in the order in which they run.
-      model, data, mesh, loop, decode: see there.
+      model, data, mesh, loop, decode, evaluation: see there.
     """
 
     experiment: str
@@ -94,6 +151,7 @@ class RunConfig:
     mesh: MeshConfig
     loop: LoopConfig
     decode: DecodeConfig
+    evaluation: EvaluationConfig
     phases: Mapping[str, PhaseConfig]
 
     def seq_len(self, phase: PhaseConfig) -> int:
@@ -114,6 +172,7 @@ _SECTIONS: dict[str, type] = {
     "mesh": MeshConfig,
     "loop": LoopConfig,
     "decode": DecodeConfig,
+    "evaluation": EvaluationConfig,
 }
 _SCALARS: dict[str, Any] = {"experiment": "", "variant": "", "variants": (), "seed": 0, "init_from": ""}
 
@@ -127,6 +186,9 @@ def default_config(
       experiment, variant: name the run and its default workdir.
       variants: all there are; the first is the one that runs anywhere.
       phases: names of the phases in order; each becomes a section.
+
+    Returns:
+      A ConfigDict with the sections of `RunConfig`; lengths are in steps or tokens, as their names say.
 
     Raises:
       InputError: `variant` is not among `variants`.
@@ -144,8 +206,25 @@ def default_config(
 
 
 def shared_value(value: Any) -> Any:
-    """A value for several places of a config: overriding one of them overrides all (`ml_collections.FieldReference`)."""
+    """A value for several places of a config: overriding one of them overrides all (`ml_collections.FieldReference`).
+
+    Args:
+      value: a number, a text, or anything else that a config may hold.
+
+    Returns:
+      What to assign in its place.
+
+    >>> c = default_config("mine", "mini", variants=("mini",), phases=("pretrain", "finetune"))
+    >>> c.pretrain.batch_size = c.finetune.batch_size = shared_value(32)
+    >>> c.pretrain.batch_size = 64
+    >>> c.finetune.batch_size
+    64
+    """
     return FieldReference(value)
+
+
+#: Columns of a cell's curve, one entry an evaluation, see `spdf_jax.sweep`.
+CURVE_COLUMNS = ("step", "tokens", "train_flops", "dense_flops", "val_loss", "seconds")
 
 
 class Row(NamedTuple):
@@ -156,12 +235,22 @@ class Row(NamedTuple):
 
 
 class Column(NamedTuple):
-    """A column of a sweep's table: header, key into ``{summary, evaluation}``, format, whether to add the ratio to row 1."""
+    """A column of a sweep's table.
+
+    Attributes:
+      header: above it.
+      key: dotted, into a cell's ``summary`` or ``evaluation``. ``a/b`` is a quotient, ``a+b`` a sum, ``a@b=c`` a place on the
+        cell's curve (`spdf_jax.sweep`): its column `a` where its column `b` first comes to what the key `c` is in row 1.
+      format: of the figure.
+      relative: whether to add the ratio to row 1.
+      choice: of which choice of a row the figure is; "" takes the best one by validation loss.
+    """
 
     header: str
     key: str
     format: str = ".3f"
     relative: bool = False
+    choice: str = ""
 
 
 @dataclass(frozen=True)
@@ -172,6 +261,7 @@ class SweepConfig:
     variant: str
     variants: tuple[str, ...]
     title: str
+    remark: str
     cells: Mapping[str, RunConfig]
     rows: tuple[Row, ...]
     columns: tuple[Column, ...]
@@ -186,6 +276,7 @@ def sweep_config(
     cells: Mapping[str, ConfigDict],
     rows: Sequence[tuple[str, Sequence[tuple[str, str]]]],
     columns: Sequence[tuple[Any, ...]],
+    remark: str = "",
 ) -> ConfigDict:
     """A sweep for an experiment file to return, see `spdf_jax.sweep`.
 
@@ -194,11 +285,26 @@ def sweep_config(
       title: of the table.
       cells: names to the configs of the runs, in the order in which they run.
       rows: ``(label, ((choice, cell), ...))``: among the choices the best by validation loss is shown, over its seeds.
-      columns: ``(header, key, format, relative)``, see `Column`; keys are dotted, into a cell's ``summary`` and ``evaluation``.
+      columns: ``(header, key, format, relative, choice)``, the last three optional, see `spdf_jax.config.Column`.
+      remark: what to keep in mind with the table; stands below it.
+
+    Returns:
+      A ConfigDict; ``--config.cells.NAME.section.key=value`` overrides a value of one cell.
+
+    Raises:
+      InputError: `variant` is not among `variants`.
+
+    >>> cell = default_config("mine", "mini", variants=("mini",))
+    >>> sweep = sweep_config(
+    ...     "mine", "mini", variants=("mini",), title="Mine", cells={"dense_0": cell}, rows=[("dense", [("", "dense_0")])],
+    ...     columns=[("loss", "summary.val_loss")],
+    ... )
+    >>> sweep.cells.dense_0.pretrain.steps
+    600
     """
     if variant not in variants:
         raise InputError(f"--config: {experiment} has no variant {variant!r}{nearest(variant, list(variants))}")
-    names = {"experiment": experiment, "variant": variant, "variants": variants, "title": title}
+    names = {"experiment": experiment, "variant": variant, "variants": variants, "title": title, "remark": remark}
     order = tuple(cells)  # a ConfigDict sorts its keys
     return ConfigDict({**names, "order": order, "cells": dict(cells), "rows": tuple(rows), "columns": tuple(columns)})
 
@@ -207,7 +313,7 @@ def resolve_sweep(config: ConfigDict) -> SweepConfig:
     """Validates a sweep, every cell of it, before anything runs.
 
     Raises:
-      InputError: in a cell (named), or a row of a cell that is not there.
+      InputError: in a cell (named), a row of a cell that is not there, or a column that cannot be filled.
     """
     cells = {}
     for name in config.order:
@@ -224,19 +330,61 @@ def resolve_sweep(config: ConfigDict) -> SweepConfig:
             if cell not in cells:
                 raise InputError(f"config.rows: row {row.label!r} names cell {cell!r}{nearest(cell, list(cells))}")
     columns = tuple(Column(*column) for column in config.columns)
-    return SweepConfig(config.experiment, config.variant, tuple(config.variants), config.title, cells, rows, columns)
+    for column in columns:
+        _check_column(column, rows)
+    names = config.experiment, config.variant, tuple(config.variants), config.title, config.remark
+    return SweepConfig(*names, cells, rows, columns)
+
+
+def _check_column(column: Column, rows: Sequence[Row]) -> None:
+    for row in rows:
+        choices = list(dict.fromkeys(choice for choice, _ in row.choices))
+        if column.choice and column.choice not in choices:
+            raise InputError(
+                f"config.columns: {column.header!r} is of choice {column.choice!r}, which row {row.label!r} does not have"
+                f"{nearest(column.choice, choices)}"
+            )
+    for part in re.split("[/+]", column.key):
+        names = re.split("[@=]", part)
+        if len(names) > 1 and not (len(names) == 3 and "@" in part and set(names[:2]) <= set(CURVE_COLUMNS)):
+            raise InputError(
+                f"config.columns: {column.header!r} has key {part!r}; a place on the curve is written A@B=KEY, A and B among "
+                f"{', '.join(CURVE_COLUMNS)}"
+            )
 
 
 def model_section(config: GPTConfig) -> ConfigDict:
-    """A published size (`spdf_jax.GPT_SIZES`) as the ``model`` section of an experiment."""
+    """A published size (`spdf_jax.GPT_SIZES`), or any other model, as the ``model`` section of an experiment.
+
+    Args:
+      config: the architecture.
+
+    Returns:
+      A ConfigDict of its fields.
+
+    >>> import spdf_jax as spdf
+    >>> model_section(spdf.GPT_SIZES["124m"]).n_layer
+    12
+    """
     return ConfigDict(dataclasses.asdict(config))
 
 
 def resolve(config: ConfigDict) -> RunConfig:
     """Validates a ConfigDict into a `RunConfig`.
 
+    Args:
+      config: from `default_config`, with values overridden.
+
+    Returns:
+      Frozen dataclasses; nothing is read, made or trained yet.
+
     Raises:
       InputError: an unknown key (names the nearest known one), a value of the wrong type, or one out of its range.
+
+    >>> c = default_config("mine", "mini", variants=("mini",))
+    >>> c.pretrain.steps = 300
+    >>> resolve(c).phases["pretrain"].steps
+    300
     """
     values = config.to_dict()
     phases = values.pop("phases", ())
@@ -269,6 +417,10 @@ def load_config(path: Path) -> RunConfig:
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: no config of a run there ({error}); give the workdir of a run") from None
     values.pop("command", None)
+    values.setdefault("evaluation", {})  # runs from before there was this section stay usable
+    model = values.get("model")
+    if isinstance(model, dict) and isinstance(model.get("remat"), bool):  # nor need those from when it was no choice
+        model["remat"] = "block" if model["remat"] else "none"
     return resolve(ConfigDict(values))
 
 
@@ -299,6 +451,11 @@ def _check_phase(run: RunConfig, name: str, phase: PhaseConfig) -> None:
         raise InputError(
             f"config.{name}.optimizer.regrowth: rule {phase.sparsity.rule!r} looks after the optimiser's state itself; use "
             f"'keep', not {phase.optimizer.regrowth!r}"
+        )
+    if phase.sparsity.blocks and (phase.optimizer.regrowth != "reset" or phase.optimizer.density_exponent):
+        raise InputError(
+            f"config.{name}.optimizer: sparse_compute 'blocks' keeps nothing of weights that are not live, and no masks to "
+            f"read a density from; use regrowth 'reset' and density_exponent 0, or sparse_compute 'masked'"
         )
     if phase.batch_size % phase.grad_accumulation_steps:
         raise InputError(

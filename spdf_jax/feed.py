@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple
 
-import jax
+from jax.sharding import Mesh
 
 from spdf_jax.config import RunConfig
 from spdf_jax.data import (
@@ -20,6 +20,7 @@ from spdf_jax.data import (
 )
 from spdf_jax.data.tokenizer import Tokenizer
 from spdf_jax.plan import PhasePlan
+from spdf_jax.processes import data_share
 
 
 class Feed(NamedTuple):
@@ -38,7 +39,9 @@ class Feed(NamedTuple):
     fingerprint: str
 
 
-def make_feed(config: RunConfig, plan: PhasePlan, tokens: TokenData | None, tokenizer: Tokenizer | None) -> Feed:
+def make_feed(
+    config: RunConfig, plan: PhasePlan, tokens: TokenData | None, tokenizer: Tokenizer | None, mesh: Mesh
+) -> Feed:
     """The feed of a phase.
 
     Args:
@@ -46,8 +49,9 @@ def make_feed(config: RunConfig, plan: PhasePlan, tokens: TokenData | None, toke
       plan: the phase.
       tokens: the text to model, needed where the phase has no task.
       tokenizer: needed where it has one.
+      mesh: where the batches go; says which rows are this process's.
     """
-    share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    share = dict(zip(("process_index", "process_count"), data_share(mesh), strict=True))
     train = {"seq_len": plan.seq_len, "batch_size": plan.config.batch_size, "seed": config.seed + plan.index} | share
     validation = {"seq_len": plan.seq_len, "batch_size": config.loop.eval_batch_size} | share
     if not plan.config.task.name:

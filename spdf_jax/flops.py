@@ -60,7 +60,10 @@ def train_flops(
       include_head: count the output head.
 
     Returns:
-      FLOPs a sequence.
+      FLOPs a sequence, by the formula of SPDF at the head of `spdf_jax.flops`.
+
+    Raises:
+      InputError: a share outside [0, 1].
 
     >>> import spdf_jax as spdf
     >>> f"{train_flops(spdf.GPT_SIZES['1.3b'], sparsity=0.75):.3g}"  # the paper's table says 7.46e12

@@ -26,8 +26,16 @@ class GPTConfig:
       dtype: compute dtype, ``float32`` or ``bfloat16``; parameters are float32.
       layer_norm_eps: epsilon.
       init_std: truncated normal; residual output projections get ``init_std / sqrt(2 n_layer)``.
-      remat: recompute each block in the backward pass instead of storing its activations.
+      remat: what the backward pass computes again instead of finding it stored. ``none``: nothing; ``dots``: all of a block
+        but its matrix products and splash attention; ``mlp``: all but the MLP's hidden layer and splash attention; ``block``:
+        all of it. Fewer bytes, more FLOPs, same values.
       mup_base_width, mup_density, mup_alpha: S-muPar, see `spdf_jax.sparsity.mupar`; a base width of 0 turns it off.
+
+    Raises:
+      InputError: a value out of its range, or a width that the heads do not divide.
+
+    >>> GPTConfig(n_layer=2, n_head=4, d_model=64).mlp_width
+    256
     """
 
     n_layer: int = 4
@@ -46,7 +54,7 @@ class GPTConfig:
     dtype: str = "float32"
     layer_norm_eps: float = 1e-5
     init_std: float = 0.02
-    remat: bool = False
+    remat: str = "none"
     mup_base_width: int = 0
     mup_density: float = 1.0
     mup_alpha: float = 1.0
@@ -60,10 +68,11 @@ class GPTConfig:
             "dtype": ("float32", "bfloat16"),
             "activation": ("gelu", "squared_relu"),
             "mlp_norm": ("pre", "post"),
+            "remat": ("none", "dots", "mlp", "block"),
         }
-        for name, (a, b) in choices.items():
-            if getattr(self, name) not in (a, b):
-                raise InputError(f"model.{name}: {getattr(self, name)!r} is not {a!r} or {b!r}")
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise InputError(f"model.{name}: {getattr(self, name)!r} is not {' or '.join(map(repr, known))}")
         for name in ("n_layer", "n_head", "d_model", "vocab_size", "context"):
             if getattr(self, name) < 1:
                 raise InputError(f"model.{name}: {getattr(self, name)} must be at least 1")
@@ -81,7 +90,8 @@ class GPTConfig:
 
 
 def _size(n_layer: int, n_head: int, d_model: int, **more: Any) -> GPTConfig:
-    defaults: dict[str, Any] = {"vocab_size": 50257, "context": 2048, "dtype": "bfloat16", "remat": n_layer > 12}
+    remat = "block" if n_layer > 12 else "none"
+    defaults: dict[str, Any] = {"vocab_size": 50257, "context": 2048, "dtype": "bfloat16", "remat": remat}
     return GPTConfig(n_layer=n_layer, n_head=n_head, d_model=d_model, **(defaults | more))
 
 

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import fcntl
 import json
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +12,8 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from spdf_jax.checkpoint import Checkpoints
+from spdf_jax import processes
+from spdf_jax.checkpoint import Checkpoints, DamagedCheckpointError
 from spdf_jax.config import RunConfig, check_devices
 from spdf_jax.data import TokenData, load_tokenizer, prepare, unigram_loss
 from spdf_jax.data.tokenizer import Tokenizer, vocabulary_size
@@ -25,7 +25,7 @@ from spdf_jax.plan import PhasePlan, make_plan, total_cost
 from spdf_jax.report import write_report
 from spdf_jax.report.words import flat
 from spdf_jax.restore import BEST, CHECKPOINTS, enter_phase, initial_from, restore_state, source_folder
-from spdf_jax.sharding import make_mesh
+from spdf_jax.sharding import device_name, make_mesh
 from spdf_jax.state import TrainState, init_state
 from spdf_jax.tracking import Tracker, read_metrics, write_json
 from spdf_jax.train import Run, best_evaluation, run_phase
@@ -48,6 +48,7 @@ def train(config: RunConfig, workdir: Path, *, command: str = "", progress: bool
     """
     mesh = make_mesh(config.mesh)
     check_devices(config, mesh.shape["data"] * mesh.shape["fsdp"])
+    processes.agree("config", json.dumps(config.as_dict()), "start all of them with the same command and files")
     plans = make_plan(config)
     make_workdir(workdir)
     with lock(workdir), jax.set_mesh(mesh):
@@ -56,7 +57,8 @@ def train(config: RunConfig, workdir: Path, *, command: str = "", progress: bool
             print(f"{workdir}: this run is finished (validation loss {finished['val_loss']:.4f}); nothing to do.")
             return finished
         tokens, tokenizer = load_data(config, workdir, progress)
-        feeds = [make_feed(config, plan, tokens, tokenizer) for plan in plans]
+        feeds = [make_feed(config, plan, tokens, tokenizer, mesh) for plan in plans]
+        processes.agree("config.data", "".join(f.fingerprint for f in feeds), "give all of them the same data")
         checkpoints = Checkpoints(workdir / CHECKPOINTS, config.loop.keep_checkpoints)
         best = Checkpoints(workdir / BEST, keep=1) if plans[-1].config.patience_evaluations else None
         try:
@@ -64,7 +66,7 @@ def train(config: RunConfig, workdir: Path, *, command: str = "", progress: bool
             step = int(state.step)
             if record is None:
                 write_json(workdir / "config.json", config.as_dict() | {"command": command})
-                if tokenizer is not None:
+                if tokenizer is not None and processes.is_first():
                     tokenizer.save(str(workdir / "tokenizer.json"))
             else:
                 print(f"{workdir}: resuming after step {step} of {plans[-1].end}.")
@@ -81,13 +83,14 @@ def train(config: RunConfig, workdir: Path, *, command: str = "", progress: bool
                 tracker=tracker,
                 total=total_cost(plans, step),
                 seconds=record["seconds"] if record else 0.0,
-                evaluations=_evaluations(workdir) if record else [],
+                evaluations=_evaluations(workdir, step) if record else [],
             )
             try:
                 for plan in plans[index:]:
                     if plan.index > index:
                         state = enter_phase(state, plan, mesh)
                     state = run_phase(run, plan, state)
+                processes.beat(0, 0)
                 return _finish(run, int(state.step), tokens)
             finally:
                 tracker.close()
@@ -106,9 +109,13 @@ def _first_state(
         if source := source_folder(config, workdir):
             return initial_from(source, config, plan, mesh), 0, None
         return init_state(model, plan.tx, plan.config.sparsity, plan.filter, config.seed, mesh), 0, None
-    record = checkpoints.record()
-    plan = plans[min(record["phase"], len(plans) - 1)]
-    state = restore_state(config, plan, mesh, checkpoints)
+    try:
+        record = checkpoints.record()
+        plan = plans[min(record["phase"], len(plans) - 1)]
+        state = restore_state(config, plan, mesh, checkpoints)
+    except DamagedCheckpointError as damage:
+        print(checkpoints.fall_back(damage), flush=True)
+        return _first_state(config, workdir, feeds, plans, mesh, checkpoints)
     _check_same_run(config, workdir)
     fingerprint = feeds[plan.index].fingerprint
     if record["data_fingerprint"] != fingerprint:
@@ -119,14 +126,14 @@ def _first_state(
     return state, plan.index, record
 
 
-def _evaluations(workdir: Path) -> list[tuple[int, float]]:
-    return [(row["step"], row["val_loss"]) for row in read_metrics(workdir) if "val_loss" in row]
+def _evaluations(workdir: Path, step: int) -> list[tuple[int, float]]:
+    rows = (row for row in read_metrics(workdir) if "val_loss" in row and row["step"] <= step)
+    return [(row["step"], row["val_loss"]) for row in rows]
 
 
 def _finish(run: Run, step: int, tokens: TokenData | None) -> dict[str, Any]:
     run.checkpoints.wait()
     last = run.plans[-1]
-    device = jax.devices()[0]
     seconds = run.seconds + time.perf_counter() - run.clock
     best = best_evaluation(run.evaluations, last) if last.config.patience_evaluations else run.evaluations[-1]
     summary: dict[str, Any] = {
@@ -143,8 +150,7 @@ def _finish(run: Run, step: int, tokens: TokenData | None) -> dict[str, Any]:
         "flops_reduction": run.total.dense_flops / run.total.train_flops,
         "tokens_per_second": run.total.tokens / seconds,
         "wall_seconds": seconds,
-        "device": f"{jax.device_count()} x {device.device_kind}"
-        + (f", {os.cpu_count()} cores" if device.platform == "cpu" else ""),
+        "device": device_name(),
         "parameters": parameter_count(run.config.model),
     }
     yardstick = ""
@@ -162,7 +168,7 @@ def _finish(run: Run, step: int, tokens: TokenData | None) -> dict[str, Any]:
         f"validation loss {summary['initial_val_loss']:.3f} at first, {summary['val_loss']:.3f} at "
         f"{f'best (step {best[0]})' if 'best_step' in summary else 'last'}{yardstick}.\n"
         f"{summary['flops_reduction']:.2f}x fewer training FLOPs than dense (counted, not saved in seconds: masks simulate "
-        f"sparsity). Report: {write_report(run.workdir)}"
+        f"sparsity). Report: {write_report(run.workdir) if processes.is_first() else ''}"
     )
     return summary
 
@@ -191,19 +197,35 @@ def load_data(config: RunConfig, workdir: Path, progress: bool) -> tuple[TokenDa
 
 
 def make_workdir(workdir: Path) -> None:
+    """Makes the folder, and checks that all processes see the same one: each saves its part of a checkpoint there."""
+    made = processes.from_first(lambda: str(_made_at(workdir)))
+    lock_file = workdir / ".lock"
+    if not lock_file.exists() or str(lock_file.stat().st_mtime_ns) != made:
+        raise InputError(
+            f"workdir {workdir}: process 0 has made it, but process {jax.process_index()} does not see it; choose a --workdir "
+            f"on a disk that all processes share"
+        )
+
+
+def _made_at(workdir: Path) -> int:
+    """When the lock file was made: nobody ever writes to it."""
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        (workdir / ".lock").touch()
+        (workdir / ".lock").open("a").close()
     except OSError as error:
         raise InputError(
             f"workdir {workdir}: cannot write there ({error.strerror}); choose another --workdir"
         ) from None
+    return (workdir / ".lock").stat().st_mtime_ns
 
 
 @contextlib.contextmanager
 def lock(workdir: Path) -> Iterator[None]:
-    """Holds the workdir for this process; the kernel lets go however the process ends."""
-    with (workdir / ".lock").open("w") as file:
+    """Holds the workdir for this run; the kernel lets go however process 0 ends."""
+    if not processes.is_first():
+        yield
+        return
+    with (workdir / ".lock").open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -227,7 +249,7 @@ def _check_same_run(config: RunConfig, workdir: Path) -> None:
     if not path.exists():
         return
     saved, ours = (flat(c) for c in (json.loads(path.read_text()), config.as_dict()))
-    free = ("loop.", "mesh.", "decode.", "command", "variants", "data.cache_dir")
+    free = ("loop.", "mesh.", "decode.", "evaluation.", "model.remat", "command", "variants", "data.cache_dir")
     differing = [
         f"{key} was {saved.get(key)!r}, is {ours.get(key)!r}"
         for key in sorted(saved.keys() | ours.keys())

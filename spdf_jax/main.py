@@ -1,6 +1,8 @@
 """Command line: ``python -m spdf_jax.main --config FILE[:VARIANT] [--job JOB] [--workdir DIR] [--config.a.b=value ...]``."""
 
+import contextlib
 import errno
+import io
 import shlex
 import sys
 from collections.abc import Sequence
@@ -10,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from spdf_jax.errors import InputError
+from spdf_jax import processes
+from spdf_jax.errors import InputError, Restart
 
 if TYPE_CHECKING:
     from spdf_jax.config import RunConfig, SweepConfig
@@ -22,17 +25,28 @@ _CONFIG = config_flags.DEFINE_config_file(
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run leaves everything; default runs/<experiment>-<variant>.")
 _JOB = flags.DEFINE_enum("job", "train", JOBS, "What to do.")
+_TOPOLOGY = flags.DEFINE_string("plan_topology", "", "TPU pod for which --job plan compiles the steps: v5e:16x16.")
 _PROMPT = flags.DEFINE_string("prompt", "", "What --job generate continues.")
-_PROGRESS = flags.DEFINE_bool("progress", True, "Show progress.")
+_QUIET = flags.DEFINE_bool("quiet", False, "Print errors only, and what jobs other than train are for.")
+_DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Be one of many processes; see spdf_jax/processes.py.")
+_PROFILE_STEPS = flags.DEFINE_string("profile_steps", "", "A:B leaves a profile of the steps after A up to B.")
 
 
+@processes.one_for_all()
 def main(argv: Sequence[str]) -> int:
-    """Runs a job and returns the exit code: 0 done, 2 something the user can mend, said in one message."""
+    """Runs a job and returns the exit code, other than 0 with one message on standard error.
+
+    0 is done, 2 something the user can mend, 75 (`processes.RESTART_CODE`) an end before its time: the same command goes on.
+    """
     try:
         _parse(argv)
         return _run(argv)
     except InputError as error:
         return _fail(str(error))
+    except Restart as notice:
+        if processes.is_first():
+            print(notice, file=sys.stderr)
+        return processes.RESTART_CODE
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
             raise
@@ -42,8 +56,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _fail(message: str) -> int:
-    print(f"error: {message}", file=sys.stderr)
-    return 2
+    return processes.stop(2, f"error: {message}")
 
 
 def _parse(argv: Sequence[str]) -> None:
@@ -75,7 +88,10 @@ def _said_by_the_file(error: BaseException | None) -> InputError | None:
 
 
 def _one_line(error: Exception) -> str:
-    return "; ".join(str(error.args[0] if error.args else error).split("\n")).rstrip(".; ")
+    said = error.args[0] if error.args else error
+    if isinstance(said, Exception):  # ml_collections wraps a KeyError in another, whose own text is quoted and escaped
+        return _one_line(said)
+    return "; ".join(str(said).split("\n")).rstrip(".; ")
 
 
 def _config_file() -> str:
@@ -85,23 +101,32 @@ def _config_file() -> str:
 
 def _run(argv: Sequence[str]) -> int:
     logging.set_verbosity(logging.FATAL)  # orbax and grain narrate; what matters they raise
+    if _DISTRIBUTED.value:
+        if _JOB.value not in ("train", "evaluate"):
+            raise InputError(f"--distributed: --job {_JOB.value} is the work of one process; leave --distributed out")
+        processes.initialise()
     # Imported here so that a mistyped command answers at once.
     from spdf_jax import use
     from spdf_jax.config import resolve
     from spdf_jax.jobs import train
     from spdf_jax.plan import describe
+    from spdf_jax.pod_plan import describe_pod
     from spdf_jax.report import write_report
 
     workdir = Path(_WORKDIR.value or f"runs/{_CONFIG.value.experiment}-{_CONFIG.value.variant}")
     command = shlex.join(["python", "-m", "spdf_jax.main", *argv[1:]])
     if "cells" in _CONFIG.value:
+        if _PROFILE_STEPS.value:
+            raise InputError("--profile_steps: a sweep has many runs; set --config.cells.NAME.loop.profile_steps")
         _run_sweep(workdir, command)
         return 0
+    if _PROFILE_STEPS.value:
+        _CONFIG.value.loop.profile_steps = _PROFILE_STEPS.value
     config = resolve(_CONFIG.value)
     if _JOB.value == "report":
         print(write_report(workdir))
     elif _JOB.value == "plan":
-        print(describe(config))
+        print(describe_pod(config, _TOPOLOGY.value) if _TOPOLOGY.value else describe(config))
     elif _JOB.value == "evaluate":
         use.evaluate_checkpoint(config, workdir)
     elif _JOB.value == "generate":
@@ -109,8 +134,10 @@ def _run(argv: Sequence[str]) -> int:
     elif _JOB.value == "export":
         use.export(config, workdir)
     else:
-        print(f"{_banner(config)}\n{describe(config)}", flush=True)
-        train(config, workdir, command=command, progress=_PROGRESS.value)
+        with _output():
+            print(f"{_banner(config)}\n{describe(config)}", flush=True)
+            processes.guard()
+            train(config, workdir, command=command, progress=not _QUIET.value)
     return 0
 
 
@@ -125,16 +152,25 @@ def _run_sweep(workdir: Path, command: str) -> None:
     elif _JOB.value == "plan":
         print(describe_sweep(config))
     elif _JOB.value == "train":
-        print(_banner(config), flush=True)
-        run_sweep(config, workdir, command=command, progress=_PROGRESS.value)
+        with _output():
+            print(_banner(config), flush=True)
+            processes.guard()
+            run_sweep(config, workdir, command=command, progress=not _QUIET.value)
     else:
         raise InputError(f"--job {_JOB.value}: a sweep has many runs; its jobs are train, plan and report")
 
 
+def _output() -> contextlib.AbstractContextManager[Any]:
+    """Where training prints to: nowhere if it is to be quiet."""
+    return contextlib.redirect_stdout(io.StringIO()) if _QUIET.value else contextlib.nullcontext()
+
+
 def _banner(config: "RunConfig | SweepConfig") -> str:
+    from spdf_jax.sharding import device_name
+
     file = _config_file()
     others = ", ".join(f"{file}:{variant}" for variant in config.variants if variant != config.variant)
-    return f"Running {config.experiment}, variant {config.variant}." + (
+    return f"Running {config.experiment}, variant {config.variant}, on {device_name()}." + (
         f" Others: --config {others}." if others else ""
     )
 

@@ -9,17 +9,30 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from spdf_jax.attention import attention
+from spdf_jax.attention_backends import SPLASH_OUTPUT
 from spdf_jax.attention_cached import cached_attention
+from spdf_jax.block_linear import BLOCK_OUTPUT, Linear
 from spdf_jax.errors import InputError
 from spdf_jax.gpt_config import GPTConfig
 from spdf_jax.primer import DConv, squared_relu
+from spdf_jax.sharding import split_wide
 from spdf_jax.sparsity.masks import apply_masks
 from spdf_jax.sparsity.mupar import mup_scales
 
 _ACTIVATIONS = {"gelu": nn.gelu, "squared_relu": squared_relu}
 _truncated = nn.initializers.truncated_normal
+_policies = jax.checkpoint_policies
+# What the backward pass finds stored of a block, by `GPTConfig.remat`.
+_STORED = {
+    "dots": _policies.save_from_both_policies(
+        _policies.dots_with_no_batch_dims_saveable, _policies.save_only_these_names(SPLASH_OUTPUT, BLOCK_OUTPUT)
+    ),
+    "mlp": _policies.save_only_these_names("mlp_hidden", SPLASH_OUTPUT),
+    "block": _policies.nothing_saveable,
+}
 
 
 class Block(nn.Module):
@@ -36,6 +49,7 @@ class Block(nn.Module):
         x_BTD = x_BTD + self._dropout(self._attention(_layer_norm(c, "ln_1")(x_BTD), *places_BT))
         ln_2 = _layer_norm(c, "ln_2")
         h_BTF = _linear(c, c.mlp_width, "mlp_up")(ln_2(x_BTD) if c.mlp_norm == "pre" else x_BTD)
+        h_BTF = checkpoint_name(h_BTF, "mlp_hidden")
         h_BTD = _linear(c, c.d_model, "mlp_down", residual=True)(_ACTIVATIONS[c.activation](h_BTF))
         return x_BTD + self._dropout(ln_2(h_BTD) if c.mlp_norm == "post" else h_BTD), None
 
@@ -79,7 +93,15 @@ class GPT(nn.Module):
     values go into the ``cache`` collection (`spdf_jax.generate.empty_cache`, ``mutable=["cache"]``), and each sees all cached
     positions up to its own. Padding, on the right of a prompt, is at position -1: nothing of it is kept.
 
+    With kernels as live blocks and a ``topology`` collection (`spdf_jax.sparsity.blocks`), the layers compute those alone.
+
     With ``segments_BT``, integer ids of the documents packed into each sequence, nothing passes from one to another.
+
+    Attributes:
+      config: `spdf_jax.GPTConfig`.
+
+    ``model.apply({"params": params}, tokens_BT)`` returns logits_BTV in the compute dtype; a sequence longer than the context
+    raises InputError. Source: GPT-2 (Radford et al. 2019), GPT-3 (Brown et al. 2020), Primer (So et al. 2021).
 
     >>> import jax, spdf_jax as spdf
     >>> model = spdf.GPT(spdf.GPTConfig(n_layer=2, n_head=2, d_model=8, vocab_size=11, context=4))
@@ -111,15 +133,18 @@ class GPT(nn.Module):
         x_BTD = embed(tokens_BT)
         x_BTD += positions(jnp.arange(tokens_BT.shape[1]))[None] if positions_BT is None else positions(positions_BT)
         x_BTD = nn.Dropout(c.dropout, deterministic=deterministic)(x_BTD)
-        block = nn.remat(Block, prevent_cse=False) if c.remat else Block
-        lift: Any = {"variable_axes": {"params": 0, "cache": 0}, "split_rngs": {"params": True, "dropout": True}}
+        block = Block if c.remat == "none" else nn.remat(Block, prevent_cse=False, policy=_STORED[c.remat])
+        lift: Any = {
+            "variable_axes": {"params": 0, "topology": 0, "cache": 0},
+            "split_rngs": {"params": True, "dropout": True},
+        }
         blocks = nn.scan(block, **lift, in_axes=nn.broadcast, length=c.n_layer)
         x_BTD, _ = blocks(c, pattern, width, deterministic, name="blocks")(x_BTD, positions_BT, segments_BT)
         x_BTD = _layer_norm(c, "ln_f")(x_BTD) * mup_scales(c).logits
         if c.tied_head:
-            return embed.attend(x_BTD)
+            return split_wide(embed.attend(x_BTD))
         head = nn.Dense(c.vocab_size, use_bias=False, dtype=c.dtype, kernel_init=_truncated(c.init_std), name="head")
-        return head(x_BTD)
+        return split_wide(head(x_BTD))
 
 
 def forward(model: nn.Module, params: Any, tokens_BT: jax.Array, *, masks: Any, **options: Any) -> Any:
@@ -135,6 +160,9 @@ def forward(model: nn.Module, params: Any, tokens_BT: jax.Array, *, masks: Any, 
     Returns:
       logits_BTV in the compute dtype.
 
+    Raises:
+      InputError: masks that do not fit the parameters, or a sequence longer than the model's context.
+
     >>> import jax, spdf_jax as spdf
     >>> model = spdf.GPT(spdf.GPTConfig(n_layer=2, n_head=2, d_model=8, vocab_size=11, context=4))
     >>> tokens_BT = jax.numpy.zeros((1, 4), int)
@@ -145,9 +173,9 @@ def forward(model: nn.Module, params: Any, tokens_BT: jax.Array, *, masks: Any, 
     return model.apply({"params": apply_masks(params, masks)}, tokens_BT, **options)
 
 
-def _linear(c: GPTConfig, features: int, name: str, *, residual: bool = False) -> nn.Dense:
+def _linear(c: GPTConfig, features: int, name: str, *, residual: bool = False) -> Linear:
     std = c.init_std * mup_scales(c).init / ((2 * c.n_layer) ** 0.5 if residual else 1)
-    return nn.Dense(features, use_bias=c.use_bias, dtype=c.dtype, kernel_init=_truncated(std), name=name)
+    return Linear(features, use_bias=c.use_bias, dtype=c.dtype, kernel_init=_truncated(std), name=name)
 
 
 def _layer_norm(c: GPTConfig, name: str) -> nn.LayerNorm:

@@ -142,6 +142,29 @@ def total_cost(plans: list[PhasePlan], steps: int | None = None) -> StepCost:
     return total
 
 
+def run_cost(config: RunConfig) -> StepCost:
+    """What a run will cost, counted before it starts: the figures that its ``summary.json`` will hold.
+
+    Args:
+      config: from `spdf_jax.resolve`.
+
+    Returns:
+      ``(tokens, train_flops, dense_flops)`` of the whole run: FLOPs of a machine that skips zeros, and of the same model and
+      tokens without masks. Exact integers, by the formula in `spdf_jax.flops`.
+
+    Raises:
+      InputError: a phase counted in epochs whose task files are not there.
+
+    >>> import spdf_jax as spdf
+    >>> c = spdf.default_config("mine", "mini", variants=("mini",))
+    >>> c.pretrain.sparsity.rule, c.pretrain.sparsity.sparsity = "static", 0.75
+    >>> cost = run_cost(spdf.resolve(c))
+    >>> cost.tokens, round(cost.dense_flops / cost.train_flops, 2)
+    (2457600, 2.0)
+    """
+    return total_cost(make_plan(config))
+
+
 def _costs(plans: list[PhasePlan], steps: int | None) -> Iterator[StepCost]:
     last = plans[-1].end if steps is None else steps
     for plan in plans:
@@ -175,6 +198,7 @@ def describe(config: RunConfig, device_count: int = 1) -> str:
         f"parameters              {parameter_count(config.model):,} "
         f"(linear {linear_size(config.model):,}, head {head_size(config.model):,} "
         f"{'tied' if config.model.tied_head else 'untied'})",
+        f"active at the sparsest  {fewest_active(config, plans):,}",
     ]
     for plan in plans:
         lines += _describe_phase(plan, config.model)
@@ -189,28 +213,41 @@ def describe(config: RunConfig, device_count: int = 1) -> str:
     return "\n".join(lines)
 
 
+def fewest_active(config: RunConfig, plans: list[PhasePlan]) -> int:
+    """Parameters that are not masked at the run's sparsest step."""
+    masked = 0
+    for plan in plans:
+        sizes = sum(group.count * group.size for group in plan.programme.groups.values())
+        masked = max(masked, *(sizes - sum(plan.programme.active(step).values()) for step in _sample(plan)))
+    return parameter_count(config.model) - masked
+
+
+def _sample(plan: PhasePlan) -> range:
+    return range(0, plan.config.steps, max(1, plan.config.steps // 1000))
+
+
 def state_bytes(config: RunConfig, plan: PhasePlan) -> int:
     """Bytes of parameters, masks and optimiser state together."""
     state: Any = abstract_state(GPT(config.model), plan.tx, plan.config.sparsity, plan.filter)
-    return sum(
-        leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((state.params, state.masks, state.opt_state))
-    )
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.replace(step=None, key=None)))
 
 
 def _describe_phase(plan: PhasePlan, model: GPTConfig) -> list[str]:
-    steps = range(0, plan.config.steps, max(1, plan.config.steps // 1000))
-    sparsity = [plan.programme.sparsity(step) for step in steps]
-    head = "sparse" if plan.config.sparsity.sparsify_head and not plan.config.sparsity.dense else "dense"
+    sparsity = [plan.programme.sparsity(step) for step in _sample(plan)]
     c = plan.config.sparsity
+    levels = f"{sparsity[0]:.3f} at first, {max(sparsity):.3f} at most, {sparsity[-1]:.3f} at last"
     window = c.attention_end > c.attention_start
     patterns = dict.fromkeys(("causal", c.attention_pattern) if window else ("causal",))
     backend = partial(
         attention_backend, dtype=model.dtype, head_size=model.d_model // model.n_head, length=plan.seq_len
     )
     backends = (f"{pattern} by {backend(pattern, platform=target_platform())}" for pattern in patterns)
+    tokens = f"{plan.config.batch_size} x {plan.seq_len} = {plan.config.batch_size * plan.seq_len:,} tokens"
     return [
-        f"phase {plan.name:<18}{plan.config.steps:,} steps x {plan.config.batch_size} x {plan.seq_len} tokens, rule {c.rule}, "
-        f"sparsity {sparsity[0]:.3f} at first, {max(sparsity):.3f} at most, {sparsity[-1]:.3f} at last, head {head}"
-        f"{f', {c.attention_pattern} attention on [{c.attention_start:g}, {c.attention_end:g})' if window else ''}",
-        f"attention               {', '.join(backends)}",
+        f"phase {plan.name:<18}{plan.config.steps:,} steps of {tokens}",
+        "  sparsity              "
+        + ("none" if c.dense else f"{levels}; rule {c.rule}, head {'sparse' if c.sparsify_head else 'dense'}")
+        + (f", in live blocks of {c.pattern.removeprefix('block')} alone" if c.blocks else ""),
+        f"  attention             {', '.join(backends)}"
+        f"{f' on [{c.attention_start:g}, {c.attention_end:g}) of the phase' if window else ''}",
     ]

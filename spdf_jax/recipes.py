@@ -19,6 +19,11 @@ def spdf_finetuning(c: ConfigDict, task: str, path: str = "") -> None:
       c: a config with a phase ``finetune``; changed in place.
       task: see `spdf_jax.data.TaskConfig`.
       path: of its files.
+
+    >>> c = default_config("mine", "mini", variants=("mini",), phases=("finetune",))
+    >>> spdf_finetuning(c, "e2e", "data/e2e")
+    >>> c.finetune.epochs, c.decode.beam_size, c.decode.length_penalty
+    (5, 10, 0.9)
     """
     phase = c.finetune
     phase.task.name, phase.task.path = task, path
@@ -40,6 +45,12 @@ def finetuning_experiment(experiment: str, variant: str | None, task: str, path:
       task: see `spdf_jax.data.TaskConfig`.
       path: of its files.
 
+    Returns:
+      A ConfigDict for `get_config` to return.
+
+    Raises:
+      InputError: an unknown variant.
+
     >>> finetuning_experiment("mine", "125m", "e2e", "data/e2e").init_from
     'runs/gpt2_spdf-125m_75'
     """
@@ -59,7 +70,17 @@ def finetuning_experiment(experiment: str, variant: str | None, task: str, path:
 
 
 def mini_pretraining(c: ConfigDict, sparsity: float) -> None:
-    """Phase ``pretrain`` of the mini model: 1200 steps of SPDF on the embedded corpus at `sparsity` (0 is dense)."""
+    """Phase ``pretrain`` of the mini model: 1200 steps of SPDF on the embedded corpus.
+
+    Args:
+      c: a config with a phase ``pretrain``; changed in place.
+      sparsity: share of zeros in the static masks, in [0, 1); 0 is dense.
+
+    >>> c = default_config("mine", "mini", variants=("mini",))
+    >>> mini_pretraining(c, 0.75)
+    >>> c.pretrain.sparsity.rule, c.pretrain.steps
+    ('static', 1200)
+    """
     _mini_model(c)
     c.pretrain.steps = 1200
     c.pretrain.sparsity.rule, c.pretrain.sparsity.sparsity = "static" if sparsity else "dense", sparsity
@@ -69,7 +90,16 @@ def mini_pretraining(c: ConfigDict, sparsity: float) -> None:
 
 
 def mini_finetuning(c: ConfigDict) -> None:
-    """Phase ``finetune`` of the mini model: few examples and beams, a third of pre-training's rate."""
+    """Phase ``finetune`` of the mini model: few examples and beams, a third of pre-training's rate.
+
+    Args:
+      c: a config with a phase ``finetune``; changed in place. After `spdf_finetuning`, which it makes smaller.
+
+    >>> c = default_config("mine", "mini", variants=("mini",), phases=("finetune",))
+    >>> mini_finetuning(c)
+    >>> c.finetune.task.train_examples, c.decode.beam_size
+    (100, 4)
+    """
     _mini_model(c)
     phase = c.finetune
     phase.task.train_examples, phase.task.validation_examples, phase.task.test_examples = 100, 50, 100

@@ -17,6 +17,7 @@ from spdf_jax.huggingface import load_gpt2
 from spdf_jax.model import GPT
 from spdf_jax.plan import PhasePlan, make_plan
 from spdf_jax.sharding import make_mesh, parameter_shardings
+from spdf_jax.sparsity.blocks import as_masks
 from spdf_jax.sparsity.masks import dense_masks
 from spdf_jax.state import TrainState, abstract_state, start_phase, state_shardings
 
@@ -25,7 +26,7 @@ CHECKPOINTS, BEST = "checkpoints", "best"
 
 
 class SavedRun(NamedTuple):
-    """What a run has come to: its best state if its last phase may stop early, its newest otherwise."""
+    """What a run has come to: its best state if its last phase may stop early, its newest otherwise; blocks as masks."""
 
     config: RunConfig
     plan: PhasePlan
@@ -40,8 +41,16 @@ def saved_run(workdir: Path, mesh: Mesh | None = None, config: RunConfig | None 
       mesh: where to put the state; by default that of the config.
       config: in the place of the run's own ``config.json``.
 
+    Returns:
+      ``(config, plan, state)``: parameters are ``state.params``, masks ``state.masks``; see `spdf_jax.TrainState`. The notebook
+      ``4_read_a_run.ipynb`` looks at one.
+
     Raises:
       InputError: no checkpoint there, or one of another model than the config's.
+
+    >>> saved_run(Path("runs/of_nobody"))
+    Traceback (most recent call last):
+    spdf_jax.errors.InputError: runs/of_nobody/checkpoints: no checkpoint there; train first with --job train
     """
     best = any((workdir / BEST).glob("[0-9]*"))
     folder = workdir / (BEST if best else CHECKPOINTS)
@@ -51,7 +60,7 @@ def saved_run(workdir: Path, mesh: Mesh | None = None, config: RunConfig | None 
     mesh, plans = mesh or make_mesh(config.mesh), make_plan(config)
     with contextlib.closing(Checkpoints(folder, config.loop.keep_checkpoints)) as checkpoints:
         plan = plans[min(checkpoints.record()["phase"], len(plans) - 1)]
-        return SavedRun(config, plan, restore_state(config, plan, mesh, checkpoints))
+        return SavedRun(config, plan, as_masks(plan.tx, restore_state(config, plan, mesh, checkpoints)))
 
 
 def restore_state(config: RunConfig, plan: PhasePlan, mesh: Mesh, checkpoints: Checkpoints) -> TrainState:

@@ -4,6 +4,7 @@ Mesh axes: ``data`` splits the batch; ``fsdp`` splits the batch and the paramete
 vocabulary. Masks and optimiser moments are laid out like their parameters.
 """
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,11 +22,13 @@ from spdf_jax.tree import along_state, map_named
 PARAMETER_AXES: Sequence[tuple[str, tuple[str, ...]]] = (
     (r"^blocks/(attn_[qkv]|mlp_up)/kernel$", ("layers", "embed", "wide")),
     (r"^blocks/(attn_o|mlp_down)/kernel$", ("layers", "wide", "embed")),
+    # As live blocks, [layers, output block, which of its blocks, row, column] (`spdf_jax.sparsity.blocks`).
+    (r"^blocks/(attn|mlp)_.*/kernel$", ("layers", "wide", "block", "embed", "block")),
     (r"^wte/embedding$", ("wide", "embed")),
     (r"^head/kernel$", ("embed", "wide")),
 )
 #: Logical axis -> mesh axis.
-LOGICAL_TO_MESH = {"layers": None, "embed": "fsdp", "wide": "tensor"}
+LOGICAL_TO_MESH = {"layers": None, "block": None, "embed": "fsdp", "wide": "tensor"}
 
 
 @dataclass(frozen=True)
@@ -43,13 +46,13 @@ class MeshConfig:
     tensor: int = 1
 
 
-def make_mesh(config: MeshConfig) -> Mesh:
-    """A (data, fsdp, tensor) mesh over the first devices.
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A (data, fsdp, tensor) mesh over the first of `devices`, by default those of this machine.
 
     Raises:
       InputError: sizes that do not fit the devices at hand.
     """
-    devices = jax.devices()
+    devices = jax.devices() if devices is None else devices
     sizes = [config.data, config.fsdp, config.tensor]
     if sizes.count(-1) > 1 or any(s == 0 or s < -1 for s in sizes):
         raise InputError(f"mesh: sizes must be positive and at most one of them -1, got {config}")
@@ -67,9 +70,27 @@ def make_mesh(config: MeshConfig) -> Mesh:
     )
 
 
+def device_name() -> str:
+    """The devices at hand, in words."""
+    device = jax.devices()[0]
+    cores = f", {os.cpu_count()} cores" if device.platform == "cpu" else ""
+    return f"{jax.device_count()} x {device.device_kind}{cores}"
+
+
 def batch_sharding(mesh: Mesh, rank: int) -> NamedSharding:
     """Batch axis is the last but one (``[B, T]``, or ``[A, B, T]`` with gradient accumulation)."""
     return NamedSharding(mesh, PartitionSpec(*(None,) * (rank - 2), ("data", "fsdp"), None))
+
+
+def split_wide(x: jax.Array) -> jax.Array:
+    """`x` with its last axis split over ``tensor`` of the mesh that ``jax.set_mesh`` set, evenly or not; unchanged without.
+
+    Logits need it: their vocabulary need not divide, so that nothing in the embedding's layout says how to split them.
+    """
+    if jax.sharding.get_abstract_mesh().shape.get("tensor", 1) == 1:
+        return x
+    free = (PartitionSpec.UNCONSTRAINED,) * (x.ndim - 1)
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*free, LOGICAL_TO_MESH["wide"]))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -83,8 +104,9 @@ def parameter_shardings(mesh: Mesh, params: Any) -> Any:
     """
 
     def spec(name: str, leaf: Any) -> NamedSharding:
-        axes = next((axes for pattern, axes in PARAMETER_AXES if re.search(pattern, name)), ())
-        if len(axes) != len(leaf.shape):  # norms, biases, and the 0-d mask of a dense leaf
+        rank = len(leaf.shape)
+        axes = next((axes for pattern, axes in PARAMETER_AXES if len(axes) == rank and re.search(pattern, name)), None)
+        if axes is None:  # norms, biases, and the 0-d mask of a dense leaf
             return replicated(mesh)
         mesh_axes = (LOGICAL_TO_MESH[a] for a in axes)
         fits = (m if m and n % mesh.shape[m] == 0 else None for m, n in zip(mesh_axes, leaf.shape, strict=True))

@@ -1,5 +1,6 @@
 """Everything that a run carries from step to step, its sharded initialisation, and phase changes."""
 
+from functools import cache
 from typing import Any
 
 import flax.linen as nn
@@ -9,7 +10,9 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from spdf_jax.errors import InputError
 from spdf_jax.sharding import optimizer_shardings, parameter_shardings, replicated
+from spdf_jax.sparsity.blocks import as_blocks, as_masks, element_masks
 from spdf_jax.sparsity.masks import active_counts, apply_masks, dense_masks, init_masks
 from spdf_jax.sparsity.programme import SparsityConfig
 from spdf_jax.sparsity.regrowth import reset_masked_state
@@ -26,6 +29,13 @@ class TrainState(flax.struct.PyTreeNode):
       masks: mask tree of the treedef of `params`.
       opt_state: the optimiser's state; exactly 0 where `masks` is False, unless ``OptimizerConfig.regrowth`` is ``keep``.
       key: typed PRNG key of the run; step t draws from ``fold_in(key, t)``.
+      topology: live blocks of the kernels of which `params` and `opt_state` hold those alone (their masks are then 0-d), see
+        `spdf_jax.sparsity.blocks`; empty without.
+
+    >>> params, masks = {"w": jnp.array([1.0, 0.0])}, {"w": jnp.array([True, False])}
+    >>> state = TrainState(jnp.zeros((), jnp.int32), params, masks, opt_state=(), key=jax.random.key(0))
+    >>> int(state.replace(step=state.step + 1).step)
+    1
     """
 
     step: jax.Array
@@ -33,6 +43,16 @@ class TrainState(flax.struct.PyTreeNode):
     masks: Any
     opt_state: Any
     key: jax.Array
+    topology: Any = flax.struct.field(default_factory=dict)
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """What the model computes with: ``model.apply(state.variables, tokens_BT)``."""
+        return {"params": self.params, "topology": self.topology}
+
+    def element_masks(self) -> Any:
+        """Masks as `spdf_jax.init_masks` makes them, of kernels stored as blocks too."""
+        return element_masks(self.params, self.topology) if self.topology else self.masks
 
 
 def sparse_filter(config: SparsityConfig, tied_head: bool) -> Filter:
@@ -42,6 +62,7 @@ def sparse_filter(config: SparsityConfig, tied_head: bool) -> Filter:
     return LINEAR_KERNELS_AND_TIED_HEAD if tied_head else LINEAR_KERNELS_AND_HEAD
 
 
+@cache  # an experiment file may plan many runs of one model
 def abstract_params(model: nn.Module) -> Any:
     """Shapes and dtypes of the parameters, without computing them."""
     tokens_BT = jax.ShapeDtypeStruct((1, 1), jnp.int32)
@@ -86,6 +107,7 @@ def state_shardings(mesh: Mesh, tx: optax.GradientTransformation, state: TrainSt
         masks=parameter_shardings(mesh, state.masks),
         opt_state=optimizer_shardings(mesh, tx, state.opt_state, state.params),
         key=replicated(mesh),  # type: ignore[arg-type]
+        topology=jax.tree.map(lambda _: replicated(mesh), state.topology),
     )
 
 
@@ -108,9 +130,13 @@ def start_phase(
     def start(state: TrainState) -> TrainState:
         if reset_optimizer:
             state = state.replace(opt_state=tx.init(state.params))
+        state = as_masks(tx, state)
         if config.dense:
             return drop_masks(state)
-        fresh = _masks(jax.random.fold_in(state.key, state.step), state.params, config, filter)
+        key = jax.random.fold_in(state.key, state.step)
+        if config.blocks:
+            return as_blocks(key, tx, state, config, filter)
+        fresh = _masks(key, state.params, config, filter)
         found = jax.tree.map(lambda old, new: old if old.ndim and new.ndim else new, state.masks, fresh)
         masks = fit_masks(state.key, state.params, found, active_counts(fresh, state.params, filter), config.pattern)
         if not reset_optimizer:
@@ -122,16 +148,35 @@ def start_phase(
 
 
 def drop_masks(state: TrainState) -> TrainState:
-    """Dense from here on: every mask becomes a 0-d True. Values do not change, so revived weights start at exactly 0."""
+    """Dense from here on: every mask becomes a 0-d True. Values do not change, so revived weights start at exactly 0.
+
+    Args:
+      state: with masks.
+
+    Returns:
+      The state without them (SPDF, arXiv 2303.10464, section 2).
+
+    Raises:
+      InputError: kernels stored as blocks.
+
+    >>> params, masks = {"w": jnp.array([1.0, 0.0])}, {"w": jnp.array([True, False])}
+    >>> state = TrainState(jnp.zeros((), jnp.int32), params, masks, opt_state=(), key=jax.random.key(0))
+    >>> drop_masks(state).masks["w"].shape
+    ()
+    """
+    if state.topology:
+        raise InputError("drop_masks: the state holds live blocks alone; use spdf_jax.as_masks(tx, state) first")
     return state.replace(masks=dense_masks(state.params))
 
 
 def _fresh(model: nn.Module, tx: Any, config: SparsityConfig, filter: Filter, key: jax.Array) -> TrainState:
     param_key, mask_key, run_key = jax.random.split(key, 3)
     params = model.init(param_key, jnp.zeros((1, 1), jnp.int32))["params"]
-    masks = dense_masks(params) if config.dense else _masks(mask_key, params, config, filter)
+    whole = config.dense or config.blocks
+    masks = dense_masks(params) if whole else _masks(mask_key, params, config, filter)
     opt_state = tx.init(params)  # Top-KAST's keeps the values of masked weights; moments start at 0 in any case
-    return TrainState(jnp.zeros((), jnp.int32), apply_masks(params, masks), masks, opt_state, run_key)
+    state = TrainState(jnp.zeros((), jnp.int32), apply_masks(params, masks), masks, opt_state, run_key)
+    return as_blocks(mask_key, tx, state, config, filter) if config.blocks else state
 
 
 def _masks(key: jax.Array, params: Any, config: SparsityConfig, filter: Filter) -> Any:

@@ -16,6 +16,7 @@ import optax
 
 from spdf_jax.data import Batch
 from spdf_jax.losses import cross_entropy
+from spdf_jax.sparsity.blocks import compress_tree, evolve_blocks, expand_tree
 from spdf_jax.sparsity.masks import apply_masks
 from spdf_jax.sparsity.rules import Rule, evolve
 from spdf_jax.state import TrainState
@@ -28,7 +29,7 @@ class Steps(NamedTuple):
     Attributes:
       train: ``(state, batch_ABT) -> (state, metrics)``.
       topology: ``(state, batch_ABT, target_nnz, drop_fraction) -> (state, metrics)``.
-      evaluate: ``(params, batch_BT) -> (loss sum, weight sum)``.
+      evaluate: ``(variables, batch_BT) -> (loss sum, weight sum)``, `TrainState.variables`.
     """
 
     train: Any
@@ -103,35 +104,47 @@ def topology_step(
     pattern: str,
     width: int,
 ) -> tuple[TrainState, dict[str, Any]]:
-    """Moves the masks of every sparse matrix by the rule, given the dense gradient of this batch; the optimiser rests."""
-    loss, grads = loss_and_grads(model, state, batch_ABT, pattern=pattern, width=width)
-    key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), 1)
-    params, masks, opt_state = (rule.evolve or evolve)(
-        key,
-        tx,
-        state.params,
-        grads,
-        state.masks,
-        state.opt_state,
-        target_nnz=target_nnz,
-        drop_fraction=drop_fraction,
-        rule=rule,
-        regrowth=regrowth,
-    )
-    old = dict(named_leaves(state.masks))
-    new = state.replace(step=state.step + 1, params=params, masks=masks, opt_state=opt_state)
+    """Moves the masks of every sparse matrix by the rule, given the dense gradient of this batch; the optimiser rests.
+
+    Kernels stored as blocks are made whole for that gradient; their counts stay.
+    """
+    whole = state.replace(params=expand_tree(state.params, state.topology), topology={})
+    loss, grads = loss_and_grads(model, whole, batch_ABT, pattern=pattern, width=width)
+    new = move_topology(tx, rule, regrowth, state, grads, target_nnz, drop_fraction)
+    # Of weights, or of blocks where kernels are stored so.
+    old, live = (dict(named_leaves(s.masks)) | dict(named_leaves(s.topology)) for s in (state, new))
+
+    def count(active: jax.Array, matrices: int) -> jax.Array:
+        return jnp.sum(active.reshape(matrices, -1), axis=1)
+
     metrics = {
         "loss": loss,
         "learning_rate": jnp.zeros(()),
-        "grad_norm": optax.tree.norm(apply_masks(grads, state.masks)),
+        "grad_norm": optax.tree.norm(apply_masks(compress_tree(grads, state.topology, state.params), state.masks)),
         "churn": {
-            name: jnp.sum((mask & ~old[name]).reshape(target_nnz[name].shape[0], -1), axis=1)
-            / jnp.maximum(target_nnz[name], 1)
-            for name, mask in named_leaves(masks)
-            if name in target_nnz
+            name: count(live[name] & ~old[name], nnz.size) / jnp.maximum(count(live[name], nnz.size), 1)
+            for name, nnz in target_nnz.items()
         },
     }
-    return new, metrics
+    return new.replace(step=state.step + 1), metrics
+
+
+def move_topology(
+    tx: optax.GradientTransformationExtraArgs,
+    rule: Rule,
+    regrowth: str,
+    state: TrainState,
+    grads: Any,
+    target_nnz: Mapping[str, jax.Array],
+    drop_fraction: jax.Array,
+) -> TrainState:
+    """The state with its masks, or live blocks, moved by the rule, given the dense gradient."""
+    key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), 1)
+    if state.topology:
+        return evolve_blocks(key, tx, state, grads, drop_fraction=drop_fraction, rule=rule)
+    how: Any = {"target_nnz": target_nnz, "drop_fraction": drop_fraction, "rule": rule, "regrowth": regrowth}
+    moved = (rule.evolve or evolve)(key, tx, state.params, grads, state.masks, state.opt_state, **how)
+    return state.replace(params=moved[0], masks=moved[1], opt_state=moved[2])
 
 
 def loss_and_grads(
@@ -142,7 +155,7 @@ def loss_and_grads(
 
     def loss_sum(params: Any, batch_BT: Batch, i: jax.Array) -> jax.Array:
         logits_BTV = model.apply(
-            {"params": params},
+            {"params": params, "topology": state.topology},
             batch_BT.tokens_BT,
             pattern=pattern,
             width=width,
@@ -167,8 +180,8 @@ def loss_and_grads(
 
 
 def eval_step(
-    model: nn.Module, params: Any, batch_BT: Batch, *, pattern: str, width: int
+    model: nn.Module, variables: Any, batch_BT: Batch, *, pattern: str, width: int
 ) -> tuple[jax.Array, jax.Array]:
     """Summed loss and summed weights of one batch."""
-    logits_BTV = model.apply({"params": params}, batch_BT.tokens_BT, pattern=pattern, width=width)
+    logits_BTV = model.apply(variables, batch_BT.tokens_BT, pattern=pattern, width=width)
     return cross_entropy(logits_BTV, batch_BT.targets_BT, batch_BT.weights_BT), jnp.sum(batch_BT.weights_BT)

@@ -1,19 +1,30 @@
 """A sweep: runs beside each other, each resumable by itself, and the table that compares them.
 
 Cells run in order, each in ``WORKDIR/cells/NAME``; one may start from another (``init_from = "cell:NAME"``). A row of the table
-takes, among its choices of hyperparameters, the one of lowest validation loss, and gives mean and deviation over its seeds.
+takes, among its choices of hyperparameters, the one of lowest validation loss, and gives mean and deviation over its seeds; a
+column may also name the choice that it is of.
+
+A figure comes from what a cell left: ``summary`` (`summary.json`), ``evaluation`` (`evaluation.json`; cells are evaluated where
+a column asks for it) and ``curve``: the evaluations in its `metrics.jsonl` over the target of the last one, as a list a column
+(`CURVE_COLUMNS`; ``seconds`` are of training, evaluations left out).
 """
 
 import json
 import math
+import re
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from spdf_jax.config import Row, SweepConfig
+import numpy as np
+
+from spdf_jax.config import CURVE_COLUMNS, Row, SweepConfig
 from spdf_jax.jobs import lock, make_workdir, train
 from spdf_jax.plan import describe
+from spdf_jax.processes import wait_for_first
 from spdf_jax.report import write_sweep_report
+from spdf_jax.report.records import read_run
 from spdf_jax.tracking import write_atomically, write_json
 from spdf_jax.use import evaluate_checkpoint
 
@@ -21,11 +32,12 @@ CELLS = "cells"
 
 
 class Value(NamedTuple):
-    """A figure of a row: over `seeds` runs, or absent (None)."""
+    """A figure of a row: over the `seeds` runs of a choice, or absent (None)."""
 
     mean: float | None
     deviation: float
     seeds: int
+    choice: str = ""
 
 
 def run_sweep(config: SweepConfig, workdir: Path, *, command: str = "", progress: bool = True) -> dict[str, Any]:
@@ -49,25 +61,23 @@ def run_sweep(config: SweepConfig, workdir: Path, *, command: str = "", progress
         for i, (name, cell) in enumerate(config.cells.items(), 1):
             print(f"[{i}/{len(config.cells)}] {name}", flush=True)
             summaries[name] = train(cell, workdir / CELLS / name, command=command, progress=progress)
-        rows = []
-        for row in config.rows:
-            choice = _best_choice(row, summaries)
-            chosen = [cell for label, cell in row.choices if label == choice]
-            rows.append({"row": row.label, "choice": choice, "cells": {c: _record(config, workdir, c) for c in chosen}})
-        write_table(config, workdir, rows)
+        write_table(config, workdir, [_row(config, workdir, row, summaries) for row in config.rows])
         return json.loads((workdir / "table.json").read_text())
 
 
 def write_table(config: SweepConfig, workdir: Path, rows: list[dict[str, Any]]) -> None:
     """Writes and prints the table of the rows' cells."""
+    first = rows[0] if rows else {}
     for row in rows:
-        row["values"] = {c.header: _value(list(row["cells"].values()), c.key)._asdict() for c in config.columns}
-    table = _markdown(config, rows)
-    write_json(
-        workdir / "table.json",
-        {"experiment": config.experiment, "variant": config.variant, "title": config.title, "rows": rows},
-    )
+        row["values"] = {
+            c.header: _value(_records(row, c.choice), c.key, _records(first, c.choice), c.choice)._asdict()
+            for c in config.columns
+        }
+    table = _markdown(config, rows) + (f"\n\n{config.remark}" if config.remark else "")
+    names = ("experiment", "variant", "title", "remark")
+    write_json(workdir / "table.json", {name: getattr(config, name) for name in names} | {"rows": rows})
     write_atomically(workdir / "table.md", f"# {config.title}\n\n{table}\n".encode())
+    wait_for_first()
     print(f"\n{config.title}\n\n{table}\n\nReport: {write_sweep_report(workdir)}", flush=True)
 
 
@@ -83,34 +93,82 @@ def _best_choice(row: Row, summaries: dict[str, dict[str, Any]]) -> str:
     return min(losses, key=lambda label: statistics.fmean(losses[label]))
 
 
+def _row(config: SweepConfig, workdir: Path, row: Row, summaries: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """A row's cells by the choices that its columns are of, with what they left."""
+    best = _best_choice(row, summaries)
+    choices = dict.fromkeys(column.choice for column in config.columns)
+    groups = {choice: [cell for label, cell in row.choices if label == (choice or best)] for choice in choices}
+    cells = dict.fromkeys(cell for group in groups.values() for cell in group)
+    records = {cell: _record(config, workdir, cell) for cell in cells}
+    return {"row": row.label, "choice": best if "" in groups else "", "groups": groups, "cells": records}
+
+
 def _record(config: SweepConfig, workdir: Path, cell: str) -> dict[str, Any]:
-    """Summary and evaluation of a cell; evaluated once."""
+    """What a cell left; evaluated once, if a column asks for it."""
     folder = workdir / CELLS / cell
-    if not (folder / "evaluation.json").exists():
-        print(f"evaluating {cell}", flush=True)
-        evaluate_checkpoint(config.cells[cell], folder)
-    return {name: json.loads((folder / f"{name}.json").read_text()) for name in ("summary", "evaluation")}
+    names = ["summary"]
+    if any("evaluation." in column.key for column in config.columns):
+        names.append("evaluation")
+        if not (folder / "evaluation.json").exists():
+            print(f"evaluating {cell}", flush=True)
+            evaluate_checkpoint(config.cells[cell], folder)
+    wait_for_first()
+    return {name: json.loads((folder / f"{name}.json").read_text()) for name in names} | {"curve": _curve(folder)}
 
 
-def _value(records: list[dict[str, Any]], key: str) -> Value:
-    """A figure over a row's cells; ``a/b`` is a quotient, ``a+b`` a sum, of dotted keys."""
-    found = [v for v in (_figure(record, key) for record in records) if v is not None]
-    if len(found) < len(records):
-        return Value(None, 0.0, len(records))
-    return Value(statistics.fmean(found), statistics.stdev(found) if len(found) > 1 else 0.0, len(found))
+def _curve(folder: Path) -> dict[str, list[float]]:
+    run = read_run(folder)
+    rows = [row for row in run.evaluation_rows if run.task(row) == run.task(run.evaluation_rows[-1])]
+    seconds = run.training_seconds(rows)
+    curve = {name: [row[name] for row in rows] for name in CURVE_COLUMNS if name != "seconds"}
+    return curve if seconds is None else curve | {"seconds": seconds.tolist()}
 
 
-def _figure(record: dict[str, Any], key: str) -> float | None:
+def _records(row: dict[str, Any], choice: str) -> list[dict[str, Any]]:
+    return [row["cells"][cell] for cell in row["groups"][choice]]
+
+
+def _value(records: list[dict[str, Any]], key: str, first: list[dict[str, Any]], choice: str) -> Value:
+    """A figure over a row's cells, each beside the cell of `first` in its place: row 1's of the same seed."""
+    found = [_figure(record, key, first[min(i, len(first) - 1)]) for i, record in enumerate(records)]
+    figures = [figure for figure in found if figure is not None]
+    if len(figures) < len(found):
+        return Value(None, 0.0, len(found), choice)
+    return Value(statistics.fmean(figures), statistics.stdev(figures) if len(figures) > 1 else 0.0, len(found), choice)
+
+
+def _figure(record: dict[str, Any], key: str, first: dict[str, Any]) -> float | None:
+    """A cell's figure, see `Column.key`."""
     for operator in "/+":
         if operator in key:
-            left, right = (_figure(record, part) for part in key.split(operator, 1))
+            left, right = (_figure(record, part, first) for part in key.split(operator, 1))
             if left is None or right is None:
                 return None
             return left / right if operator == "/" else left + right
+    if "@" in key:
+        wanted, along, level = re.split("[@=]", key)
+        curve, target = record["curve"], _figure(first, level, first)
+        if target is None or not {wanted, along} <= curve.keys():
+            return None
+        return reached(curve[wanted], curve[along], target)
     value: Any = record
     for part in key.split("."):
         value = value.get(part) if isinstance(value, dict) else None
     return value if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def reached(values: Sequence[float], along: Sequence[float], level: float) -> float | None:
+    """What `values` is where `along` first comes to `level`, on the line between two points of a curve; None if it never does.
+
+    >>> reached([0, 100, 200], [7.0, 5.0, 4.5], 4.75), reached([0, 100, 200], [7.0, 5.0, 4.5], 4.0)
+    (150.0, None)
+    """
+    sign = 1 if along[-1] > along[0] else -1
+    there = next((i for i, value in enumerate(along) if sign * (value - level) >= 0), None)
+    if there is None:
+        return None
+    near = slice(max(there - 1, 0), there + 1)
+    return float(np.interp(sign * level, [sign * value for value in along[near]], values[near]))
 
 
 def _markdown(config: SweepConfig, rows: list[dict[str, Any]]) -> str:
@@ -128,6 +186,6 @@ def _markdown(config: SweepConfig, rows: list[dict[str, Any]]) -> str:
 def _text(value: Value, spec: str, relative: bool, first: dict[str, Any], header: str) -> str:
     if value.mean is None:
         return "-"
-    text = format(value.mean, spec) + (f" ± {format(value.deviation, spec)}" if value.seeds > 1 else "")
+    text = format(value.mean, spec) + (f" ± {format(value.deviation, spec)}" if value.deviation else "")
     reference = first["values"][header]["mean"]
     return f"{text} ({value.mean / reference:.3f})" if relative and reference else text

@@ -10,28 +10,32 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from tensorboard.compat.proto import event_pb2, summary_pb2
 from tensorboard.summary.writer.record_writer import RecordWriter
 from tqdm import tqdm
 
 from spdf_jax.errors import InputError
+from spdf_jax.processes import is_first
 from spdf_jax.tree import named_leaves
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
 PICTURES_FOLDER = "mask_pictures"
+PROFILE_FOLDER = "profile"
 
 # A row's kind is the first of these keys it holds.
 _KINDS = ("loss", "val_loss", "density")
 
 
 class Tracker:
-    """Writes a run's rows, exactly once each, however often the run is killed and started again."""
+    """Writes a run's rows, exactly once each, however often the run is killed and started again. Only process 0 writes."""
 
     def __init__(self, workdir: Path, *, resume_step: int, total_steps: int, progress: bool = True) -> None:
         """Opens `metrics.jsonl` for appending, after dropping every row of a step after `resume_step`.
@@ -46,6 +50,9 @@ class Tracker:
             InputError: the folder cannot be written, or a row in it cannot be read.
         """
         self._workdir = Path(workdir)
+        self._progress = _make_progress(progress and is_first(), resume_step, total_steps)
+        if not is_first():
+            return
         metrics_path = self._workdir / METRICS_FILE
         try:
             self._workdir.mkdir(parents=True, exist_ok=True)
@@ -58,7 +65,6 @@ class Tracker:
             raise InputError(message) from error
         # A run killed between logging and saving logs the rows of its resume step again: those are already here.
         self._already_logged = {_identity(row) for row in kept_rows if row["step"] == resume_step}
-        self._progress = _make_progress(progress, resume_step, total_steps)
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Appends one row, mirrors its numbers to TensorBoard and tells the progress line.
@@ -73,7 +79,7 @@ class Tracker:
             OSError: the disk is full; `metrics.jsonl` is left as it was.
         """
         plain_row = _plain(row, "row")
-        if _identity(plain_row) in self._already_logged:
+        if not is_first() or _identity(plain_row) in self._already_logged:
             return
         self._append(json.dumps(plain_row).encode() + b"\n")
         self._events.scalars(plain_row["step"], dict(_scalars(plain_row)))
@@ -90,8 +96,9 @@ class Tracker:
     def close(self) -> None:
         """Closes the files and the progress bar; closing twice is harmless."""
         self._progress.close()
-        self._events.close()
-        self._metrics.close()
+        if is_first():
+            self._events.close()
+            self._metrics.close()
 
     def _append(self, line: bytes) -> None:
         """Appends `line` whole or, if the disk refuses, not at all."""
@@ -140,6 +147,8 @@ def write_json(path: Path, obj: Any) -> None:
 def write_atomically(path: Path, content: bytes) -> None:
     """Writes a file so that a reader, or a crash at any moment, sees the old content or the new and nothing between.
 
+    In a run of many processes process 0 writes it, and the others do nothing.
+
     Args:
         path: the file to write or replace.
         content: its bytes.
@@ -147,6 +156,8 @@ def write_atomically(path: Path, content: bytes) -> None:
     Raises:
         OSError: it cannot be written; the old file stays and no temporary file is left.
     """
+    if not is_first():
+        return
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -181,10 +192,15 @@ def save_mask_pictures(workdir: Path, step: int, masks: Any) -> None:
     for name, mask in named_leaves(masks):
         if mask.ndim == 3 and name.startswith(("blocks/attn_q", "blocks/mlp_up")):
             for layer in sorted({0, mask.shape[0] - 1}):
-                pictures |= picture_of(f"{name}/{layer}", np.asarray(mask[layer]))
+                pictures |= picture_of(f"{name}/{layer}", _whole(mask[layer]))
         elif mask.ndim == 2:
-            pictures |= picture_of(name, np.asarray(mask))
+            pictures |= picture_of(name, _whole(mask))
     save_mask_picture(workdir, step, pictures)
+
+
+def _whole(array: jax.Array) -> np.ndarray:
+    """An array wherever its shards are; all processes that hold some take part."""
+    return multihost_utils.process_allgather(array, tiled=True)
 
 
 def picture_of(path: str, mask: np.ndarray) -> dict[str, np.ndarray]:
@@ -224,6 +240,25 @@ def mask_picture(mask: np.ndarray, max_side: int = 64) -> np.ndarray:
         total = np.add.reduceat(total, starts, axis=axis, dtype=np.int64)
     block_sizes = [np.diff(np.append(np.arange(0, side, -(-side // max_side)), side)) for side in mask.shape]
     return (total / np.outer(*block_sizes)).astype(np.float32)
+
+
+def traced(steps: Iterable[int], span: range, workdir: Path) -> Iterator[int]:
+    """`steps` as they are; a profile of those in `span` is left in ``WORKDIR/profile``, for TensorBoard and xprof."""
+    tracing = False
+    try:
+        for step in steps:
+            if tracing and step >= span.stop:
+                jax.block_until_ready(jax.live_arrays())  # steps are dispatched ahead of what they compute
+                jax.profiler.stop_trace()
+                tracing = False
+            if step in span and not tracing and is_first():
+                jax.profiler.start_trace(Path(workdir) / PROFILE_FOLDER)
+                tracing = True
+            with jax.profiler.StepTraceAnnotation("train", step_num=step + 1):
+                yield step
+    finally:
+        if tracing:
+            jax.profiler.stop_trace()
 
 
 # --- rows ------------------------------------------------------------------------------------------------------------
@@ -353,7 +388,8 @@ class _Bar(_Silent):
 
     def __init__(self, resume_step: int, total_steps: int) -> None:
         layout = "{percentage:3.0f}%|{bar:10}| {n_fmt}/{total_fmt} | {remaining} left{desc}"
-        self._bar = tqdm(total=total_steps, initial=resume_step, bar_format=layout, dynamic_ncols=True, miniters=1)
+        how: dict[str, Any] = {"bar_format": layout, "dynamic_ncols": True, "miniters": 1, "file": sys.stdout}
+        self._bar = tqdm(total=total_steps, initial=resume_step, **how)
 
     def log(self, row: Mapping[str, Any]) -> None:
         if "loss" in row:
@@ -399,7 +435,7 @@ class _Lines(_Silent):
 def _make_progress(progress: bool, resume_step: int, total_steps: int) -> _Silent:
     if not progress:
         return _Silent()
-    return (_Bar if sys.stderr.isatty() else _Lines)(resume_step, total_steps)
+    return (_Bar if sys.stdout.isatty() else _Lines)(resume_step, total_steps)
 
 
 def _train_text(row: Mapping[str, Any]) -> str:

@@ -11,17 +11,18 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from spdf_jax import processes
 from spdf_jax.checkpoint import Checkpoints, check_invariants
 from spdf_jax.config import RunConfig
 from spdf_jax.data import Batch
-from spdf_jax.errors import InputError
+from spdf_jax.errors import InputError, Restart
 from spdf_jax.feed import Feed
 from spdf_jax.model import GPT
 from spdf_jax.plan import PhasePlan, StepCost
 from spdf_jax.sharding import batch_sharding
 from spdf_jax.state import TrainState, state_shardings
 from spdf_jax.step import Steps, make_steps
-from spdf_jax.tracking import Tracker, save_mask_pictures
+from spdf_jax.tracking import Tracker, save_mask_pictures, traced
 
 
 class NonFiniteLossError(InputError):
@@ -60,18 +61,20 @@ def run_phase(run: Run, plan: PhasePlan, state: TrainState) -> TrainState:
         _evaluate_and_log(run, plan, steps, state, 0)
     run.last_log = (time.perf_counter(), run.total.tokens)
     pending: tuple[int, Any] | None = None
-    for step in range(first, plan.end):
+    for step in traced(range(first, plan.end), loop.profiled_steps, run.workdir):
         local = step - plan.start
+        processes.beat(step + 1, loop.watchdog_seconds)
         if _stops_early(run, plan):
             return state
         if local in plan.picture_steps:
-            save_mask_pictures(run.workdir, step, state.masks)
+            save_mask_pictures(run.workdir, step, state.element_masks())
         state, metrics = one_step(steps, plan, local, state, next(batches))
         if pending is not None:
             _fetch_and_log(run, plan, *pending)
         pending = (step, metrics)
         done = step + 1
-        evaluate, save = plan.evaluates_after(done), done == plan.end or done % loop.checkpoint_every_steps == 0
+        evaluate, preempted = plan.evaluates_after(done), processes.preempted(done)
+        save = preempted or done == plan.end or done % loop.checkpoint_every_steps == 0
         if evaluate or save:
             # Only a state whose loss is known to be finite is evaluated or saved.
             _fetch_and_log(run, plan, *pending)
@@ -83,8 +86,11 @@ def run_phase(run: Run, plan: PhasePlan, state: TrainState) -> TrainState:
                 run.best.wait()  # before a checkpoint that comes after it
         if save:
             _save(run, run.checkpoints, plan, state)
+        if preempted:
+            run.checkpoints.wait()
+            raise Restart(f"preempted: saved at step {done}; the same command resumes")
     if plan.end - plan.start in plan.picture_steps and first < plan.end:
-        save_mask_pictures(run.workdir, plan.end, state.masks)
+        save_mask_pictures(run.workdir, plan.end, state.element_masks())
     return state
 
 
@@ -159,20 +165,26 @@ def _cost_columns(total: StepCost) -> dict[str, int]:
 def _evaluate_and_log(run: Run, plan: PhasePlan, steps: Steps, state: TrainState, done: int) -> None:
     started = time.perf_counter()
     pattern, width = plan.programme.attention(max(0, done - plan.start - 1))
-    loss = evaluate(run.feeds[plan.index].validation(), run.mesh, steps, state.params, pattern, width)
+
+    def validation() -> Iterator[Batch]:
+        for batch in run.feeds[plan.index].validation():
+            processes.beat(done, run.config.loop.watchdog_seconds)
+            yield batch
+
+    loss = evaluate(validation(), run.mesh, steps, state.variables, pattern, width)
     run.evaluations.append((done, loss))
     row = {"step": done, "phase": plan.name, "val_loss": loss, "sparsity": plan.programme.sparsity(done - plan.start)}
     run.tracker.log(row | _cost_columns(run.total))
     run.last_log = (run.last_log[0] + time.perf_counter() - started, run.last_log[1])  # tokens/s is of training
 
 
-def evaluate(batches: Iterator[Batch], mesh: Mesh, steps: Steps, params: Any, pattern: str, width: int) -> float:
+def evaluate(batches: Iterator[Batch], mesh: Mesh, steps: Steps, variables: Any, pattern: str, width: int) -> float:
     """Mean loss in nats a target over all batches of a validation or test set."""
     sharding = batch_sharding(mesh, rank=2)
     sums = []
     for batch in batches:
         batch_BT = Batch(*(jax.make_array_from_process_local_data(sharding, x) for x in batch))
-        sums.append(steps.evaluate(params, batch_BT, pattern=pattern, width=width))
+        sums.append(steps.evaluate(variables, batch_BT, pattern=pattern, width=width))
     # Batch sums are float32; adding them up in Python keeps the total exact enough for any set.
     losses, weights = zip(*jax.device_get(sums), strict=True)
     return sum(map(float, losses)) / sum(map(float, weights))

@@ -21,6 +21,8 @@ from spdf_jax.data import (
 )
 from spdf_jax.data.tokenizer import Tokenizer
 from spdf_jax.errors import InputError
+from spdf_jax.evals.exams import SHIPPED_QUESTIONS, exam_results, read_questions
+from spdf_jax.evals.harness import harness_table, run_harness
 from spdf_jax.evals.metrics import score_texts
 from spdf_jax.feed import make_feed
 from spdf_jax.generate import generate
@@ -36,13 +38,14 @@ from spdf_jax.train import evaluate
 
 
 def evaluate_checkpoint(config: RunConfig, workdir: Path) -> dict[str, Any]:
-    """What a run has come to: perplexity, and for a task its decoded test set, scored.
+    """What a run has come to: perplexity, for a task its decoded test set, scored, and what ``config.evaluation`` asks for.
 
     Perplexity is over the whole validation set, per token and, of text, per UTF-8 byte; a task's is over the target tokens of
     its test set. Prints the figures and writes ``evaluation.json``, for a task ``generations.jsonl`` too.
 
     Raises:
-      InputError: no checkpoint there, or one of another model.
+      InputError: no checkpoint there, or one of another model; lm-eval not installed, or a file of its tasks or of the exams
+        that is missing or malformed.
     """
     mesh = make_mesh(config.mesh)
     check_devices(config, mesh.shape["data"] * mesh.shape["fsdp"])
@@ -51,16 +54,18 @@ def evaluate_checkpoint(config: RunConfig, workdir: Path) -> dict[str, Any]:
     tokens, tokenizer = load_data(config, workdir, progress=True)
     steps = make_steps(GPT(config.model), plan.tx, plan.learning_rate, plan.programme.config.topology_rule)
     attention = plan.programme.attention(max(0, int(state.step) - plan.start - 1))
-    feed = make_feed(config, plan, tokens, tokenizer)
+    feed = make_feed(config, plan, tokens, tokenizer, mesh)
     with jax.set_mesh(mesh):
-        loss = evaluate(feed.validation(), mesh, steps, state.params, *attention)
-        test_loss = evaluate(feed.test(), mesh, steps, state.params, *attention) if feed.test else loss
+        suites = _run_suites(saved, mesh, tokenizer)  # first: what a user may have to mend, before anything slow
+        loss = evaluate(feed.validation(), mesh, steps, state.variables, *attention)
+        test_loss = evaluate(feed.test(), mesh, steps, state.variables, *attention) if feed.test else loss
     result: dict[str, Any] = {"step": int(state.step), "val_loss": loss, "perplexity": math.exp(test_loss)}
     if feed.test is not None and tokenizer is not None:
         result |= _score_task(saved, mesh, tokenizer, workdir)
     elif tokens is not None and tokens.validation_bytes:
         targets = tokens.validation.shape[0] - 1
         result["perplexity_per_byte"] = math.exp(loss * targets / tokens.validation_bytes)
+    result |= suites
     write_json(workdir / "evaluation.json", result)
     if (workdir / "metrics.jsonl").is_file():
         write_report(workdir)
@@ -71,6 +76,30 @@ def evaluate_checkpoint(config: RunConfig, workdir: Path) -> dict[str, Any]:
         )
     )
     return result
+
+
+def _run_suites(saved: SavedRun, mesh: Mesh, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """The tasks of lm-eval, as ``zero_shot``, and the ``exams`` that the config asks for; prints their tables."""
+    config = saved.config.evaluation
+    if not config.tasks and not config.exams:
+        return {}
+    if tokenizer is None:
+        raise InputError(
+            "config.data.tokenizer: token files came without one; name the one that config.evaluation needs"
+        )
+    scored = GPT(saved.config.model), saved.state.params, tokenizer
+    how: dict[str, Any] = {"batch_size": saved.config.loop.eval_batch_size, "mesh": mesh}
+    found: dict[str, Any] = {}
+    questions = read_questions(config.exam_questions or SHIPPED_QUESTIONS) if config.exams else ()
+    if config.tasks:
+        num_fewshot = None if config.num_fewshot < 0 else config.num_fewshot
+        found["zero_shot"] = run_harness(*scored, config.tasks, config.data_dir, num_fewshot=num_fewshot, **how)
+        print(harness_table(found["zero_shot"]) + "\n", flush=True)
+    if config.exams:
+        results = exam_results(*scored, questions, config.exam_mode, **how)
+        found["exams"] = results.as_dict() | {"questions_file": config.exam_questions}
+        print(results.table() + "\n", flush=True)
+    return found
 
 
 def _score_task(saved: SavedRun, mesh: Mesh, tokenizer: Tokenizer, workdir: Path) -> dict[str, Any]:

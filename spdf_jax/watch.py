@@ -29,6 +29,17 @@ def watch_training(config: RunConfig) -> Iterator[tuple[TrainState, dict[str, An
 
     Raises:
       InputError: a config that does not fit the devices or the data.
+
+    >>> import pathlib, tempfile, spdf_jax as spdf
+    >>> folder = pathlib.Path(tempfile.mkdtemp())
+    >>> _ = (folder / "text.txt").write_text("to be or not to be\\n" * 99)
+    >>> c = spdf.default_config("mine", "mini", variants=("mini",))
+    >>> c.model.n_layer, c.model.n_head, c.model.d_model, c.model.vocab_size, c.model.context = 1, 1, 8, 280, 8
+    >>> c.data.source, c.data.path, c.data.cache_dir, c.data.tokenizer_vocab_size = "text", str(folder), str(folder), 280
+    >>> c.mesh.data, c.pretrain.sparsity.rule, c.pretrain.sparsity.sparsity = 1, "static", 0.75
+    >>> state, metrics = next(watch_training(spdf.resolve(c)))
+    >>> int(state.masks["blocks"]["mlp_up"]["kernel"].sum()), metrics
+    (64, {})
     """
     mesh, model, plans = make_mesh(config.mesh), GPT(config.model), make_plan(config)
     check_devices(config, mesh.shape["data"] * mesh.shape["fsdp"])
@@ -42,7 +53,7 @@ def watch_training(config: RunConfig) -> Iterator[tuple[TrainState, dict[str, An
             state = start_phase(state, plan.tx, phase.sparsity, plan.filter, mesh, reset_optimizer=reset)
         shardings, rule = state_shardings(mesh, plan.tx, state), programme.config.topology_rule
         steps = make_steps(model, plan.tx, plan.learning_rate, rule, shardings, phase.optimizer.regrowth)
-        feed = make_feed(config, plan, data, data.tokenizer)
+        feed = make_feed(config, plan, data, data.tokenizer, mesh)
         batches = device_batches(feed, mesh, plan, 0)
         for local in range(phase.steps):
             with jax.set_mesh(mesh):  # not around the yield: it would leak to whoever looks on
@@ -52,6 +63,6 @@ def watch_training(config: RunConfig) -> Iterator[tuple[TrainState, dict[str, An
             if plan.evaluates_after(done):
                 with jax.set_mesh(mesh):
                     metrics["val_loss"] = evaluate(
-                        feed.validation(), mesh, steps, state.params, *programme.attention(local)
+                        feed.validation(), mesh, steps, state.variables, *programme.attention(local)
                     )
             yield state, metrics

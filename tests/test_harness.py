@@ -186,14 +186,14 @@ def test_every_task_runs_and_its_figures_are_ours(tmp_path):
 
     texts = [TEXT]
     ours = perplexity(texts, rolling_log_likelihoods(model, params, tokenizer, texts, **scored))
-    assert tasks["ptb"]["byte_perplexity"] == pytest.approx(ours.per_byte, rel=1e-4)
-    assert tasks["ptb"]["bits_per_byte"] == pytest.approx(math.log2(ours.per_byte), rel=1e-4)
+    assert tasks["ptb"]["metrics"]["byte_perplexity"] == pytest.approx(ours.per_byte, rel=1e-4)
+    assert tasks["ptb"]["metrics"]["bits_per_byte"] == pytest.approx(math.log2(ours.per_byte), rel=1e-4)
 
     pairs = [("to", " be"), ("not to", " be")]
     found = log_likelihoods(model, params, tokenizer, pairs, **scored)
     mean = sum(total for total, _, _ in found) / 2
-    assert tasks["lambada"]["perplexity"] == pytest.approx(math.exp(-mean), rel=1e-4)
-    assert tasks["lambada"]["acc"] == sum(greedy for _, _, greedy in found) / 2
+    assert tasks["lambada"]["metrics"]["perplexity"] == pytest.approx(math.exp(-mean), rel=1e-4)
+    assert tasks["lambada"]["metrics"]["acc"] == sum(greedy for _, _, greedy in found) / 2
 
     assert {name: task["samples"] for name, task in tasks.items()} == {
         "lambada": 2, "ptb": 1, "wikitext": 2, "one_billion_words": 2, "sst2": 4, "rte": 2,
@@ -214,7 +214,7 @@ def test_zero_shot_classification_is_the_likelier_label(tmp_path):
         pairs = [(f"Review: {sentence}\nSentiment:", f" {word}") for word in ("negative", "positive")]
         found = log_likelihoods(model, params, tokenizer, pairs, batch_size=2, end_of_text=0)
         right += (found[1][0] > found[0][0]) == bool(label)
-    assert (result["acc"], result["samples"], result["num_fewshot"]) == (pytest.approx(right / 3), 3, 0)
+    assert (result["metrics"]["acc"], result["samples"], result["num_fewshot"]) == (pytest.approx(right / 3), 3, 0)
 
 
 _ALONE = """
@@ -241,7 +241,7 @@ def refuse(*_, **__):
 socket.socket.connect = socket.getaddrinfo = refuse
 sys.path.insert(0, sys.argv[1])
 from test_harness import make, run_harness
-print(run_harness(*make(), ["ptb", "lambada"], Path(sys.argv[2]))["tasks"]["ptb"]["byte_perplexity"])
+print(run_harness(*make(), ["ptb", "lambada"], Path(sys.argv[2]))["tasks"]["ptb"]["metrics"]["byte_perplexity"])
 """
 
 

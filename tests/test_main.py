@@ -193,6 +193,17 @@ def test_a_second_run_in_a_workdir_in_use_is_refused(text, tmp_path):
         jobs.train(spdf.resolve(fresh(text)), tmp_path, progress=False)
 
 
+@pytest.mark.slow
+def test_a_quiet_run_prints_nothing_but_errors(text, tmp_path):
+    quiet = ("--config", "tests/tiny_experiment.py", "--quiet", "--workdir", str(tmp_path))
+    result = command(*quiet, TINY_TEXT=str(text))
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+    assert json.loads((tmp_path / "summary.json").read_text())["status"] == "finished"
+    result = command(*quiet, "--config.seed=1", TINY_TEXT=str(text))
+    assert (result.returncode, result.stdout) == (2, "")
+    assert "seed was 0, is 1" in result.stderr
+
+
 def can_mount() -> bool:
     return (
         shutil.which("unshare") is not None and not subprocess.run(["unshare", "-rm", "true"], check=False).returncode
@@ -207,7 +218,7 @@ def test_a_full_disk_exits_2_and_keeps_the_last_checkpoint(text, tmp_path):
     disk.mkdir()
     mounted = f'mount -t tmpfs -o size=900k tmpfs {disk} && {{ "$@"; code=$?; cp -r {disk} {saved}; exit $code; }}'
     prefix = ("unshare", "-rm", "sh", "-c", mounted, "sh")
-    tiny = ("--config", "tests/tiny_experiment.py", "--noprogress")
+    tiny = ("--config", "tests/tiny_experiment.py", "--quiet")
     result = command(*tiny, "--workdir", str(disk / "run"), prefix=prefix, TINY_TEXT=str(text))
     assert result.returncode == 2, result.stderr
     assert "No space left on device; what was saved before is intact" in result.stderr

@@ -81,9 +81,10 @@ def test_forward_needs_masks_and_applies_them():
         spdf.forward(model, params, tokens_BT, masks={"wte": masks["wte"]})
 
 
-def test_layer_scan_with_and_without_remat_agree_in_values_and_gradients():
+@pytest.mark.parametrize("remat", ["dots", "mlp", "block"])
+def test_layer_scan_with_and_without_remat_agree_in_values_and_gradients(remat):
     model, params, tokens_BT = make()
-    remat = spdf.GPT(dataclasses.replace(TINY, remat=True))
+    remat = spdf.GPT(dataclasses.replace(TINY, remat=remat))
 
     def loss(m):
         return jax.value_and_grad(lambda p: (m.apply({"params": p}, tokens_BT) ** 2).mean())(params)
@@ -164,7 +165,9 @@ def in_steps(model, params, tokens_BT, prompt_tokens, length, **options):
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
-@pytest.mark.parametrize("changes", [{}, {"use_bias": False, "tied_head": False, "remat": True, "mup_base_width": 8}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"use_bias": False, "tied_head": False, "remat": "block", "mup_base_width": 8}]
+)
 def test_cached_logits_equal_those_of_the_whole_sequence(pattern, changes):
     model, params, tokens_BT = make(init_std=0.3, **changes)
     whole_BTV = model.apply({"params": params}, tokens_BT, pattern=pattern, width=3)

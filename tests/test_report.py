@@ -15,6 +15,7 @@ from matplotlib.image import imread
 
 import spdf_jax as spdf
 from spdf_jax.errors import InputError
+from spdf_jax.evals.exams import CertificationResult, ExamResults
 from spdf_jax.report import write_report, write_sweep_report
 from spdf_jax.report.records import changed_settings, read_run
 from spdf_jax.tracking import Tracker, mask_picture, save_mask_picture, write_json
@@ -507,6 +508,96 @@ def test_degrees_are_counted_neuron_by_neuron(tmp_path):
     assert page.count("<img src") == 2  # the mask and the scale: degrees are no pictures
 
 
+# --- a run that sat exams --------------------------------------------------------------------------------------------
+
+
+def exam_run(workdir: Path, exams: ExamResults, questions_file: str = "") -> str:
+    """The page of a run whose checkpoint was evaluated on tasks of lm-eval and on exams."""
+    make_run(workdir, sparse=False)
+    metrics = {"lambada": {"perplexity": 227.26, "acc": 0.125}, "sst2": {"acc": 0.5}}
+    tasks = {
+        name: {"metrics": figures, "samples": 5153, "num_fewshot": shots, "version": 1}
+        for (name, figures), shots in zip(metrics.items(), (0, 4), strict=True)
+    }
+    found = {"step": 400, "val_loss": 3.9123, "perplexity": 50.0}
+    found["zero_shot"] = {"lm_eval_version": "0.4.13", "tasks": tasks}
+    found["exams"] = exams.as_dict() | {"questions_file": questions_file}
+    write_json(workdir / "evaluation.json", found)
+    return write_report(workdir).read_text()
+
+
+def table_cells(page: str, title: str) -> list[list[str]]:
+    """The texts of the rows of a panel's table, header included."""
+    table = page[page.index(f"<h2>{title}</h2>") :].split("</table>")[0]
+    return [
+        [re.sub(r"<[^>]*>", " ", cell).strip() for cell in re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row, re.DOTALL)]
+        for row in table.split("<tr>")[1:]
+    ]
+
+
+BAKER = CertificationResult("Baker", "food", questions=10, correct=7, guess_score=0.25)
+COOK = CertificationResult("Cook <b>", "food", questions=10, correct=8, guess_score=0.25, human_score=0.6)
+CLERK = CertificationResult("Clerk", "office", questions=4, correct=1, guess_score=0.5)
+
+
+@pytest.fixture(scope="module")
+def exam_page(tmp_path_factory) -> str:
+    return exam_run(tmp_path_factory.mktemp("exams"), ExamResults("length", (BAKER, CLERK, COOK)))
+
+
+def test_exams_have_a_table_and_a_chart(exam_page):
+    assert titles(exam_page)[:5] == ["Numbers", "Scores", "Zero-shot", "Exams", "Loss over steps"]
+    assert table_cells(exam_page, "Exams") == [
+        ["certification", "questions", "score", "people", "passed"],
+        ["Baker food", "10", "70 %", "-", "no"],  # 70 % is not over 70 %
+        ["Clerk office", "4", "25 %", "-", "no"],
+        ["Cook &lt;b&gt; food", "10", "80 %", "60 %", "yes"],
+    ]
+    panel = exam_page[exam_page.index("<h2>Exams") : exam_page.index("<h2>Loss over steps")]
+    assert "1 of 3 certifications passed, each at over 70 % correct." in panel
+    assert "On the 1 with a human score: 80 %, people 60 %." in panel
+    assert "which nobody sat" in panel
+    assert "<details" not in panel
+    chart = re.findall(r"<text [^>]*>(.*?)</text>", panel)
+    assert [text for text in chart if not text.replace(".", "").isdigit()] == [
+        "questions answered right (%)",
+        "food: 1 of 2 passed",
+        "Baker",
+        "Cook &lt;b&gt;",
+        "office: 0 of 1 passed",
+        "Clerk",
+        "guessing",
+        "people",
+        "passed at over 70 %",
+        "passed",
+        "not passed",
+    ]
+
+
+def test_tasks_of_lm_eval_have_a_table(exam_page):
+    assert table_cells(exam_page, "Zero-shot") == [
+        ["task", "score", "value", "texts", "examples given"],
+        ["lambada", "perplexity", "227.3", "5,153", "0"],
+        ["accuracy", "0.1250", "5,153", "0"],
+        ["sst2", "accuracy", "0.5000", "5,153", "4"],
+    ]
+    assert "The prompts of sst2 are this project" in exam_page
+
+
+def test_hundreds_of_exams_are_drawn_by_field_and_folded(tmp_path):
+    many = [CertificationResult(f"exam {i}", f"field {i % 5}", 50, i % 50, 0.25) for i in range(200)]
+    page = exam_run(tmp_path, ExamResults("letter", tuple(many)), questions_file="data/<mine>.jsonl")
+    panel = page[page.index("<h2>Exams") : page.index("<h2>Loss over steps")]
+    assert "<summary>All 200 certifications</summary>" in panel
+    assert len(table_cells(page, "Exams")) == 201
+    chart = panel[panel.index("<svg") :]
+    assert "field 3: " in chart
+    assert "exam 3" not in chart
+    assert "mean score" in chart
+    assert "people" not in panel
+    assert "Questions: data/&lt;mine&gt;.jsonl." in panel
+
+
 # --- sweeps ----------------------------------------------------------------------------------------------------------
 
 
@@ -628,14 +719,14 @@ def test_runs_of_very_different_lengths_share_a_logarithmic_axis(tmp_path):
         workdir = tmp_path / str(factor)
         for name, times in (("short", 1), ("long", factor)):
             config, rows = sweep_cell("", 0.0)
-            rows = [row | {"step": row["step"] * times, "train_flops": row["train_flops"] * times} for row in rows]
+            rows = [row | {key: row[key] * times for key in ("step", "tokens", "train_flops")} for row in rows]
             (workdir / "cells" / name).mkdir(parents=True)
             write_json(workdir / "cells" / name / "config.json", config)
             (workdir / "cells" / name / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
         page = write_sweep_report(workdir).read_text()
-        ticks.append(set(re.findall(r">([\d.]+[kM]?)</text>", page[: page.index("training compute")])))
-    assert {"1k", "10k", "100k", "1M"} <= ticks[1]
-    assert "10k" not in ticks[0]
+        ticks.append(set(re.findall(r">([\d.]+[kMB]?)</text>", page[: page.index("training compute")])))
+    assert {"1M", "1B"} <= ticks[1]
+    assert not {"100M", "1B"} & ticks[0]
 
 
 def test_hundreds_of_runs_stay_readable_and_small(tmp_path):
@@ -712,11 +803,11 @@ needs_chromium = pytest.mark.skipif(shutil.which("chromium") is None, reason="ne
 
 @pytest.mark.slow
 @needs_chromium
-@pytest.mark.parametrize("kind", ["run", "finetuned", "sweep"])
+@pytest.mark.parametrize("kind", ["page", "finetuned", "exam_page", "sweep_page"])
 def test_a_page_fits_a_phone(kind, request, tmp_path):
-    html = request.getfixturevalue("page") if kind == "run" else request.getfixturevalue("sweep_page")
+    html = request.getfixturevalue(kind)
     if kind == "finetuned":
-        html = write_report(request.getfixturevalue("finetuned")).read_text()
+        html = write_report(html).read_text()
     found = measured(html, 360, tmp_path)
     assert found["cards"] == html.count('<section class="card')
     assert found["needs"] == 360

@@ -206,12 +206,12 @@ def test_progress_off_a_terminal_is_a_few_lines(tmp_path, capsys):
 
 
 def test_progress_on_a_terminal_is_one_bar(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     run_steps(tmp_path, 0, 20, progress=True)
-    captured = capsys.readouterr()
-    assert "20/40" in captured.err
-    assert "2.5x fewer FLOPs | 2,000 tokens/s" in captured.err
-    assert captured.out.count("validation loss") == 3
+    shown = capsys.readouterr().out
+    assert "20/40" in shown
+    assert "2.5x fewer FLOPs | 2,000 tokens/s" in shown
+    assert shown.count("validation loss") == 3
 
 
 @pytest.mark.parametrize(("shape", "max_side"), [((7, 5), 3), ((64, 64), 64), ((1, 200), 64), ((130, 65), 64)])

@@ -2,13 +2,16 @@
 
 The cache is `<cache_dir>/<key>/` with `tokenizer.json`, `train.bin`, `val.bin` and `meta.json`; `key` is a hash of the
 documents and the tokenizer. A folder appears there whole, by one rename, or not at all: a run killed half-way leaves
-only an `unfinished-*` folder, which is safe to delete, and of two runs at once the slower one drops its copy.
+only an `unfinished-*` folder, which is safe to delete. Of runs and processes at once, one builds and the others wait for it.
 """
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -132,14 +135,19 @@ def _open(folder: Path) -> TokenData | None:
 
 def _build(folder: Path, corpus: Corpus, tokenizer: Tokenizer | None, config: DataConfig, progress: bool) -> TokenData:
     """Tokenizes into a temporary folder beside `folder`, then renames it to `folder`."""
-    if tokenizer is None:
-        vocab_size = config.tokenizer_vocab_size
-        tokenizer = train_tokenizer(corpus.read("train"), vocab_size=vocab_size, progress=progress)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(
-            prefix="unfinished-", dir=folder.parent, ignore_cleanup_errors=True
-        ) as temporary:
+        with (
+            _turn_to_build(folder),
+            tempfile.TemporaryDirectory(
+                prefix="unfinished-", dir=folder.parent, ignore_cleanup_errors=True
+            ) as temporary,
+        ):
+            if built := _open(folder):  # by another process, while this one waited for its turn
+                return built
+            if tokenizer is None:
+                vocab_size = config.tokenizer_vocab_size
+                tokenizer = train_tokenizer(corpus.read("train"), vocab_size=vocab_size, progress=progress)
             draft = Path(temporary, "data")
             draft.mkdir()
             _write(draft, corpus, tokenizer, progress)
@@ -152,6 +160,15 @@ def _build(folder: Path, corpus: Corpus, tokenizer: Tokenizer | None, config: Da
     except OSError as error:
         message = f"{folder.parent}: cannot keep tokens there ({error}); free space or set data.cache_dir elsewhere"
         raise InputError(message) from error
+
+
+@contextlib.contextmanager
+def _turn_to_build(folder: Path) -> Iterator[None]:
+    """Of all processes that want to build a folder, on this machine or on a disk that they share, one builds at a time."""
+    with Path(f"{folder}.lock").open("w") as file:
+        with contextlib.suppress(OSError):  # a file system without locks: several build, and one result stays
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _write(draft: Path, corpus: Corpus, tokenizer: Tokenizer, progress: bool) -> None:

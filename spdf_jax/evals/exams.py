@@ -175,7 +175,7 @@ class ExamResults:
         Passed 1 of 1 certifications (100.0 %) at over 70 % correct; mean score 75.0 %, guessing gives 25.0 % (letter mode).
         On the 1 with a human score: 75.0 %, people 70.0 %.
         """
-        per_certification = _markdown(
+        per_certification = markdown_table(
             ("certification", "field", "questions", "correct", "score", "passed", "human score"),
             "llrrrlr",
             [
@@ -184,7 +184,7 @@ class ExamResults:
                 for verdict in ["yes" if r.passed else "no"]
             ],
         )
-        per_field = _markdown(
+        per_field = markdown_table(
             ("field", "certifications", "passed", "share passed", "score"),
             "lrrrr",
             [
@@ -471,8 +471,22 @@ def _percent(share: float | None) -> str:
     return "" if share is None else f"{100 * share:.1f} %"
 
 
-def _markdown(header: Sequence[str], alignment: str, rows: Sequence[Sequence[str | int]]) -> str:
-    """A table; `alignment` has an l or r for each column."""
+def markdown_table(header: Sequence[str], alignment: str, rows: Sequence[Sequence[str | int]]) -> str:
+    """A Markdown table.
+
+    Args:
+        header: names of the columns.
+        alignment: an l or r for each column.
+        rows: the cells of each.
+
+    Returns:
+        Lines without one at the end.
+
+    >>> print(markdown_table(("task", "n"), "lr", [("ptb", 1)]))
+    | task | n |
+    | --- | ---: |
+    | ptb | 1 |
+    """
     rule = ["---" if side == "l" else "---:" for side in alignment]
     cells = [[_folded(str(cell)).replace("|", r"\|") for cell in row] for row in rows]
     return "\n".join(f"| {' | '.join(row)} |" for row in (header, rule, *cells))

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from spdf_jax.data import end_of_text_id
 from spdf_jax.data.tokenizer import Tokenizer, encode_plain
 from spdf_jax.errors import InputError
+from spdf_jax.evals.exams import markdown_table
 from spdf_jax.evals.likelihood import log_likelihoods, rolling_log_likelihoods
 from spdf_jax.evals.task_data import write_task
 from spdf_jax.generate import DecodeConfig, generate
@@ -140,10 +141,10 @@ def run_harness(
         mesh: `spdf_jax.sharding.make_mesh`; None: wherever `params` are.
 
     Returns:
-        For JSON: ``lm_eval_version``, and ``tasks``, for each its metrics, ``samples``, ``num_fewshot`` and ``version``.
+        For JSON: ``lm_eval_version``, and ``tasks``, for each its ``metrics``, ``samples``, ``num_fewshot`` and ``version``.
 
     Raises:
-        InputError: lm-eval is not installed, no or unknown tasks, or a file that is missing or malformed.
+        InputError: lm-eval is not installed, no or unknown tasks, or a folder or file that is missing or malformed.
     """
     if LM is object:
         raise InputError("tasks: they run on lm-eval, which is not installed: pip install -e '.[eval]'")
@@ -151,6 +152,8 @@ def run_harness(
         raise InputError(f"tasks: {list(tasks)} must name at least one task, and none twice")
     if limit is not None and limit < 1:
         raise InputError(f"limit: {limit} must be at least 1; leave it out for all questions")
+    if not Path(data_dir).is_dir():
+        raise InputError(f"data_dir {data_dir}: is not a folder; name the one with the files of {', '.join(tasks)}")
     from lm_eval.evaluator import evaluate
     from lm_eval.tasks import TaskManager
 
@@ -174,4 +177,21 @@ def _task_result(name: str, found: Any) -> dict[str, Any]:
     figures = {key.split(",")[0]: float(v) for key, v in found["results"][name].items() if isinstance(v, float | int)}
     figures = {key: value for key, value in figures.items() if key != "sample_len"}
     about = {"samples": found["n-samples"][name]["effective"], "num_fewshot": found["n-shot"][name]}
-    return figures | about | {"version": found["versions"][name]}
+    return {"metrics": figures} | about | {"version": found["versions"][name]}
+
+
+def harness_table(result: dict[str, Any]) -> str:
+    """What `run_harness` found as Markdown: a row a metric.
+
+    >>> task = {"metrics": {"acc": 0.25}, "samples": 8, "num_fewshot": 4, "version": 1}
+    >>> print(harness_table({"lm_eval_version": "0.4.13", "tasks": {"sst2": task}}))
+    | task | metric | value | texts | examples given |
+    | --- | --- | ---: | ---: | ---: |
+    | sst2 | acc | 0.2500 | 8 | 4 |
+    """
+    rows = [
+        (name, metric, f"{value:.4f}", task["samples"], task["num_fewshot"])
+        for name, task in result["tasks"].items()
+        for metric, value in task["metrics"].items()
+    ]
+    return markdown_table(("task", "metric", "value", "texts", "examples given"), "llrrr", rows)

@@ -85,26 +85,30 @@ class Run:
 
 
 class Value(NamedTuple):
-    """A figure of a table: mean and deviation over as many seeds; no mean where it is absent."""
+    """A figure of a table: mean and deviation over as many seeds of a choice; no mean where it is absent."""
 
     mean: float | None
     deviation: float
     seeds: int
+    choice: str = ""
 
 
 @dataclass(frozen=True)
 class TableRow:
-    """A row of a sweep's table: label, the choice it took, its cells' records (summary, evaluation) and its figures."""
+    """A row of a sweep's table: label, the choice it took, its cells' records (summary, evaluation) and its figures.
+
+    `groups` are its cells by the choices that figures are of; "" is the choice it took.
+    """
 
     label: str
     choice: str
     cells: Mapping[str, Mapping[str, Any]]
+    groups: Mapping[str, Sequence[str]]
     values: Mapping[str, Value]
 
-    @property
-    def train_flops(self) -> float:
-        """Counted FLOPs of a cell of this row, with those of the run that it started from; the mean over seeds."""
-        summaries = [record["summary"] for record in self.cells.values()]
+    def train_flops(self, choice: str) -> float:
+        """Counted FLOPs of a cell of a choice, with those of the run that it started from; the mean over seeds."""
+        summaries = [self.cells[name]["summary"] for name in self.groups[choice]]
         return float(np.mean([s["train_flops"] + s.get("before", {}).get("train_flops", 0) for s in summaries]))
 
 
@@ -113,6 +117,7 @@ class Sweep:
     """What a sweep recorded: its table (no rows before the end) and its cells, by name."""
 
     title: str
+    remark: str
     name: str
     rows: Sequence[TableRow]
     cells: Mapping[str, Run]
@@ -166,6 +171,7 @@ def read_sweep(workdir: Path) -> Sweep:
     name = next(iter(cells.values())).name
     return Sweep(
         title=str(table["title"]) if table and "title" in table else name,
+        remark=str(table["remark"]) if table and "remark" in table else "",
         name=name,
         rows=_read_rows(workdir / "table.json", table, cells) if table else [],
         cells=cells,
@@ -200,6 +206,7 @@ def _read_rows(path: Path, table: Mapping[str, Any], cells: Mapping[str, Run]) -
                 row["row"],
                 row["choice"],
                 {name: record for name, record in row["cells"].items() if record["summary"]["train_flops"] >= 0},
+                row.get("groups") or {"": list(row["cells"])},
                 {header: Value(**value) for header, value in row["values"].items()},
             )
             for row in table["rows"]

@@ -1,5 +1,6 @@
 """The page about a sweep: its table, its cells in the same figures, and how they differ."""
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +13,7 @@ import numpy as np
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.markers import MarkerStyle
 from matplotlib.ticker import NullFormatter
 
 from spdf_jax.report.draw import DASHES, SERIES, SOFT_INK, STYLE, new_figure, svg
@@ -36,8 +38,10 @@ from spdf_jax.report.words import (
 # Further apart than this, the ends of the curves share an axis only if it is logarithmic.
 _LOG_RATIO = 10
 _FAINT: dict[str, Any] = {"linewidth": 0.7, "alpha": 0.5, "zorder": 1.5}
-_CLEAR: dict[str, Any] = {"linewidth": 1.3, "marker": "o", "markersize": 2.5}
-_MAX_MARKERS = 40
+_CLEAR: dict[str, Any] = {"linewidth": 1.2, "markersize": 4, "markeredgewidth": 0}
+_MAX_MARKERS, _FEW_LINES = 8, 4
+# Besides the colours, for who cannot tell those apart.
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 _LARGE_UNITS = ((1e21, "Z"), (1e18, "E"), (1e15, "P"), *COUNT_UNITS[:-1])
 
 
@@ -61,12 +65,16 @@ def write_sweep_report(workdir: Path) -> Path:
         title=sweep.title,
         status=f"{sweep.name}, {_status(sweep)}",
         verdict=_verdict(sweep),
-        note=f"{_what_ran(sweep)} {COUNTED_NOTE if any(run.max_sparsity for run in sweep.cells.values()) else ''}",
+        note=" ".join(filter(None, [sweep.remark, _what_ran(sweep), _counted(sweep)])),
         panels=panels,
     )
 
 
 # --- words -----------------------------------------------------------------------------------------------------------
+
+
+def _counted(sweep: Sweep) -> str:
+    return COUNTED_NOTE if any(run.max_sparsity for run in sweep.cells.values()) else ""
 
 
 def _status(sweep: Sweep) -> str:
@@ -78,19 +86,19 @@ def _status(sweep: Sweep) -> str:
 
 def _verdict(sweep: Sweep) -> str:
     """The main score of the first row, the highest and the lowest."""
-    header = _main_score(sweep)
+    header = next(iter(_main_scores(sweep)), None)
     if header is None:
         return f"No scores yet. Lowest validation loss so far: {_lowest_losses(sweep)}."
     means = {row.label: mean for row in sweep.rows if (mean := row.values[header].mean) is not None}
     reference = sweep.rows[0]
     highest, lowest = (pick(means, key=means.__getitem__) for pick in (max, min))
     if means[highest] == means[lowest]:
-        return f"{header}: {_figure(means[highest])} in every row."
-    text = f"{header}: "
+        return f"{_heading(header)}: {_figure(means[highest])} in every row."
+    text = f"{_heading(header)}: "
     if reference.label in means:
         text += f"{_figure(means[reference.label])} for “{reference.label}”, the reference; "
     text += " ".join(
-        f"{word} {_compared(sweep, label, means)}{end}"
+        f"{word} {_compared(sweep, label, means, reference.values[header].choice)}{end}"
         for word, label, end in (("highest", highest, ","), ("lowest", lowest, "."))
     )
     return text
@@ -107,7 +115,7 @@ def _lowest_losses(sweep: Sweep) -> str:
     return ", ".join(texts) or "none"
 
 
-def _compared(sweep: Sweep, label: str, means: Mapping[str, float]) -> str:
+def _compared(sweep: Sweep, label: str, means: Mapping[str, float], choice: str) -> str:
     """A row's figure, and its ratios to the first row's."""
     reference = sweep.rows[0]
     if label == reference.label:
@@ -115,8 +123,8 @@ def _compared(sweep: Sweep, label: str, means: Mapping[str, float]) -> str:
     (row,) = [row for row in sweep.rows if row.label == label][:1]
     text = f"{_figure(means[label])} for “{label}”"
     ratios = [f"{means[label] / means[reference.label]:.2f} of the reference"] if means.get(reference.label) else []
-    if reference.train_flops > 0:
-        ratios.append(f"{row.train_flops / reference.train_flops:.2f} of its counted FLOPs")
+    if (spent := reference.train_flops(choice)) > 0:
+        ratios.append(f"{row.train_flops(choice) / spent:.2f} of its counted FLOPs")
     return f"{text} ({' at '.join(ratios)})" if ratios else text
 
 
@@ -132,10 +140,15 @@ def _what_ran(sweep: Sweep) -> str:
     return f"{text} on {', '.join(devices)}." if devices else f"{text}."
 
 
-def _main_score(sweep: Sweep) -> str | None:
-    """The first column that has figures."""
-    headers = sweep.rows[0].values if sweep.rows else {}
-    return next((h for h in headers if any(row.values[h].mean is not None for row in sweep.rows)), None)
+def _main_scores(sweep: Sweep) -> list[str]:
+    """Of every choice that columns are of, the first column that has figures."""
+    values = sweep.rows[0].values if sweep.rows else {}
+    found = [h for h in values if any(row.values[h].mean is not None for row in sweep.rows)]
+    return list({values[h].choice: h for h in reversed(found)}.values())[::-1]
+
+
+def _heading(header: str) -> str:
+    return header[:1].upper() + header[1:]
 
 
 def _figure(value: float, largest: float | None = None, deviation: float = 0.0) -> str:
@@ -163,7 +176,7 @@ def _table(sweep: Sweep) -> list[Panel]:
         }
         for row in sweep.rows
     ]
-    seeds = max(len(row.cells) for row in sweep.rows)
+    seeds = max(value.seeds for row in sweep.rows for value in row.values.values())
     caption = "Small: times the first row." + (
         f" ±: standard deviation over {seeds} seeds, where it is not 0." if seeds > 1 else ""
     )
@@ -206,10 +219,11 @@ _TABLE = template(
   </tr></thead>
   {% for row in rows %}
   <tr><th scope="row">{{ row.label }}{% if row.choice %}<small>{{ row.choice }}</small>{% endif %}
+    <small>
     {% for name, href in row.cells %}
-    <small>{{ link(name, href) }}</small>
+    {{ link(name, href) }}
     {% endfor %}
-    </th>
+    </small></th>
     {% for text, ratio in row.figures %}
     <td>{{ text }}<small>{{ ratio }}</small></td>
     {% endfor %}
@@ -220,10 +234,12 @@ _TABLE = template(
 )
 
 
-def _main_chart(sweep: Sweep) -> list[Panel]:
-    header = _main_score(sweep)
-    if header is None:
-        return []
+def _main_charts(sweep: Sweep) -> list[Panel]:
+    headers = _main_scores(sweep)
+    return [_by_row(sweep, h) for h in headers] + [panel for h in headers if (panel := _trade_off(sweep, h))]
+
+
+def _by_row(sweep: Sweep, header: str) -> Panel:
     figure, axes = new_figure(height_inches=0.7 + 0.42 * len(sweep.rows))
     _mark_reference(axes.axvline, sweep, header)
     for level, row in enumerate(sweep.rows):
@@ -235,21 +251,22 @@ def _main_chart(sweep: Sweep) -> list[Panel]:
     axes.spines.left.set_visible(False)
     axes.margins(x=0.08)
     caption = "Dotted: the first row. Bars: standard deviation over seeds, where it is not 0."
-    panels = [Panel(f"{header} by row", svg(figure, f"{header} by row"), caption)]
-    costs = [row.train_flops for row in sweep.rows if row.values[header].mean is not None]
-    return [*panels, _trade_off(sweep, header, max(costs))] if max(costs) > 1.05 * min(costs) else panels
+    return Panel(f"{_heading(header)} by row", svg(figure, f"{header} by row"), caption)
 
 
-def _trade_off(sweep: Sweep, header: str, largest_cost: float) -> Panel:
-    """The main score against what it took, pre-training and all."""
-    scale, name = unit(largest_cost, FLOP_UNITS)
+def _trade_off(sweep: Sweep, header: str) -> Panel | None:
+    """A score against what it took, pre-training and all, where that differs."""
+    costs = [row.train_flops(row.values[header].choice) for row in sweep.rows if row.values[header].mean is not None]
+    if max(costs) <= 1.05 * min(costs):
+        return None
+    scale, name = unit(max(costs), FLOP_UNITS)
     figure, axes = new_figure(height_inches=0.7 + 0.42 * len(sweep.rows))
     _mark_reference(axes.axhline, sweep, header)
     for row in sweep.rows:
-        _plot_dot(axes, sweep, row, header, x=row.train_flops / scale)
-    axes.set(xlabel=f"training compute ({name}, counted)", ylabel=header, xlim=(0, 1.06 * largest_cost / scale))
-    caption = "Counted FLOPs of each row with those of the run it started from. Colours as in the figure before."
-    return Panel(f"{header} over compute", svg(figure, f"{header} against training FLOPs"), caption)
+        _plot_dot(axes, sweep, row, header, x=row.train_flops(row.values[header].choice) / scale)
+    axes.set(xlabel=f"training compute ({name}, counted)", ylabel=header, xlim=(0, 1.06 * max(costs) / scale))
+    caption = "Counted FLOPs of each row with those of the run it started from. Marked as in the figure by row."
+    return Panel(f"{_heading(header)} over compute", svg(figure, f"{header} against training FLOPs"), caption)
 
 
 def _mark_reference(line: Callable[..., Any], sweep: Sweep, header: str) -> None:
@@ -260,14 +277,15 @@ def _mark_reference(line: Callable[..., Any], sweep: Sweep, header: str) -> None
 def _plot_dot(
     axes: Axes, sweep: Sweep, row: TableRow, header: str, *, x: float | None = None, y: float | None = None
 ) -> None:
-    """A row's figure at one given coordinate, in the colour of its curves, with its deviation along the other axis."""
+    """A row's figure at one given coordinate, marked as its curves are, with its deviation along the other axis."""
     value = row.values[header]
     if value.mean is None:
         return
-    (colour,) = (one.colour for one in _series(sweep, list(sweep.cells)) if set(one.cells) == set(row.cells))
+    cells = set(row.groups[value.choice])
+    (line,) = (one for one in _series(sweep, list(sweep.cells), value.choice) if set(one.cells) == cells)
     bar: dict[str, Any] = {"xerr" if x is None else "yerr": value.deviation} if value.deviation else {}
     at = [value.mean if x is None else x], [value.mean if y is None else y]
-    axes.errorbar(*at, **bar, fmt="o", color=colour, markersize=6, capsize=3)
+    axes.errorbar(*at, **bar, fmt=line.marker, color=line.colour, markersize=6, capsize=3)
 
 
 # --- curves ----------------------------------------------------------------------------------------------------------
@@ -280,6 +298,7 @@ class _Series(NamedTuple):
     cells: tuple[str, ...]
     colour: str
     dashes: tuple[float, ...]
+    marker: str = ""
     is_faint: bool = False
 
     @property
@@ -290,13 +309,22 @@ class _Series(NamedTuple):
         style = f"stroke: {self.colour}; stroke-width: {width}; stroke-dasharray: {dashes}; opacity: {opacity}"
         return f"fill: none; {style}"
 
+    @property
+    def key_marker(self) -> str:
+        """The marker in the key, as the `d` of an SVG path."""
+        if not self.marker:
+            return ""
+        marker = MarkerStyle(self.marker)
+        outline = np.array(marker.get_path().transformed(marker.get_transform()).to_polygons()[0])
+        return "M" + "L".join(f"{15 + 7 * x:.3g},{4 - 7 * y:.3g}" for x, y in outline) + "Z"
+
 
 class _AxisOf(NamedTuple):
     """A way to say how far training is."""
 
     label: str
     of: Callable[[Run, Sequence[Row]], np.ndarray | None]
-    units: Sequence[tuple[float, str]] | None
+    units: Sequence[tuple[float, str]]
 
 
 def _column(key: str) -> Callable[[Run, Sequence[Row]], np.ndarray]:
@@ -304,34 +332,51 @@ def _column(key: str) -> Callable[[Run, Sequence[Row]], np.ndarray]:
 
 
 _AXES = (
-    _AxisOf("step", _column("step"), None),
-    _AxisOf("training compute ({}, counted)", _column("train_flops"), FLOP_UNITS),
+    _AxisOf("training tokens", _column("tokens"), ((1, ""),)),
+    _AxisOf("training compute ({}, counted)", _column("train_flops"), (*FLOP_UNITS, (1, "FLOP"))),
     _AxisOf("training time ({}, measured)", Run.training_seconds, ((3600, "hours"), (60, "minutes"), (1, "seconds"))),
 )
 
 
 def _curves(sweep: Sweep) -> list[Panel]:
-    """A panel for everything that a validation loss is over: losses over other targets share no axis."""
+    """A panel for every choice and everything that a validation loss is over: losses over other targets share no axis."""
     by_task: dict[str, dict[str, list[Row]]] = {}
     for name, run in sweep.cells.items():
         for row in run.evaluation_rows:
             by_task.setdefault(run.task(row), {}).setdefault(name, []).append(row)
-    return [_curves_of(sweep, task, by_task[task]) for task in sorted(by_task)]
+    groups = _groups(sweep) or {"": set()}
+    panels: dict[tuple[str, ...], Panel] = {}
+    for task, choice in itertools.product(sorted(by_task), groups):
+        others = set().union(*groups.values()) - groups[choice]
+        rows = {name: found for name, found in by_task[task].items() if name not in others}
+        if rows and (task, *rows) not in panels:
+            panels[task, *rows] = _curves_of(sweep, task, choice, rows)
+    return list(panels.values())
 
 
-def _curves_of(sweep: Sweep, task: str, rows: dict[str, list[Row]]) -> Panel:
-    caption = f"Loss over {target_name(task)}, by the steps, FLOPs and time of each run by itself."
+def _groups(sweep: Sweep) -> dict[str, set[str]]:
+    """The cells of each choice that columns are of, over all rows."""
+    groups: dict[str, set[str]] = {}
+    for row in sweep.rows:
+        for choice, cells in row.groups.items():
+            groups.setdefault(choice, set()).update(cells)
+    return groups
+
+
+def _curves_of(sweep: Sweep, task: str, choice: str, rows: dict[str, list[Row]]) -> Panel:
+    caption = f"Loss over {target_name(task)}, by the tokens, FLOPs and time of each run by itself."
+    of_choice = f", {choice}" if choice else ""
     trained = {name: [row for row in found if row["step"] > 0] for name, found in rows.items()}
     if any(found[0]["step"] == 0 for found in rows.values()) and all(len(found) > 1 for found in trained.values()):
         rows, caption = trained, f"{caption} The evaluation at step 0 is left out."
-    series = _series(sweep, list(rows))
+    series = _series(sweep, list(rows), choice)
     figures = [
-        svg(figure, f"validation loss over {target_name(task)}, {axis.label}")
+        svg(figure, f"validation loss over {target_name(task)}, {axis.label}{of_choice}")
         for axis in _AXES
         if (figure := _curves_figure(sweep, series, rows, axis)) is not None
     ]
     body = Markup(_CURVES.render(series=series, figures=figures))
-    return Panel(f"Validation loss: {task or 'text'}", body, caption, wide=True)
+    return Panel(f"Validation loss: {task or 'text'}{of_choice}", body, caption, wide=True)
 
 
 def _curves_figure(
@@ -342,17 +387,17 @@ def _curves_figure(
     ends = [x[-1] for x in xs.values() if x[-1] > 0]
     if not ends:
         return None
-    scale, name = next((one for one in axis.units or () if max(ends) >= one[0]), (1, ""))
+    scale, name = next((one for one in axis.units if max(ends) >= one[0]), axis.units[-1])
     is_log = max(ends) > _LOG_RATIO * min(ends)
-    figure, axes = new_figure(height_inches=2.5, width_inches=3.4)
-    for one in series:
+    figure, axes = new_figure(height_inches=2.5 if len(series) <= _FEW_LINES else 3.6, width_inches=3.4)
+    for place, one in enumerate(series):
         line: dict[str, Any] = {"color": one.colour, "linestyle": (0, one.dashes) if one.dashes else "-"}
-        line |= _FAINT if one.is_faint else _CLEAR
+        line |= _FAINT if one.is_faint else _CLEAR | {"marker": one.marker}
         for cell in (name for name in one.cells if name in xs):
             shown = xs[cell] > 0 if is_log else np.full(len(xs[cell]), True)
             losses = np.array([row["val_loss"] for row in rows[cell]])
-            every = math.ceil(len(losses) / _MAX_MARKERS)
-            axes.plot(xs[cell][shown] / scale, losses[shown], markevery=every, **line)
+            every = math.ceil(shown.sum() / _MAX_MARKERS)
+            axes.plot(xs[cell][shown] / scale, losses[shown], markevery=(place % every, every), **line)
     axes.set(xlabel=axis.label.format(name), ylabel="loss (nats/token)")
     if is_log:
         axes.set_xscale("log")
@@ -363,11 +408,11 @@ def _curves_figure(
     return figure
 
 
-def _series(sweep: Sweep, names: Sequence[str]) -> list[_Series]:
-    """A series a row of the table, over its seeds; cells of no row each by themselves, or, beside rows, all as one."""
+def _series(sweep: Sweep, names: Sequence[str], choice: str) -> list[_Series]:
+    """A series a row of the table, over the seeds of its choice; cells of no row each by itself or, beside rows, all as one."""
     labels: dict[tuple[str, ...], list[str]] = {}
     for row in sweep.rows:
-        if cells := tuple(name for name in row.cells if name in names):
+        if cells := tuple(name for name in row.groups.get(choice, ()) if name in names):
             labels.setdefault(cells, []).append(row.label)
     chosen = {name for cells in labels for name in cells}
     others = tuple(name for name in names if name not in chosen)
@@ -375,8 +420,8 @@ def _series(sweep: Sweep, names: Sequence[str]) -> list[_Series]:
     series = []
     for i, (label, cells) in enumerate(found):
         seeds = f" ({len(cells)} seeds)" if len(cells) > 1 else ""
-        dashes = DASHES[i // len(SERIES) % len(DASHES)]
-        series.append(_Series(label + seeds, cells, SERIES[i % len(SERIES)], dashes))
+        dashes, marker = DASHES[i // len(SERIES) % len(DASHES)], _MARKERS[i % len(_MARKERS)]
+        series.append(_Series(label + seeds, cells, SERIES[i % len(SERIES)], dashes, marker))
     if chosen and others:
         series.append(_Series(f"not chosen ({len(others)})", others, SOFT_INK, (), is_faint=True))
     return series
@@ -385,7 +430,11 @@ def _series(sweep: Sweep, names: Sequence[str]) -> list[_Series]:
 _CURVES = template("""\
 <ul class="key">
   {% for one in series %}
-  <li><svg viewBox="0 0 30 8" aria-hidden="true"><path d="M0,4H30" style="{{ one.key_style }}"/></svg>{{ one.label }}</li>
+  <li><svg viewBox="0 0 30 8" aria-hidden="true"><path d="M0,4H30" style="{{ one.key_style }}"/>
+    {%- if one.marker -%}
+    <path d="{{ one.key_marker }}" fill="{{ one.colour }}"/>
+    {%- endif -%}
+    </svg>{{ one.label }}</li>
   {% endfor %}
 </ul>
 <div class="three">
@@ -490,7 +539,7 @@ def _again(sweep: Sweep) -> list[Panel]:
 # Each takes the sweep and gives panels, none where nothing is recorded for them.
 _PANELS: tuple[Callable[[Sweep], list[Panel]], ...] = (
     _table,
-    _main_chart,
+    _main_charts,
     _curves,
     _cells,
     _signatures,

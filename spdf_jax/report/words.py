@@ -21,6 +21,9 @@ _SCORE_NAMES = {
     "meteor": "METEOR",
     "ter": "TER",
     "val_loss": "validation loss",
+    "acc": "accuracy",
+    "word_perplexity": "perplexity per word",
+    "byte_perplexity": "perplexity per byte",
 }
 
 

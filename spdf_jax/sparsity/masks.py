@@ -95,12 +95,33 @@ def init_masks(
 
 
 def dense_masks(params: Any) -> Any:
-    """A 0-d True for every leaf: nothing is masked."""
+    """A 0-d True for every leaf: nothing is masked.
+
+    Args:
+      params: pytree of arrays or shapes.
+
+    Returns:
+      Mask tree of the treedef of `params`.
+
+    >>> import jax.numpy as jnp
+    >>> dense_masks({"w": jnp.ones((2, 3))})["w"].shape
+    ()
+    """
     return jax.tree.map(lambda _: jnp.array(True), params)
 
 
 def apply_masks(params: Any, masks: Any) -> Any:
     """`params` with every masked weight exactly 0.
+
+    Args:
+      params: pytree of arrays.
+      masks: mask tree of the same treedef, see `init_masks`.
+
+    Returns:
+      The parameters, bit-equal where masks are True.
+
+    Raises:
+      InputError: masks of another tree structure, or a mask of another shape than its weight.
 
     >>> import jax.numpy as jnp
     >>> apply_masks({"w": jnp.array([3.0, 4.0])}, {"w": jnp.array([True, False])})["w"].tolist()
@@ -267,6 +288,12 @@ def load_masks(path: str | PathLike[str], params: Any) -> Any:
     Raises:
       InputError: no file, no mask file, a damaged one, one of another format version, or one of other parameters; names
         the leaf and the shapes.
+
+    >>> import tempfile, pathlib, jax.numpy as jnp
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_masks(pathlib.Path(folder) / "masks.safetensors", {"w": jnp.array([[True, False]])})
+    ...     load_masks(pathlib.Path(folder) / "masks.safetensors", {"w": jnp.ones((1, 2))})["w"].tolist()
+    [[True, False]]
     """
     try:
         with safe_open(path, framework="numpy") as file:

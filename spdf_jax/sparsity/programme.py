@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from spdf_jax.errors import InputError
 from spdf_jax.sparsity import schedules
+from spdf_jax.sparsity.blocks import block_grid
 from spdf_jax.sparsity.distributions import DISTRIBUTIONS, MatrixGroup, check_sparsity, target_counts
 from spdf_jax.sparsity.patterns import parse_pattern
 from spdf_jax.sparsity.rules import RULES, Rule
@@ -29,6 +30,8 @@ class SparsityConfig:
       sparsity: the constant, final or peak sparsity over the sparse matrices, in [0, 1).
       distribution: ``uniform`` | ``er`` | ``erk``.
       pattern: ``unstructured`` | ``N:M`` | ``blockB``, see `spdf_jax.sparsity.patterns`.
+      sparse_compute: ``masked``: dense products of masked weights; ``blocks``: live blocks alone are stored and computed, the
+        same number in every row and column of blocks (`spdf_jax.sparsity.blocks`). For ``constant`` sparsity in ``blockB``.
       schedule: ``constant`` | ``cubic`` | ``three_phases`` (MST) | ``table`` | ``alternate`` (AC/DC).
       ramp_end: progress at which ``cubic`` arrives, MST's warm-up ends, or AC/DC's dense one.
       ultra_end, restoration_end: progress at which MST's other two phases end; ``alternate`` stays sparse from `ultra_end`.
@@ -48,6 +51,7 @@ class SparsityConfig:
     sparsity: float = 0.0
     distribution: str = "uniform"
     pattern: str = "unstructured"
+    sparse_compute: str = "masked"
     schedule: str = "constant"
     ramp_end: float = 0.1
     ultra_end: float = 0.75
@@ -72,6 +76,7 @@ class SparsityConfig:
             ("schedule", SCHEDULES),
             ("distribution", DISTRIBUTIONS),
             ("init", ("random", "magnitude")),
+            ("sparse_compute", ("masked", "blocks")),
         ):
             if getattr(self, name) not in allowed:
                 raise InputError(f"sparsity.{name}: {getattr(self, name)!r} is not one of {allowed}")
@@ -90,11 +95,36 @@ class SparsityConfig:
             target_counts({}, self.curve(stage), self.distribution, self.pattern)  # refuses what cannot be
         if self.update_every_steps < 1:
             raise InputError(f"sparsity.update_every_steps: {self.update_every_steps} must be at least 1")
+        if self.blocks:
+            self._check_blocks()
 
     @property
     def dense(self) -> bool:
         """No masks at all."""
         return self.rule == "dense"
+
+    @property
+    def blocks(self) -> bool:
+        """Whether live blocks alone are stored and computed."""
+        return not self.dense and self.sparse_compute == "blocks"
+
+    def _check_blocks(self) -> None:
+        needed = {"schedule": "constant", "distribution": "uniform", "sparsify_head": False}
+        for name, value in needed.items():
+            if getattr(self, name) != value:
+                raise InputError(
+                    f"sparsity.{name}: {getattr(self, name)!r} does not go with sparse_compute 'blocks'; use {value!r}, or "
+                    f"sparse_compute 'masked'"
+                )
+        if parse_pattern(self.pattern).block == 1:
+            raise InputError(
+                f"sparsity.pattern: sparse_compute 'blocks' needs blocks such as 'block64', not {self.pattern!r}"
+            )
+        if self.topology_rule.evolve:
+            raise InputError(
+                f"sparsity.rule: {self.rule!r} keeps values outside its masks, for which sparse_compute 'blocks' has no room; "
+                f"use another rule, or sparse_compute 'masked'"
+            )
 
     @property
     def topology_rule(self) -> Rule:
@@ -138,7 +168,10 @@ class Programme:
         self.total_steps = total_steps
         # Counts depend on the sparsity aimed at alone, and a run of 600,000 steps aims at a few thousand values.
         self.counts_for = lru_cache(maxsize=None)(self._solve)
-        self.counts(0)  # raises where a matrix does not divide into the pattern
+        counts = self.counts(0)  # raises where a matrix does not divide into the pattern
+        if config.blocks:
+            for name, group in self.groups.items():
+                block_grid(name, group.shape, counts[name], config.pattern)
 
     def level(self, step: int) -> float:
         """The sparsity last aimed at before `step`: that of the last topology step, or of the initial masks."""

@@ -67,7 +67,11 @@ def sensitivity(weights: jax.Array, grads: jax.Array) -> jax.Array:
 
 
 class Rule(NamedTuple):
-    """How topology evolves.
+    """How topology evolves. A new one is a value in `RULES`; the module's docstring makes one and takes a step with it.
+
+    >>> rule = RULES["rigl"]
+    >>> rule.gradient_share, rule.drop_fraction, rule._replace(pattern="2:4").pattern
+    (1.0, 0.3, '2:4')
 
     Attributes:
       evolves: whether there are topology steps at all.
@@ -202,6 +206,13 @@ def prune_and_grow_tree(
 
     Raises:
       InputError: an element mask without targets; a shape that does not divide into the pattern.
+
+    >>> params = {"w": jnp.array([[4.0, -3.0, 0.5, 0.0]]), "b": jnp.zeros(1)}
+    >>> grads = {"w": jnp.array([[0.0, 0.0, 0.0, 9.0]]), "b": jnp.ones(1)}
+    >>> masks = {"w": params["w"] != 0, "b": jnp.array(True)}
+    >>> how = {"target_nnz": {"w": jnp.array([3])}, "drop_fraction": jnp.array(0.4), "rule": RULES["rigl"]}
+    >>> prune_and_grow_tree(jax.random.key(0), params, grads, masks, **how)["w"].tolist()
+    [[True, True, False, True]]
     """
 
     def update(name: str, w: jax.Array, g: jax.Array, mask: jax.Array) -> jax.Array:

@@ -25,7 +25,11 @@ def sparse(inner: optax.GradientTransformation) -> optax.GradientTransformationE
       inner: any optax transformation; its other keyword extras are passed on.
 
     Returns:
-      A transformation whose ``update(grads, state, params, *, masks, **extra)`` requires `params` and `masks`.
+      A transformation whose ``update(grads, state, params, *, masks, **extra)`` requires `params` and `masks`: without
+      `masks` it raises TypeError.
+
+    Raises:
+      InputError: at its update, without `params`, or with masks of another tree structure or shape.
 
     >>> import jax.numpy as jnp, optax
     >>> params, masks = {"w": jnp.array([1.0, 0.0])}, {"w": jnp.array([True, False])}

@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# report.sh COMMAND...: runs a process of a job and says its exit code in a line that slurm_job.sh reads, because srun and
+# ssh hand on one code for all processes.
+
+set -uo pipefail
+# The command gets the signal too, and this waits for it.
+trap : INT TERM
+"$@"
+code=$?
+echo "process ended with exit code $code"
+exit "$code"

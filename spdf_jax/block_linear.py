@@ -1,0 +1,221 @@
+"""A linear layer with a constant number of live blocks of weights an output block; the others are neither stored nor computed.
+
+A [P, Q] matrix in squares of b x b, of which K are live in each of its J columns of blocks, is ``data [J, K, b, b]``, and
+``idx [J, K]`` says which input block each one reads: ``y_j = sum_k x[idx[j, k]] @ data[j, k]``. Both follow the *topology*, a
+bool ``live [I, J]``, which is data like any other: moving a block compiles nothing. Topologies are made and moved by
+`spdf_jax.sparsity.blocks`.
+
+=========  ========  ======================================================================================
+backend    target    computes
+=========  ========  ======================================================================================
+``loop``   CPU       one output block after the other: what it reads is gathered while it is in the cache
+``gather`` GPU       all output blocks in one batched product, of K / I times as many copies of x as there are blocks
+``pallas`` TPU       the kernels of `spdf_jax.block_kernels`: blocks of a multiple of 128, tokens too
+=========  ========  ======================================================================================
+
+Shape legend: N tokens, P inputs in I blocks, Q outputs in J blocks, K live blocks an output block, b side of a block.
+"""
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
+
+from spdf_jax.attention_backends import split_over_mesh, target_platform
+from spdf_jax.block_kernels import LANES, pallas_input_gradient, pallas_product, pallas_weight_gradient
+from spdf_jax.errors import InputError
+
+BACKENDS = ("auto", "loop", "gather", "pallas")
+#: Name of the layer's output, for `jax.checkpoint_policies`.
+BLOCK_OUTPUT = "block_linear_output"
+
+
+def block_linear(x_BTP: jax.Array, data_JKbb: jax.Array, idx_JK: jax.Array, *, backend: str = "auto") -> jax.Array:
+    """``x @ W`` for a block-sparse W; forward, input gradient and weight gradient touch live blocks only.
+
+    Under a mesh (``jax.set_mesh``) tokens are split over its batch axes and output blocks over ``tensor``, where they divide.
+    Reverse-mode differentiable in `x_BTP` and `data_JKbb`.
+
+    Args:
+      x_BTP: floats.
+      data_JKbb: the live blocks, of the dtype of `x_BTP`.
+      idx_JK: int32, the input block that each one reads.
+      backend: one of ``BACKENDS``; ``auto`` chooses by where the program will run.
+
+    Returns:
+      y_BTQ, Q = J b.
+
+    Raises:
+      InputError: unknown backend, shapes that do not fit, or a backend that cannot compute them.
+
+    >>> x_BTP = jnp.arange(4.0)[None, None]
+    >>> block_linear(x_BTP, jnp.ones((3, 1, 2, 2)), jnp.array([[0], [1], [0]])).tolist()
+    [[[1.0, 1.0, 5.0, 5.0, 1.0, 1.0]]]
+    """
+    J, K, b, _ = data_JKbb.shape
+    B, T, P = x_BTP.shape
+    if P % b or idx_JK.shape != (J, K) or data_JKbb.shape[3] != b:
+        raise InputError(
+            f"block_linear: data {data_JKbb.shape} and idx {idx_JK.shape} do not fit inputs of width {P}: they must be "
+            f"[J, K, b, b] and [J, K], with b dividing {P}"
+        )
+    mesh = jax.sharding.get_abstract_mesh()
+    batch_axes, tensor_axis = split_over_mesh(mesh, B, J)
+    tokens = B * T
+    for axis in batch_axes:
+        tokens //= mesh.shape[axis]
+    backend = _choose(backend, tokens, b)
+    product = functools.partial(_product, backend)
+    if not mesh.empty and mesh.size > 1:
+        # Left to itself the compiler would sum every block's gradient over the devices by itself, and cannot split a kernel.
+        x_spec, block_spec = PartitionSpec(batch_axes or None), PartitionSpec(tensor_axis)
+        y_spec = PartitionSpec(batch_axes or None, None, tensor_axis)
+        product = jax.shard_map(
+            product, mesh=mesh, in_specs=(x_spec, block_spec, block_spec), out_specs=y_spec, check_vma=False
+        )
+    return checkpoint_name(product(x_BTP, data_JKbb, idx_JK), BLOCK_OUTPUT)
+
+
+def live_inputs(live_IJ: jax.Array, count: int) -> jax.Array:
+    """``idx_JK``, the input blocks that each output block reads, in rising order.
+
+    Args:
+      live_IJ: bool, K True in every column.
+      count: K.
+
+    >>> live_inputs(jnp.array([[True, False], [True, True], [False, True]]), 2).tolist()
+    [[0, 1], [1, 2]]
+    """
+    rank_IJ1 = (jnp.cumsum(live_IJ, axis=0) - 1)[:, :, None]
+    found_IJK = live_IJ[:, :, None] & (rank_IJ1 == jnp.arange(count)[None, None])
+    return jnp.argmax(found_IJK, axis=0).astype(jnp.int32)
+
+
+class Linear(nn.Dense):
+    """`flax.linen.Dense`; by blocks where the ``topology`` collection says which blocks of its kernel are live."""
+
+    @nn.compact
+    def __call__(self, x_BTP: jax.Array) -> jax.Array:
+        """x_BTP to y_BTQ in the compute dtype."""
+        if not self.has_variable("topology", "kernel"):
+            return super().__call__(x_BTP)
+        data_JKbb: jax.Array = self.get_variable("params", "kernel")
+        idx_JK = live_inputs(self.get_variable("topology", "kernel"), data_JKbb.shape[1])
+        y_BTQ = block_linear(x_BTP.astype(self.dtype), data_JKbb.astype(self.dtype), idx_JK)
+        if not self.use_bias:
+            return y_BTQ
+        bias_Q = self.param("bias", self.bias_init, (self.features,), self.param_dtype)
+        return y_BTQ + bias_Q.astype(self.dtype)[None, None]
+
+
+def _choose(backend: str, tokens: int, side: int) -> str:
+    if backend not in BACKENDS:
+        raise InputError(f"block_linear: backend {backend!r} is unknown: use one of {', '.join(BACKENDS)}")
+    aligned = side % LANES == 0 and tokens % LANES == 0
+    if backend == "pallas" and not aligned:
+        raise InputError(
+            f"block_linear: backend 'pallas' cannot compute blocks of {side} on {tokens} tokens a device, which must be "
+            f"multiples of {LANES}: use 'auto'"
+        )
+    if backend != "auto":
+        return backend
+    # Without a mesh to split it by hand, a Pallas kernel runs on one device only.
+    one_device = not jax.sharding.get_abstract_mesh().empty or jax.device_count() == 1
+    fastest = {"cpu": "loop", "tpu": "pallas" if aligned and one_device else "gather"}
+    return fastest.get(target_platform(), "gather")
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _product(backend: str, x_BTP: jax.Array, data_JKbb: jax.Array, idx_JK: jax.Array) -> jax.Array:
+    forward = {"loop": _loop_forward, "gather": _gather_forward, "pallas": pallas_product}[backend]
+    x_NP = x_BTP.reshape(-1, x_BTP.shape[-1])
+    return forward(x_NP, data_JKbb, idx_JK).reshape(*x_BTP.shape[:-1], -1)
+
+
+def _product_forward(backend: str, x_BTP: jax.Array, *blocks: jax.Array) -> tuple[jax.Array, Any]:
+    return _product(backend, x_BTP, *blocks), (x_BTP, *blocks)
+
+
+def _product_backward(backend: str, saved: Any, dy_BTQ: jax.Array) -> tuple[jax.Array, jax.Array, None]:
+    x_BTP, data_JKbb, idx_JK = saved
+    x_NP, dy_NQ = x_BTP.reshape(-1, x_BTP.shape[-1]), dy_BTQ.reshape(-1, dy_BTQ.shape[-1])
+    if backend == "loop":
+        dx_NP, ddata_JKbb = _loop_backward(x_NP, data_JKbb, idx_JK, dy_NQ)
+    elif backend == "gather":
+        dx_NP, ddata_JKbb = _gather_backward(x_NP, data_JKbb, idx_JK, dy_NQ)
+    else:
+        dx_NP = pallas_input_gradient(dy_NQ, data_JKbb, idx_JK, x_NP.shape[1])
+        ddata_JKbb = pallas_weight_gradient(x_NP, dy_NQ, idx_JK, data_JKbb.shape[2])
+    return dx_NP.reshape(x_BTP.shape).astype(x_BTP.dtype), ddata_JKbb.astype(data_JKbb.dtype), None
+
+
+_product.defvjp(_product_forward, _product_backward)
+
+
+def _gather_forward(x_NP: jax.Array, data_JKbb: jax.Array, idx_JK: jax.Array) -> jax.Array:
+    x_NJKb = x_NP.reshape(x_NP.shape[0], -1, data_JKbb.shape[2])[:, idx_JK]
+    return jnp.einsum("njkb,jkbc->njc", x_NJKb, data_JKbb).reshape(x_NP.shape[0], -1)
+
+
+def _gather_backward(
+    x_NP: jax.Array, data_JKbb: jax.Array, idx_JK: jax.Array, dy_NQ: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Gradients of x_NP, in float32 or wider, and of data_JKbb."""
+    (J, _, b, _), N = data_JKbb.shape, x_NP.shape[0]
+    x_NIb, dy_NJb = x_NP.reshape(N, -1, b), dy_NQ.reshape(N, J, b)
+    wide = jnp.promote_types(x_NP.dtype, jnp.float32)
+    dx_NJKb = jnp.einsum("njc,jkbc->njkb", dy_NJb, data_JKbb, preferred_element_type=wide)
+    dx_NIb = jnp.zeros(x_NIb.shape, wide).at[:, idx_JK].add(dx_NJKb)
+    return dx_NIb.reshape(x_NP.shape), jnp.einsum("njkb,njc->jkbc", x_NIb[:, idx_JK], dy_NJb)
+
+
+def _loop_forward(x_NP: jax.Array, data_JKbb: jax.Array, idx_JK: jax.Array) -> jax.Array:
+    J, K, b, _ = data_JKbb.shape
+    N = x_NP.shape[0]
+
+    def column(j: jax.Array, y_NQ: jax.Array) -> jax.Array:
+        def copy(k: jax.Array, x_NR: jax.Array) -> jax.Array:
+            return _put(x_NR, _take(x_NP, idx_JK[j, k], b), k)
+
+        x_NR = lax.fori_loop(0, K, copy, jnp.zeros((N, K * b), x_NP.dtype))
+        return _put(y_NQ, x_NR @ data_JKbb[j].reshape(K * b, b), j)
+
+    return lax.fori_loop(0, J, column, jnp.zeros((N, J * b), x_NP.dtype))
+
+
+def _loop_backward(
+    x_NP: jax.Array, data_JKbb: jax.Array, idx_JK: jax.Array, dy_NQ: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Gradients of x_NP, in float32 or wider, and of data_JKbb."""
+    J, K, b, _ = data_JKbb.shape
+    N, P = x_NP.shape
+    x_IbN = x_NP.T.reshape(-1, b, N)  # a sum over tokens is twice as fast from features that lie in a row
+    wide = jnp.promote_types(x_NP.dtype, jnp.float32)
+
+    def column(dx_NP: jax.Array, block: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+        j, data_Kbb, idx_K = block
+        dy_Nb = _take(dy_NQ, j, b)
+        ddata_Rb = x_IbN[idx_K].reshape(K * b, N) @ dy_Nb
+        dx_NR = (dy_Nb @ data_Kbb.reshape(K * b, b).T).astype(wide)
+
+        def add(k: jax.Array, dx_NP: jax.Array) -> jax.Array:
+            return _put(dx_NP, _take(dx_NP, idx_K[k], b) + _take(dx_NR, k, b), idx_K[k])
+
+        return lax.fori_loop(0, K, add, dx_NP), ddata_Rb.reshape(K, b, b)
+
+    dx_NP, ddata_JKbb = lax.scan(column, jnp.zeros((N, P), wide), (jnp.arange(J), data_JKbb, idx_JK))
+    return dx_NP, ddata_JKbb
+
+
+def _take(x_NP: jax.Array, i: jax.Array, b: int) -> jax.Array:
+    """Block i of the last axis."""
+    return lax.dynamic_slice_in_dim(x_NP, i * b, b, 1)
+
+
+def _put(x_NP: jax.Array, x_Nb: jax.Array, i: jax.Array) -> jax.Array:
+    return lax.dynamic_update_slice_in_dim(x_NP, x_Nb, i * x_Nb.shape[1], 1)

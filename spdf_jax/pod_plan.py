@@ -1,0 +1,261 @@
+"""``--job plan --plan_topology v5e:16x16``: the real steps, compiled for a TPU pod that is not there.
+
+It needs libtpu, the extra ``tpu``, and no TPU. ``cost_analysis()["optimal_seconds"]`` would be the compiler's own time, but a
+loop's body is in it once, and every instruction without an estimate as -1 second; so `spdf_jax.hlo` reads the program, and
+`spdf_jax.pod` times it from the cycles in it.
+"""
+
+import importlib.util
+import math
+import os
+import re
+import time
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from spdf_jax.config import RunConfig, check_devices
+from spdf_jax.data import Batch
+from spdf_jax.errors import InputError
+from spdf_jax.flops import step_flops
+from spdf_jax.hlo import Items, executed, executed_collectives, matrix_flops, read_program
+from spdf_jax.model import GPT
+from spdf_jax.plan import PhasePlan, describe, make_plan
+from spdf_jax.pod import GENERATIONS, Need, Pod, Times, estimate, splash_flops, splash_seconds, suggest
+from spdf_jax.sharding import batch_sharding, make_mesh, replicated
+from spdf_jax.sparsity.rules import evolve
+from spdf_jax.state import TrainState, abstract_state, state_shardings
+from spdf_jax.step import make_steps
+
+EXAMPLES = "v5e:4x4, v5e:16x16, v6e:16x16, v4:4x4x4, v5p:4x4x4"
+# libtpu is to look for no TPU, to say nothing of finding none, and to let other processes compile, too.
+_ONLY_COMPILING = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+
+
+@dataclass(frozen=True)
+class Program:
+    """A compiled program, read.
+
+    Attributes:
+      name: what it is.
+      chip_bytes: memory on each chip; where that was too much for the compiler, what it wanted.
+      compile_seconds: on this machine.
+      items: from `spdf_jax.hlo.read_program`; () where the compiler gave up.
+      times: from `spdf_jax.pod.estimate`.
+      flops: of matrix products on each chip, splash attention's included.
+      left_out: kernels that `times` and `flops` leave out, and how often they run.
+    """
+
+    name: str
+    chip_bytes: float
+    compile_seconds: float
+    items: Items = ()
+    times: Times | None = None
+    flops: int = 0
+    left_out: tuple[tuple[str, int], ...] = ()
+
+
+def describe_pod(config: RunConfig, topology: str) -> str:
+    """The table of ``--job plan --plan_topology``.
+
+    Args:
+      config: the run; its mesh must take every chip.
+      topology: ``generation:AxB`` or ``generation:AxBxC``.
+
+    Raises:
+      InputError: libtpu is not there; no such topology; a mesh or batch that does not fit it.
+    """
+    pod, mesh = make_pod(config, topology)
+    g, axes = pod.generation, " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    # Attention is chosen for the pod; what `describe` computes is computed here.
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        table = describe(config, mesh.shape["fsdp"] * mesh.shape["tensor"])
+    lines = [
+        table,
+        f"{topology:<24}{mesh.size} chips of {g.peak_flops / 1e12:.0f} TFLOP/s and {g.hbm_bytes / 1e9:.0f} GB, mesh {axes}, "
+        f"remat {config.model.remat}",
+    ]
+    for plan in make_plan(config):
+        state = phase_state(config, plan, mesh)
+        how = plan.programme.attention(0)
+        programs = [_compile(f"{plan.name}: {name}", step, pod, *how) for name, step in lower_steps(config, plan, mesh)]
+        for program in programs:
+            lines += _describe_program(program, config, plan, pod)
+        state_bytes = sum(map(_chip_bytes, jax.tree.leaves((state.params, state.masks, state.opt_state))))
+        gradient_bytes = sum(map(_chip_bytes, jax.tree.leaves(state.params)))
+        lines.append(f"  state                 {_amount(state_bytes)} a chip")
+        need = Need(
+            topology,
+            **mesh.shape,
+            batch_size=plan.config.batch_size,
+            accumulate=plan.config.grad_accumulation_steps,
+            d_model=config.model.d_model,
+            split_bytes=state_bytes + gradient_bytes,
+            chip_bytes=max(program.chip_bytes for program in programs),
+        )
+        lines.append(f"  suggestion            {suggest(need, plan.name, config.model.remat)}")
+    return "\n".join(lines)
+
+
+def make_pod(config: RunConfig, topology: str) -> tuple[Pod, Mesh]:
+    """The pod, and the config's mesh over it. Raises as `describe_pod` does."""
+    if topology.partition(":")[0] not in GENERATIONS or not re.fullmatch(r"\w+:\d+(x\d+){1,2}", topology):
+        raise InputError(f"--plan_topology: {topology!r} is no topology; for example {EXAMPLES}")
+    if importlib.util.find_spec("libtpu") is None:
+        raise InputError(
+            "--plan_topology: to compile for a TPU takes libtpu (and no TPU), which is not installed: "
+            "pip install -c requirements.lock -e '.[tpu]'"
+        )
+    for name, value in _ONLY_COMPILING.items():
+        os.environ.setdefault(name, value)
+    from jax.experimental import topologies  # brings libtpu
+
+    # The two cores of a v4 chip are one device on a pod; those of a v5p chip are without asking.
+    one_device = {"chip_config_name": "megacore"} if topology.startswith("v4:") else {}
+    try:
+        devices = topologies.get_topology_desc(topology, "tpu", **one_device).devices
+    except jax.errors.JaxRuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"--plan_topology: {topology!r} is no topology ({reason}); for example {EXAMPLES}") from None
+    mesh = make_mesh(config.mesh, devices)
+    if mesh.size < len(devices):
+        raise InputError(f"config.mesh: {config.mesh} takes {mesh.size} of {len(devices)} chips; set a size to -1")
+    check_devices(config, mesh.shape["data"] * mesh.shape["fsdp"])
+    return Pod(topology, tuple(tuple(device.coords) for device in mesh.devices.flat)), mesh
+
+
+def phase_state(config: RunConfig, plan: PhasePlan, mesh: Mesh) -> TrainState:
+    """Shapes and shardings of a phase's state."""
+    state = abstract_state(GPT(config.model), plan.tx, plan.config.sparsity, plan.filter)
+    shardings = state_shardings(mesh, plan.tx, state)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
+
+
+def _chip_bytes(leaf: Any) -> int:
+    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+
+
+def lower_steps(config: RunConfig, plan: PhasePlan, mesh: Mesh) -> list[tuple[str, Any]]:
+    """The phase's train step and, where topology moves, its topology step and what that does after the gradient.
+
+    Args:
+      config: the run.
+      plan: of the phase.
+      mesh: of chips that need not be there.
+
+    Returns:
+      What it is, and the `jax.stages.Lowered`, of each.
+    """
+    phase, rule, regrowth = plan.config, plan.programme.config.topology_rule, plan.config.optimizer.regrowth
+    state, whole = phase_state(config, plan, mesh), replicated(mesh)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    shape_ABT = (phase.grad_accumulation_steps, phase.batch_size // phase.grad_accumulation_steps, plan.seq_len)
+    dtypes = (jnp.int32, jnp.int32, jnp.float32)
+    sharding = batch_sharding(mesh, 3)
+    batch_ABT: Any = Batch(*(jax.ShapeDtypeStruct(shape_ABT, dtype, sharding=sharding) for dtype in dtypes))  # type: ignore[arg-type]
+    groups = plan.programme.groups
+    target_nnz = {name: jax.ShapeDtypeStruct((g.count,), jnp.int32, sharding=whole) for name, g in groups.items()}
+    targets = (target_nnz, jax.ShapeDtypeStruct((), jnp.float32, sharding=whole))
+    steps = make_steps(GPT(config.model), plan.tx, plan.learning_rate, rule, shardings, regrowth)
+    pattern, width = plan.programme.attention(0)
+
+    def prune_and_grow(state: TrainState, grads: Any, target_nnz: Any, drop_fraction: Any) -> Any:
+        moving = (state.key, plan.tx, state.params, grads, state.masks, state.opt_state)
+        how = {"target_nnz": target_nnz, "drop_fraction": drop_fraction, "rule": rule, "regrowth": regrowth}
+        return (rule.evolve or evolve)(*moving, **how)
+
+    with jax.set_mesh(mesh):
+        train = steps.train.lower(state, batch_ABT, pattern=pattern, width=width)
+        if not rule.evolves:
+            return [("train step", train)]
+        topology = steps.topology.lower(state, batch_ABT, *targets, pattern=pattern, width=width)
+        alone = jax.jit(prune_and_grow, out_shardings=(shardings.params, shardings.masks, shardings.opt_state))
+        moved = alone.lower(state, state.params, *targets)
+        return [("train step", train), ("topology step", topology), ("prune and grow alone", moved)]
+
+
+def _compile(name: str, lowered: Any, pod: Pod, pattern: str, width: int) -> Program:
+    started = time.perf_counter()
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        wanted = re.search(r"Used ([\d.]+)([MGT]) of", str(error))
+        if "RESOURCE_EXHAUSTED" not in str(error) or not wanted:
+            raise
+        return Program(name, float(wanted[1]) * 1024 ** (2 + "MGT".index(wanted[2])), time.perf_counter() - started)
+    seconds, memory = time.perf_counter() - started, compiled.memory_analysis()
+    items = read_program(compiled.as_text())
+    kernels = [(times, i, splash_flops(i, pattern, width)) for times, i in executed(items) if i.kernel]
+    left_out: Counter[str] = Counter()
+    for times, kernel, flops in kernels:
+        left_out[kernel.kernel] += 0 if flops else times
+    return Program(
+        name,
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes
+        + memory.generated_code_size_in_bytes,
+        seconds,
+        items,
+        estimate(items, pod, partial(splash_seconds, pattern=pattern, width=width, generation=pod.generation)),
+        matrix_flops(items) + sum(times * flops for times, _, flops in kernels),
+        tuple((+left_out).items()),
+    )
+
+
+def _describe_program(program: Program, config: RunConfig, plan: PhasePlan, pod: Pod) -> list[str]:
+    g, t = pod.generation, program.times
+    fits = "fits" if program.chip_bytes <= g.hbm_bytes else "DOES NOT FIT"
+    lines = [
+        f"{program.name}, compiled in {program.compile_seconds:.0f} s",
+        f"  memory a chip         {program.chip_bytes / 1e9:.2f} GB of {g.hbm_bytes / 1e9:.0f} GB: {fits}",
+    ]
+    if t is None:
+        return lines
+    waiting = t.total - t.computing - t.kernels
+    lines += [
+        f"  matrix FLOPs a chip   {program.flops:.3g}",
+        f"  time, estimated       {1e3 * t.total:.1f} ms: computing {1e3 * t.computing:.1f}, "
+        f"splash attention {1e3 * t.kernels:.1f}, waiting for collectives {1e3 * waiting:.1f} of the "
+        f"{1e3 * t.collectives:.1f} that they take",
+    ]
+    if program.flops:
+        sequences, length = plan.config.batch_size, plan.seq_len
+        dense = step_flops(config.model, seq_len=length, sequences=sequences, active={})
+        half = dense - 6 * sequences * length**2 * config.model.d_model * config.model.n_layer
+        peak, apart = len(pod.coordinates) * g.peak_flops, t.computing + t.kernels + t.collectives
+        lines.append(
+            f"  utilisation           {dense / peak / t.total:.1%} of the peak by the dense model's FLOPs; "
+            f"{dense / peak / apart:.1%} with no collective beside anything, "
+            f"{half / peak / t.total:.1%} with half of attention's FLOPs"
+        )
+    lines += [f"  left out              kernel {name}, {times} times" for name, times in program.left_out]
+    return lines + collective_table(program.items)
+
+
+def collective_table(items: Items) -> list[str]:
+    """A program's collectives by kind, as executed: how many, and their `spdf_jax.hlo.Collective.bytes`."""
+    found: dict[str, list[tuple[int, int]]] = defaultdict(list)
+    for times, collective in executed_collectives(items):
+        found[collective.kind].append((times, collective.bytes))
+    return [
+        f"  {kind:<22}{sum(n for n, _ in ran):,} times, {_amount(sum(n * b for n, b in ran))} in all, at most "
+        f"{_amount(max(b for _, b in ran))}"
+        for kind, ran in sorted(found.items())
+    ]
+
+
+def _amount(n: float) -> str:
+    thousands = min(3, int(math.log10(max(1, n))) // 3)
+    return f"{n / 1000**thousands:.3g} {('bytes', 'kB', 'MB', 'GB')[thousands]}"

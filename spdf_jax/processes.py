@@ -1,0 +1,226 @@
+"""Many processes that make one run, and how a process of a run ends before its time.
+
+On a pod the same program runs on every host. What the processes share beside their devices is JAX's coordination service,
+which lives in process 0: through it a process that has to stop tells the others why, so that none waits for it in vain.
+
+A process ends with `RESTART_CODE` where the same command goes on from the last checkpoint: after SIGTERM, where a step hangs,
+where another process is gone.
+"""
+
+import contextlib
+import ctypes
+import faulthandler
+import itertools
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
+
+import jax
+from jax._src import distributed  # the key-value store of the coordination service has no public name
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from spdf_jax.errors import InputError
+from spdf_jax.sharding import batch_sharding
+
+#: BSD's EX_TEMPFAIL: nothing is wrong with the command; give it again.
+RESTART_CODE = 75
+
+_HEARTBEAT_SECONDS = 30  # a process that has been silent for so long is gone
+_FAREWELL_SECONDS = 3  # process 0 stays so long for the others to hear why it ends
+_STOPPED = "spdf_jax/stopped"
+_questions = itertools.count()
+_terminated = threading.Event()
+_progress: tuple[float, int, float] | None = None  # since when, at which step, seconds allowed
+
+
+def initialise() -> None:
+    """Joins the processes of a run. Before any other use of JAX.
+
+    Cloud TPU, GKE and SLURM say by themselves who is there. Elsewhere the environment does: ``JAX_COORDINATOR_ADDRESS``
+    (host:port of process 0), ``JAX_NUM_PROCESSES`` and ``JAX_PROCESS_ID``. From here on only process 0 writes to standard
+    output.
+
+    Raises:
+      InputError: nothing says who is there, or they cannot be reached.
+    """
+    try:
+        jax.distributed.initialize(
+            num_processes=_number("JAX_NUM_PROCESSES"),
+            process_id=_number("JAX_PROCESS_ID"),
+            heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
+        )
+    except (ValueError, RuntimeError, OSError, ImportError) as error:
+        raise InputError(
+            f"--distributed: cannot join the other processes ({' '.join(str(error).split())}); on plain hosts set "
+            f"JAX_COORDINATOR_ADDRESS=HOST:PORT, JAX_NUM_PROCESSES and JAX_PROCESS_ID, or leave --distributed out"
+        ) from None
+    if not is_first():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    _catch_abort()
+    threading.Thread(target=_stop_with_the_others, daemon=True).start()
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes files and talks; true where there is only one."""
+    return jax.process_index() == 0
+
+
+def from_first(make: Callable[[], str]) -> str:
+    """What `make` returns in process 0, in every process. All of them call it; `make` may take its time."""
+    if not jax.distributed.is_initialized():
+        return make()
+    key = f"spdf_jax/{next(_questions)}"
+    if is_first():
+        _store().key_value_set(key, make())
+    return _wait_for(key)
+
+
+def wait_for_first() -> None:
+    """Until process 0 has come here too: what it wrote before is there to be read."""
+    from_first(str)
+
+
+def agree(what: str, value: str, fix: str) -> None:
+    """Raises `InputError` in a process whose `value` is not that of process 0."""
+    if value != from_first(lambda: value):
+        raise InputError(f"{what}: process {jax.process_index()} has another than process 0; {fix}")
+
+
+def data_share(mesh: Mesh) -> tuple[int, int]:
+    """Which share of every batch this process loads, and how many shares there are.
+
+    Processes whose devices hold the same rows, as with a tensor axis that spans them, load the same share.
+
+    Raises:
+      InputError: a mesh that leaves a process out, or gives processes rows that overlap in part.
+    """
+    n_rows = mesh.shape["data"] * mesh.shape["fsdp"]
+    rows: dict[int, set[int]] = {process: set() for process in range(jax.process_count())}
+    placed: Any = batch_sharding(mesh, rank=2).devices_indices_map((n_rows, 1))
+    for device, (row, _) in placed.items():
+        rows[device.process_index].add(row.start or 0)
+    shares = sorted({tuple(sorted(held)) for held in rows.values()})
+    if len({len(share) for share in shares}) > 1 or sum(map(len, shares)) != n_rows:
+        raise InputError(
+            f"config.mesh: data {mesh.shape['data']}, fsdp {mesh.shape['fsdp']} and tensor {mesh.shape['tensor']} do not share "
+            f"out {jax.device_count()} devices of {jax.process_count()} processes evenly; use all devices, and powers of two"
+        )
+    return shares.index(tuple(sorted(rows[jax.process_index()]))), len(shares)
+
+
+def guard() -> None:
+    """Makes this process the run's own: SIGTERM asks its loop to save and end (`preempted`), and a loop that hangs is ended."""
+    if not jax.distributed.is_initialized():  # else JAX has its own handler, and tells the other processes
+        signal.signal(signal.SIGTERM, lambda *_: _terminated.set())
+    threading.Thread(target=_end_what_hangs, daemon=True).start()
+
+
+def preempted(step: int) -> bool:
+    """Whether to save after `step` and end: all processes get the same answer. To be asked after every step."""
+    if jax.distributed.is_initialized():
+        return multihost_utils.reached_preemption_sync_point(step)
+    return _terminated.is_set()
+
+
+def beat(step: int, limit_seconds: float) -> None:
+    """Something moves. A guarded process that is silent for `limit_seconds` after it ends (0: never)."""
+    global _progress
+    _progress = (time.monotonic(), step, limit_seconds) if limit_seconds else None
+
+
+def stop(code: int, message: str) -> int:
+    """Says `message` and returns `code`. In a run of many processes it does not return: all end with `code`, told why."""
+    sys.stdout.flush()
+    print(message, file=sys.stderr, flush=True)
+    if jax.distributed.is_initialized():
+        last = threading.Timer(10, os._exit, [code])  # should the coordinator not answer
+        last.daemon = True
+        last.start()
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # another was first to say why
+            _store().key_value_set(_STOPPED, f"{code} {_name()} stopped: {message.splitlines()[-1]}")
+        _leave(code)
+    return code
+
+
+@contextlib.contextmanager
+def one_for_all() -> Iterator[None]:
+    """An exception that nothing handled ends all processes of the run, and not only its own."""
+    try:
+        yield
+    except Exception as error:
+        if not jax.distributed.is_initialized():
+            raise
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            time.sleep(_HEARTBEAT_SECONDS + 10)  # most likely another process is gone: that takes time to be known
+        stop(1, traceback.format_exc())
+
+
+def _name() -> str:
+    return f"process {jax.process_index()} of {jax.process_count()}"
+
+
+def _store() -> Any:
+    return distributed.global_state.client
+
+
+def _number(name: str) -> int | None:
+    try:
+        return int(os.environ[name]) if name in os.environ else None
+    except ValueError:
+        raise InputError(f"{name}={os.environ[name]!r}: must be a whole number") from None
+
+
+def _wait_for(key: str) -> str:
+    while True:
+        try:
+            return _store().blocking_key_value_get(key, 60_000)
+        except jax.errors.JaxRuntimeError as error:
+            if "DEADLINE_EXCEEDED" not in str(error):
+                raise
+
+
+def _stop_with_the_others() -> None:
+    try:
+        code, _, reason = _wait_for(_STOPPED).partition(" ")
+    except jax.errors.JaxRuntimeError:  # the service is gone: with the run, or `_catch_abort` sees to it
+        return
+    if not reason.startswith(f"{_name()} "):
+        os.write(2, f"{reason}\n".encode())
+        _leave(int(code))
+
+
+def _leave(code: int) -> NoReturn:
+    if is_first():
+        time.sleep(_FAREWELL_SECONDS)
+    os._exit(code)
+
+
+def _catch_abort() -> None:
+    """JAX's runtime aborts a process when it has lost another. Its callback for that cannot be had from Python (0.10.2)."""
+    ctypes.CDLL(None).signal(signal.SIGABRT, _on_abort)
+
+
+@ctypes.CFUNCTYPE(None, ctypes.c_int)
+def _on_abort(_: int) -> None:
+    os.write(2, b"another process of this run is gone; the same command resumes from the last checkpoint\n")
+    os._exit(RESTART_CODE)
+
+
+def _end_what_hangs() -> None:
+    while True:
+        time.sleep(1)
+        if _progress is not None:
+            since, step, limit_seconds = _progress
+            if time.monotonic() - since > limit_seconds:
+                faulthandler.dump_traceback()
+                message = (
+                    f"step {step}: nothing has moved for {limit_seconds:g} s (config.loop.watchdog_seconds); where each thread "
+                    f"was is above; the same command resumes from the last checkpoint"
+                )
+                os._exit(stop(RESTART_CODE, message))

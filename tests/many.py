@@ -1,0 +1,77 @@
+"""The tiny run in several processes: real ones, each with some simulated devices, joined by sockets."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parent.parent
+
+
+class Ended(NamedTuple):
+    """How a process ended."""
+
+    code: int
+    output: str
+    errors: str
+
+
+def start(
+    count: int, devices: int, workdir: Path, text: Path, *arguments: str, only: dict[int, dict[str, str]] | None = None
+) -> list[subprocess.Popen]:
+    """Starts the command line `count` times with `devices` devices each.
+
+    `arguments` follow ``--config tests/tiny_experiment.py``; `only` sets ``cwd`` and environment variables of single processes.
+    """
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    started = []
+    for index in range(count):
+        env = os.environ | {
+            "XLA_FLAGS": "",
+            "PYTHONPATH": str(Path(__file__).parent),
+            "TINY_TEXT": str(text),
+            "JAX_NUM_CPU_DEVICES": str(devices),
+            "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+            "JAX_NUM_PROCESSES": str(count),
+            "JAX_PROCESS_ID": str(index),
+        }
+        special = (only or {}).get(index, {})
+        command = [
+            sys.executable,
+            "-m",
+            "spdf_jax.main",
+            "--distributed",
+            "--config",
+            f"{ROOT}/tests/tiny_experiment.py",
+        ]
+        started.append(
+            subprocess.Popen(
+                [*command, "--workdir", str(workdir), *arguments],
+                cwd=special.get("cwd", ROOT),
+                env=env | {name: value for name, value in special.items() if name != "cwd"},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    return started
+
+
+def finish(started: list[subprocess.Popen]) -> list[Ended]:
+    """Waits for all; gloo and JAX's own log lines on standard error are left in."""
+    return [Ended(process.returncode, *streams) for process in started if (streams := process.communicate())]
+
+
+def wait_for_rows(workdir: Path, count: int, started: list[subprocess.Popen]) -> None:
+    """Until `metrics.jsonl` has as many rows; a process that ends before is an error."""
+    file = workdir / "metrics.jsonl"
+    while not file.exists() or file.read_bytes().count(b"\n") < count:
+        for process in started:
+            if process.poll() is not None:
+                raise RuntimeError(f"ended with {process.returncode} before row {count}: {process.communicate()}")
+        time.sleep(0.05)

@@ -1,0 +1,370 @@
+"""What can go wrong with a run, and the test that shows that nothing is lost and what is said.
+
+| fault | test |
+|---|---|
+| kill -9 in a save, after a topology step, between phases | `test_train.py::test_killed_run_ends_with_the_same_bits` |
+| kill -9 of one process of several | `test_processes.py::test_one_killed_process_ends_all_and_the_same_command_...` |
+| SIGTERM | `test_sigterm_...`, `test_a_preempted_run_...` here |
+| SIGTERM to one process of several | `test_processes.py::test_sigterm_to_one_process_...` |
+| a file of a checkpoint cut, changed by a bit, gone | `test_a_damaged_checkpoint_...`, `test_where_no_checkpoint_...` here |
+| full disk | `test_main.py::test_a_full_disk_exits_2_and_keeps_the_last_checkpoint`, `test_train.py::test_no_room_for_...` |
+| workdir that cannot be written | `test_a_read_only_disk_...` here, `test_main.py::test_workdir_that_cannot_be_made` |
+| loss that is not finite | `test_train.py::test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint` |
+| finite loss, parameters that are not | `test_parameters_that_are_not_finite_are_never_saved` here |
+| token out of range | `test_a_token_over_the_vocabulary_...` here, `test_main.py::test_token_id_over_the_vocabulary` |
+| data replaced between runs | `test_main.py::test_data_replaced_between_runs` |
+| data missing in one process of several | `test_processes.py::test_data_that_one_process_lacks_stops_all_with_its_message` |
+| two runs in one workdir | `test_main.py::test_a_second_run_in_a_workdir_in_use_is_refused` |
+| a step that hangs | `test_what_hangs_is_ended_with_its_stacks`, `test_every_step_and_every_validation_batch_...` here |
+| an exception in one process of several | `test_processes.py::test_an_exception_in_one_process_ends_the_others` |
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import tiny_config, write_text
+
+import spdf_jax as spdf
+from spdf_jax import checkpoint as checkpointing
+from spdf_jax import jobs, processes, train
+from spdf_jax.errors import Restart
+from spdf_jax.restore import saved_run
+from spdf_jax.tracking import read_metrics
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return write_text(tmp_path_factory.mktemp("data") / "text")
+
+
+def short(text: Path):
+    """One phase of 12 steps, saved every four, with few programs to compile."""
+    c = tiny_config(text, text.parent / "cache")
+    c.pretrain.steps, c.loop.checkpoint_every_steps, c.phases = 12, 4, ("pretrain",)
+    c.pretrain.sparsity.update_every_steps, c.pretrain.sparsity.attention_end = 3, 0.0
+    del c.finetune
+    return c
+
+
+@pytest.fixture(scope="module")
+def whole(text, tmp_path_factory):
+    """The short run from its beginning to its end."""
+    workdir = tmp_path_factory.mktemp("run") / "whole"
+    jobs.train(spdf.resolve(short(text)), workdir, progress=False)
+    return workdir
+
+
+def saved(workdir: Path) -> list[np.ndarray]:
+    """Every array of what a run has come to."""
+    state = saved_run(workdir).state
+    return jax.tree.leaves(jax.device_get(state.replace(key=jax.random.key_data(state.key))))
+
+
+def assert_ends_as(workdir: Path, whole: Path) -> None:
+    for ours, theirs in zip(saved(workdir), saved(whole), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    ours, theirs = (
+        [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in read_metrics(folder)]
+        for folder in (workdir, whole)
+    )
+    assert ours == theirs
+
+
+# --- the end before the end -------------------------------------------------------------------------------------------
+
+
+def command(workdir: Path, text: Path, *arguments: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "spdf_jax.main",
+            "--config",
+            "tests/tiny_experiment.py",
+            "--workdir",
+            workdir,
+            *arguments,
+        ],
+        cwd=ROOT,
+        env=os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(Path(__file__).parent), "TINY_TEXT": str(text)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_sigterm_saves_and_exits_with_75_and_one_message(text, tmp_path):
+    started = command(tmp_path, text, "--quiet", "--config.loop.checkpoint_every_steps=1000")
+    metrics = tmp_path / "metrics.jsonl"
+    while not metrics.exists() or metrics.read_bytes().count(b"\n") < 4:
+        assert started.poll() is None, started.communicate()
+        time.sleep(0.05)
+    started.send_signal(signal.SIGTERM)
+    _, errors = started.communicate()
+    (step,) = (p.name for p in (tmp_path / "checkpoints").iterdir())
+    assert started.returncode == processes.RESTART_CODE == 75
+    assert errors == f"preempted: saved at step {step}; the same command resumes\n"
+    assert read_metrics(tmp_path)[-1]["step"] == int(step)
+
+
+def test_a_preempted_run_ends_with_the_same_bits(whole, text, tmp_path, monkeypatch):
+    config = spdf.resolve(short(text))
+    for stop in (5, 8):  # between checkpoints, and where there is one anyway
+        monkeypatch.setattr(processes, "preempted", lambda step, stop=stop: step == stop)
+        with pytest.raises(Restart, match=f"^preempted: saved at step {stop}; the same command resumes$"):
+            jobs.train(config, tmp_path, progress=False)
+        assert int(saved_run(tmp_path).state.step) == stop
+    monkeypatch.undo()
+    jobs.train(config, tmp_path, progress=False)
+    assert_ends_as(tmp_path, whole)
+
+
+def test_what_hangs_is_ended_with_its_stacks():
+    program = """
+import time
+from spdf_jax import processes
+def a_step_that_hangs():
+    processes.beat(7, 1)
+    time.sleep(100)
+processes.guard()
+processes.beat(6, 0)  # 0: as long as it likes
+time.sleep(2.5)
+a_step_that_hangs()
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert result.returncode == processes.RESTART_CODE
+    assert "in a_step_that_hangs" in result.stderr
+    assert result.stderr.splitlines()[-1] == (
+        "step 7: nothing has moved for 1 s (config.loop.watchdog_seconds); where each thread was is above; "
+        "the same command resumes from the last checkpoint"
+    )
+
+
+def test_every_step_and_every_validation_batch_beats(text, tmp_path, monkeypatch):
+    c = short(text)
+    c.pretrain.steps, c.loop.watchdog_seconds, c.loop.eval_batch_size = 5, 77, 1
+    beats = []
+    monkeypatch.setattr(processes, "beat", lambda *beat: beats.append(beat))
+    jobs.train(spdf.resolve(c), tmp_path, progress=False)
+    assert set(beats[:-1]) == {(step, 77) for step in range(6)}
+    assert beats.count((0, 77)) == beats.count((5, 77)) - 1 > 1  # the validation batches; step 5 beats itself, too
+    assert beats[-1] == (0, 0)  # what comes after the last step may take its time
+
+
+# --- damaged checkpoints ----------------------------------------------------------------------------------------------
+
+
+def largest(folder: Path, pattern: str) -> Path:
+    return max((p for p in folder.glob(pattern) if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 4
+    file.write_bytes(content)
+
+
+def change_step(file: Path) -> None:
+    file.write_text(file.read_text().replace('"next_example": 48', '"next_example": 49'))
+
+
+ARRAYS, INDEX, RECORD = "state/ocdbt.process_0/d/*", "state/d/*", "record/metadata"
+DAMAGES = {
+    "arrays cut": (ARRAYS, cut),
+    "a bit of an array": (ARRAYS, flip),
+    "a bit of the index": (INDEX, flip),
+    "a digit of the record": (RECORD, change_step),
+}
+MORE_DAMAGES = {
+    "arrays gone": (ARRAYS, Path.unlink),
+    "index cut": (INDEX, cut),
+    "record cut": (RECORD, cut),
+    "list of arrays cut": ("state/_METADATA", cut),
+}
+
+
+@pytest.fixture
+def interrupted(whole, tmp_path):
+    """As the short run was before it said that it was finished."""
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "summary.json").unlink()
+    return tmp_path
+
+
+# Reads that were under way when one failed end later, in nobody's hands; pytest makes an error of each.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("damage", [*DAMAGES, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE_DAMAGES)])
+def test_a_damaged_checkpoint_is_noticed_set_aside_and_the_one_before_it_gone_on_from(
+    damage, whole, interrupted, text, capfd
+):
+    pattern, harm = (DAMAGES | MORE_DAMAGES)[damage]
+    folder = interrupted / "checkpoints"
+    harm(largest(folder / "12", pattern))
+    with pytest.raises(spdf.InputError, match="the checkpoint at step 12 is damaged"):
+        saved_run(interrupted)
+    capfd.readouterr()
+    jobs.train(spdf.resolve(short(text)), interrupted, progress=False)
+    said = capfd.readouterr()
+    (aside,) = folder.glob("*.damaged-*")
+    line, resuming, *_ = said.out.splitlines()
+    start, end = (
+        f"{folder}: the checkpoint at step 12 is damaged (",
+        (f"); --job train falls back to the one before it, at step 8. The damaged one is kept as {aside.name}"),
+    )
+    assert line.startswith(start)
+    assert line.endswith(end)
+    assert resuming == f"{interrupted}: resuming after step 8 of 12."
+    assert aside.name.startswith("12.")
+    assert "Traceback" not in said.err
+    shutil.rmtree(aside)
+    assert_ends_as(interrupted, whole)
+
+
+def test_where_no_checkpoint_is_sound_nothing_is_moved(interrupted, text):
+    folder = interrupted / "checkpoints"
+    shutil.rmtree(folder / "4")
+    shutil.rmtree(folder / "8")
+    flip(largest(folder / "12", ARRAYS))
+    with pytest.raises(spdf.InputError, match="but there is none; start again with another --workdir"):
+        jobs.train(spdf.resolve(short(text)), interrupted, progress=False)
+    assert [p.name for p in folder.iterdir()] == ["12"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "uint8", "bool"])
+def test_a_checksum_tells_one_changed_bit_and_two_swapped_elements(dtype):
+    rng = np.random.default_rng(0)
+    bits = jnp.dtype("uint8" if dtype == "bool" else f"uint{8 * jnp.dtype(dtype).itemsize}")
+    words = rng.integers(2 if dtype == "bool" else 2 ** (8 * bits.itemsize), size=(3, 5, 8)).astype(bits)
+
+    def checksum(words):
+        array = (
+            words.astype(bool)
+            if dtype == "bool"
+            else jax.lax.bitcast_convert_type(jnp.asarray(words), jnp.dtype(dtype))
+        )
+        return int(checkpointing._checksum(jnp.asarray(array)))
+
+    whole = checksum(words)
+    for bit in range(1 if dtype == "bool" else 8 * bits.itemsize):
+        for place in ((0, 0, 0), (2, 4, 7), (1, 2, 3)):
+            changed = words.copy()
+            changed[place] ^= bits.type(1 << bit)
+            assert checksum(changed) != whole
+    swapped = words.copy()
+    swapped[0, 0, 0], swapped[2, 3, 4] = swapped[2, 3, 4], swapped[0, 0, 0]
+    assert (checksum(swapped) == whole) == (words[0, 0, 0] == words[2, 3, 4])
+
+
+def test_a_checkpoint_without_checksums_is_still_read(interrupted, whole):
+    """As versions before wrote it."""
+    record = interrupted / "checkpoints" / "12" / "record" / "metadata"
+    content = json.loads(record.read_text())
+    record.write_text(json.dumps({k: v for k, v in content.items() if k not in ("leaves", "crc32")}))
+    for ours, theirs in zip(saved(interrupted), saved(whole), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+# --- what must not be saved, and where nothing can be -------------------------------------------------------------------
+
+
+def test_parameters_that_are_not_finite_are_never_saved(whole, text, tmp_path, monkeypatch):
+    """The loss of a step is of the parameters before it: that of step 8 is finite, what the step left is not."""
+    config, one_step = spdf.resolve(short(text)), train.one_step
+
+    def poisoned(steps, plan, local, state, batch):
+        state, metrics = one_step(steps, plan, local, state, batch)
+        if local == 7:
+            bias = state.params["ln_f"]["bias"]
+            state = state.replace(params=state.params | {"ln_f": state.params["ln_f"] | {"bias": bias * np.nan}})
+        return state, metrics
+
+    monkeypatch.setattr(train, "one_step", poisoned)
+    with pytest.raises(spdf.InputError, match=r"step 8: the loss is finite, but a parameter .*checkpoint at step 4 is"):
+        jobs.train(config, tmp_path, progress=False)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["4"]
+    monkeypatch.undo()
+    jobs.train(config, tmp_path, progress=False)
+    assert_ends_as(tmp_path, whole)
+
+
+def test_a_token_over_the_vocabulary_of_the_model_is_named(text, tmp_path):
+    ids = np.arange(400, dtype=np.uint16) % 300
+    ids.tofile(tmp_path / "train.bin")
+    (ids + (ids == 299) * 7).astype(np.uint16).tofile(tmp_path / "val.bin")
+    c = short(text)
+    c.data.source, c.data.path, c.model.vocab_size = "token_files", str(tmp_path), 300
+    with pytest.raises(spdf.InputError) as caught:
+        jobs.train(spdf.resolve(c), tmp_path / "run", progress=False)
+    assert str(caught.value) == (
+        "config.data: token id 306 is at or over config.model.vocab_size 300; set config.model.vocab_size to at least 307"
+    )
+
+
+def can_mount() -> bool:
+    return (
+        shutil.which("unshare") is not None and not subprocess.run(["unshare", "-rm", "true"], check=False).returncode
+    )
+
+
+@pytest.mark.skipif(
+    not can_mount(), reason="needs user namespaces, to mount a disk read-only: root may write anywhere else"
+)
+def test_a_read_only_disk_is_named(text, tmp_path):
+    run = f"{sys.executable} -m spdf_jax.main --config tests/tiny_experiment.py --quiet --workdir {tmp_path}/run"
+    result = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", f"mount -t tmpfs -o ro tmpfs {tmp_path} && exec {run}"],
+        cwd=ROOT,
+        env=os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(Path(__file__).parent), "TINY_TEXT": str(text)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 2
+    assert result.stderr == (
+        f"error: workdir {tmp_path}/run: cannot write there (Read-only file system); choose another --workdir\n"
+    )
+
+
+# --- profiles ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_profile_holds_the_steps_that_were_asked_for(text, tmp_path):
+    c = short(text)
+    c.pretrain.steps, c.loop.profile_steps = 6, "2:4"
+    jobs.train(spdf.resolve(c), tmp_path, progress=False)
+    (trace,) = tmp_path.glob("profile/plugins/profile/*/*.xplane.pb")
+    planes = jax.profiler.ProfileData.from_file(str(trace)).planes
+    events = [e for plane in planes for line in plane.lines for e in line.events if e.name.startswith("train")]
+    assert {dict(e.stats)["step_num"] for e in events if "step_num" in dict(e.stats)} == {3, 4}
+
+
+@pytest.mark.parametrize("value", ["5", "5:5", "7:5", "a:b", "1:2:3", "-1:4", ":4"])
+def test_a_profile_of_nothing_is_refused(value, text):
+    c = short(text)
+    c.loop.profile_steps = value
+    with pytest.raises(spdf.InputError, match=r"config\.loop: profile_steps: .* must be A:B with 0 <= A < B"):
+        spdf.resolve(c)
+
+
+def test_loop_numbers_that_cannot_be_are_refused(text):
+    for name, value in (("watchdog_seconds", -1), ("log_every_steps", 0), ("checkpoint_every_steps", 0)):
+        c = short(text)
+        c.loop[name] = value
+        with pytest.raises(spdf.InputError, match=rf"config\.loop: {name}: {value} must"):
+            spdf.resolve(c)

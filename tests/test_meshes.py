@@ -1,0 +1,201 @@
+"""The same run on every mesh and over any number of processes, and from one to another in the middle."""
+
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from many import finish, start, wait_for_rows
+from tiny import tiny_config, write_text
+
+import spdf_jax as spdf
+from spdf_jax import jobs
+from spdf_jax.checkpoint import Checkpoints
+from spdf_jax.plan import make_plan
+from spdf_jax.processes import RESTART_CODE
+from spdf_jax.restore import saved_run
+from spdf_jax.sharding import MeshConfig, make_mesh, parameter_shardings
+from spdf_jax.sparsity.masks import pack_masks
+from spdf_jax.sparsity.rules import evolve
+from spdf_jax.state import init_state, state_shardings
+from spdf_jax.tracking import read_metrics
+from spdf_jax.tree import named_leaves
+
+MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 1, 8)]
+STEPS = 200
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return write_text(tmp_path_factory.mktemp("data") / "text")
+
+
+def config(text: Path, sizes: tuple[int, int, int] = (1, 1, 1)):
+    """MST through all its phases, every axis of its matrices divisible by eight."""
+    c = tiny_config(text, text.parent / "cache")
+    c.model.n_head, c.model.d_model, c.model.vocab_size = 8, 32, 304
+    c.mesh.data, c.mesh.fsdp, c.mesh.tensor = sizes
+    c.pretrain.steps, c.pretrain.batch_size, c.phases = STEPS, 8, ("pretrain",)
+    c.pretrain.optimizer.peak_learning_rate = 1e-3
+    del c.finetune
+    c.loop.keep_checkpoints, c.loop.checkpoint_every_steps, c.loop.eval_every_steps = 1, STEPS, STEPS
+    return spdf.resolve(c)
+
+
+# --- one topology step ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def before_a_topology_step(text):
+    """A phase, a state in it, a dense gradient, and what to aim for: in host memory."""
+    run = config(text)
+    plan = make_plan(run)[0]
+    state = init_state(
+        spdf.GPT(run.model), plan.tx, plan.config.sparsity, plan.filter, run.seed, make_mesh(MeshConfig(1))
+    )
+    rng = np.random.default_rng(0)
+    grads = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(x.dtype), state.params)
+    local = next(step for step in range(STEPS) if plan.programme.topology(step) and plan.programme.sparsity(step) > 0.5)
+    target = plan.programme.topology(local)
+    nnz = {name: np.full((plan.programme.groups[name].count,), n, np.int32) for name, n in target.counts.items()}
+    return plan, state, grads, nnz, np.float32(target.drop_fraction)
+
+
+def topology_step(sizes, plan, state, grads, target_nnz, drop_fraction):
+    """Packed masks and parameters after the step, on a mesh of these sizes."""
+    mesh = make_mesh(MeshConfig(*sizes))
+    placed = jax.device_put(state.replace(key=jax.random.key_data(state.key)), state_shardings(mesh, plan.tx, state))
+    grads = jax.device_put(grads, parameter_shardings(mesh, grads))
+
+    @jax.jit
+    def step(state, grads):
+        return evolve(
+            jax.random.wrap_key_data(state.key),
+            plan.tx,
+            state.params,
+            grads,
+            state.masks,
+            state.opt_state,
+            target_nnz=target_nnz,
+            drop_fraction=drop_fraction,
+            rule=plan.programme.config.topology_rule,
+            regrowth=plan.config.optimizer.regrowth,
+        )
+
+    with jax.set_mesh(mesh):
+        params, masks, _ = step(placed, grads)
+    return jax.device_get((pack_masks(masks), params))
+
+
+@pytest.fixture(scope="module")
+def after_it(before_a_topology_step):
+    """What the step gives on one device."""
+    return topology_step((1, 1, 1), *before_a_topology_step)
+
+
+@pytest.mark.parametrize(
+    "sizes", [pytest.param(sizes, marks=() if sizes == (2, 2, 2) else pytest.mark.slow) for sizes in MESHES]
+)
+def test_a_topology_step_gives_the_same_bits_on_every_mesh(sizes, before_a_topology_step, after_it):
+    before = jax.device_get(pack_masks(before_a_topology_step[1].masks))
+    assert any((a != b).any() for a, b in zip(*map(jax.tree.leaves, (after_it[0], before)), strict=True))
+    found = topology_step(sizes, *before_a_topology_step)
+    for (name, ours), (_, theirs) in zip(named_leaves(found), named_leaves(after_it), strict=True):
+        np.testing.assert_array_equal(ours, theirs, err_msg=name)
+
+
+# --- a whole run ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def alone(text, tmp_path_factory):
+    """The run on one device."""
+    workdir = tmp_path_factory.mktemp("runs") / "alone"
+    jobs.train(config(text), workdir, progress=False)
+    return workdir
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", MESHES)
+def test_a_run_through_all_phases_is_the_same_on_every_mesh(sizes, text, alone, tmp_path):
+    run = config(text, sizes)
+    jobs.train(run, tmp_path, progress=False)
+    ours, theirs = (read_metrics(workdir) for workdir in (tmp_path, alone))
+    assert len(ours) == len(theirs) > STEPS
+    for row, other in zip(ours, theirs, strict=True):
+        exact = ("step", "sparsity", "density", "train_flops", "tokens")
+        assert [row.get(key) for key in exact] == [other.get(key) for key in exact]
+        for kind in ("loss", "val_loss"):
+            assert row.get(kind) == pytest.approx(other.get(kind), abs=1e-3), row["step"]
+    assert {0.0, run.phases["pretrain"].sparsity.sparsity} <= {round(row["sparsity"], 2) for row in ours}
+
+    masks = [jax.device_get(saved_run(workdir, make_mesh(MeshConfig(1))).state.masks) for workdir in (tmp_path, alone)]
+    counts = make_plan(run)[0].programme.counts(STEPS)
+    differing = weights = 0
+    for (name, mask), (_, other) in zip(*map(named_leaves, masks), strict=True):
+        if mask.ndim:
+            layers = mask.reshape(make_plan(run)[0].programme.groups[name].count, -1)
+            assert (layers.sum(axis=1) == counts[name]).all()
+            differing, weights = differing + (mask != other).sum(), weights + mask.size
+    assert weights
+    assert differing < 1e-3 * weights
+
+
+# --- from one to another ----------------------------------------------------------------------------------------------
+
+
+def as_written(workdir: Path, step: int) -> dict[str, np.ndarray]:
+    """All arrays of a checkpoint by name, read by orbax alone."""
+    with ocp.StandardCheckpointer() as reader:
+        tree = reader.restore((workdir / "checkpoints" / str(step) / "state").absolute())
+    return {name: np.asarray(leaf) for name, leaf in named_leaves(tree)}
+
+
+@pytest.mark.slow
+def test_saved_by_two_processes_on_one_mesh_and_gone_on_from_elsewhere(text, tmp_path):
+    """Saved on (2, 2, 2) by two processes; gone on from on one device, on (1, 8, 1), and as it was begun."""
+    whole, arguments = tmp_path / "whole", ["--quiet"]
+    changes = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2, "pretrain.batch_size": 8, "finetune.batch_size": 8}
+    arguments += [f"--config.{name}={value}" for name, value in changes.items()]
+    arguments += [
+        "--config.model.n_head=4",
+        "--config.model.vocab_size=304",
+        "--config.loop.checkpoint_every_steps=1000",
+    ]
+    started = start(2, 4, whole, text, *arguments)
+    wait_for_rows(whole, 20, started)
+    started[0].terminate()
+    assert [end.code for end in finish(started)] == [RESTART_CODE] * 2
+    (step,) = (int(p.name) for p in (whole / "checkpoints").iterdir())
+    assert 10 < step < 40
+    written = as_written(whole, step)
+
+    found = {}
+    for sizes in ((1, 1, 1), (1, 8, 1)):
+        workdir = tmp_path / f"{sizes}"
+        shutil.copytree(whole, workdir)
+        c = tiny_config(text, text.parent / "cache")
+        c.model.n_head, c.model.vocab_size, c.pretrain.batch_size, c.finetune.batch_size = 4, 304, 8, 8
+        c.mesh.data, c.mesh.fsdp, c.mesh.tensor = sizes
+        run = spdf.resolve(c)
+        state = saved_run(workdir, make_mesh(run.mesh), run).state
+        arrays = state.replace(key=jax.random.key_data(state.key), masks=pack_masks(state.masks))
+        restored = dict(named_leaves(jax.device_get(arrays)))
+        assert restored.keys() == written.keys()
+        for name, array in written.items():
+            np.testing.assert_array_equal(restored[name], array, err_msg=name)
+        checkpoints = Checkpoints(workdir / "checkpoints")
+        assert checkpoints.record()["next_example"] == 8 * step
+        checkpoints.close()
+        jobs.train(run, workdir, progress=False)
+        found[sizes] = {row["step"]: row["loss"] for row in read_metrics(workdir) if "loss" in row}
+    assert [end.code for end in finish(start(2, 4, whole, text, *arguments))] == [0, 0]
+    found["as begun"] = {row["step"]: row["loss"] for row in read_metrics(whole) if "loss" in row}
+    for losses in found.values():
+        assert list(losses) == list(range(1, 73))  # no step twice, none left out
+        for later in range(step + 1, step + 21):
+            assert losses[later] == pytest.approx(found[1, 1, 1][later], abs=1e-4), later
+    assert jnp.isfinite(jnp.array(list(found[1, 8, 1].values()))).all()

@@ -1,0 +1,294 @@
+"""Plans for TPU pods: reading programs, timing them, suggestions and errors; slowly, a real one for a small model."""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import spdf_jax as spdf
+from spdf_jax.config import load_config
+from spdf_jax.hlo import Collective, Instruction, Loop, executed, executed_collectives, matrix_flops, read_program
+from spdf_jax.pod import GENERATIONS, Need, Pod, estimate, splash_flops, splash_seconds, suggest
+from spdf_jax.pod_plan import collective_table, describe_pod
+
+ROOT = Path(__file__).parent.parent
+
+PROGRAM = """HloModule jit_step, is_scheduled=true
+
+%fused_start (p0: bf16[8,16]) -> bf16[32,16] {
+  %p0 = bf16[8,16]{1,0} parameter(0)
+  ROOT %all-gather.1 = bf16[32,16]{1,0:T(8,128)(2,1)} all-gather(%p0), channel_id=7, replica_groups=[1,4]<=[4], dimensions={0}
+}
+
+%async_collective_fusion (p1: bf16[8,16], p2: bf16[64,32]) -> bf16[64,16] {
+  %p1 = bf16[8,16]{1,0} parameter(0)
+  %all-gather.2 = bf16[32,16]{1,0} all-gather(%p1), channel_id=7, replica_groups=[1,4]<=[4], dimensions={0}
+  %p2 = bf16[64,32]{1,0} parameter(1)
+  %w = bf16[32,16]{1,0} parameter(2)
+  ROOT %convolution.1 = bf16[64,16]{1,0} convolution(%p2, %w), dim_labels=bf_io->bf
+}
+
+%all-reduce-scatter.3 (p3: bf16[32,16]) -> bf16[8,16] {
+  %p3 = bf16[32,16]{1,0} parameter(0)
+  %all-reduce.3 = bf16[32,16]{1,0} all-reduce(%p3), channel_id=9, replica_groups={{0,2},{1,3}}, to_apply=%add
+  ROOT %dynamic-slice.1 = bf16[8,16]{1,0} dynamic-slice(%all-reduce.3, %i, %j)
+}
+
+%inner (t: (s32[], f32[])) -> (s32[], f32[]) {
+  %permute = (f32[4]{0}, f32[4]{0}, u32[], u32[]) collective-permute-start(%v), channel_id=1, source_target_pairs={{0,1},{1,0}}
+  %v = f32[4]{0} parameter(0)
+  %permute-done = f32[4]{0} collective-permute-done(%permute)
+}
+
+%inner_condition (t: (s32[], f32[])) -> pred[] {
+  %n = s32[]{:T(128)} constant(3)
+  ROOT %lt.1 = pred[] compare(%i, %n), direction=LT
+}
+
+%layer (t: (s32[], bf16[8,16])) -> (s32[], bf16[8,16]) {
+  %shard = bf16[8,16]{1,0} parameter(0)
+  %async-collective-start = (bf16[8,16], bf16[32,16]) fusion(%shard), kind=kCustom, calls=%fused_start
+  %fusion.1 = (bf16[64,16]) fusion(%a, %b), kind=kOutput, calls=%async_collective_fusion, \
+backend_config={"window_config":{"estimated_cycles":"1500000"}}
+  %async-collective-done = bf16[32,16] fusion(%c), kind=kCustom, calls=%fused_start
+  %fusion.2 = bf16[8,16]{1,0} fusion(%g), kind=kCustom, calls=%all-reduce-scatter.3
+  %while.2 = (s32[], f32[]) while(%t2), condition=%inner_condition, body=%inner
+  %copy.1 = f32[8]{0} copy(%x), backend_config={"estimated_cycles":"30"}
+}
+
+%layer_condition (t: (s32[], bf16[8,16])) -> pred[] {
+  %limit = s32[] constant(12)
+  %index = s32[] get-tuple-element(%t), index=0
+  ROOT %lt.2 = pred[] compare(%index, %limit), direction=LT
+}
+
+ENTRY %main (a: bf16[8,16]) -> f32[] {
+  %a = bf16[8,16]{1,0} parameter(0)
+  %loss = f32[]{:T(128)} parameter(1)
+  %pair = (f32[8]{0}, /*index=1*/f32[2,2]{1,0}) all-reduce(%y, %z), channel_id=2, \
+replica_groups=mesh['axis_0'=2,'axis_1'=2], device_ids=([2,2]T(1,0)) {'axis_1'}, to_apply=%add
+  %y = f32[8]{0} parameter(2)
+  %z = f32[2,2]{1,0} parameter(3)
+  %while.1 = (s32[], bf16[8,16]) while(%t1), condition=%layer_condition, body=%layer
+  %splash_mha_fwd_residuals.3 = (f32[1,64,64]{2,1,0}) custom-call(%m, %q), custom_call_target="tpu_custom_call", \
+operand_layout_constraints={s8[1,4,4]{2,1,0}, bf16[2,16,2048,128]{3,2,1,0}}, frontend_attributes={kernel_metadata={
+"xprof_metadata":"{}"
+}}, backend_config={"flag_configs":[]}
+  ROOT %sum = f32[] all-reduce(%loss), channel_id=3, replica_groups=mesh['axis_0'=4] {'axis_0'}, to_apply=%add
+}
+"""
+
+
+def test_collectives_count_as_often_as_they_run_and_once_for_all_fusions_that_they_run_beside():
+    found = [(times, c.kind, c.bytes, c.devices) for times, c in executed_collectives(read_program(PROGRAM))]
+    assert found == [
+        (1, "all-reduce", 4 * (8 + 4), (0, 2)),
+        (12, "all-gather", 2 * 32 * 16, (0, 1, 2, 3)),
+        (12, "reduce-scatter", 2 * 32 * 16, (0, 2)),
+        (36, "collective-permute", 4 * 4, (0, 1)),
+        (1, "all-reduce", 4, (0, 1, 2, 3)),
+    ]
+    assert collective_table(read_program(PROGRAM)) == [
+        "  all-gather            12 times, 12.3 kB in all, at most 1.02 kB",
+        "  all-reduce            2 times, 52 bytes in all, at most 48 bytes",
+        "  collective-permute    36 times, 576 bytes in all, at most 16 bytes",
+        "  reduce-scatter        12 times, 12.3 kB in all, at most 1.02 kB",
+    ]
+
+
+def test_flops_cycles_and_kernels_are_multiplied_by_their_loops():
+    items = read_program(PROGRAM)
+    assert matrix_flops(items) == 12 * 2 * 64 * 32 * 16
+    assert sum(times * i.cycles for times, i in executed(items)) == 12 * (1_500_000 + 30)
+    assert [(times, i.kernel, i.operands[-1]) for times, i in executed(items) if i.kernel] == [
+        (1, "splash_mha_fwd_residuals", (2, 16, 2048, 128))
+    ]
+    assert [item.times for item in items if isinstance(item, Loop)] == [12]
+
+
+@pytest.mark.parametrize(
+    ("instruction", "products"),
+    [
+        # Batched products come as windows that slide over padding or holes: only what is there counts.
+        ("bf16[8,128,64] convolution(%l, %r), window={size=8 pad=7_7 rhs_reversal=1}, dim_labels=bf0_0oi->0bf", 8),
+        ("bf16[8,128,64] convolution(%l, %r), window={size=8 stride=7 lhs_dilate=8}, dim_labels=0bf_0oi->0bf", 8),
+    ],
+)
+def test_flops_of_products_written_as_sliding_windows(instruction, products):
+    left = "bf16[128,32,1]" if "pad" in instruction else "bf16[8,128,32]"
+    lines = (f"%l = {left} parameter(0)", "%r = bf16[8,64,32] parameter(1)", f"%c = {instruction}")
+    text = "\n  ".join(["ENTRY %main (a: f32[]) -> f32[] {", *lines]) + "\n}"
+    assert matrix_flops(read_program(text)) == products * 2 * 128 * 64 * 32
+
+
+SQUARE = Pod("v5e:4x4", tuple((x, y, 0) for x in range(4) for y in range(4)))
+TORUS = Pod("v5e:16x16", tuple((x, y, 0) for x in range(16) for y in range(16)))
+
+
+def test_a_closed_ring_has_twice_the_bandwidth_of_a_line():
+    hops = 1e-6
+    line = SQUARE.seconds(Collective("all-gather", 45_000_000, (0, 1, 2, 3), ""))
+    assert line == pytest.approx(0.75e-3 + 4 * hops)
+    assert SQUARE.seconds(Collective("all-reduce", 45_000_000, (0, 1, 2, 3), "")) == pytest.approx(1.5e-3 + 4 * hops)
+    assert SQUARE.seconds(Collective("all-gather", 90_000_000, (), "")) == pytest.approx(15 / 16 * 1e-3 + 8 * hops)
+    ring = TORUS.seconds(Collective("all-gather", 90_000_000, tuple(range(16)), ""))
+    assert ring == pytest.approx(15 / 16 * 1e-3 + 16 * hops)
+    assert TORUS.seconds(Collective("collective-permute", 45_000_000, (0, 1), "")) == pytest.approx(1e-3 + hops)
+    # Sixteen on a ring are four links apart on average, and each has two links.
+    assert TORUS.seconds(Collective("all-to-all", 45_000_000, tuple(range(16)), "")) == pytest.approx(2e-3 + 16 * hops)
+
+
+def test_asynchronous_collectives_run_beside_what_computes_until_they_are_waited_for():
+    gather = Instruction(collectives=(Collective("all-gather", 45_000_000, (0, 1, 2, 3), "a"),))  # 0.754 ms
+    reduce = Instruction(
+        collectives=(Collective("all-reduce", 45_000_000, (0, 1, 2, 3), "b"),)
+    )  # 1.504 ms, beside nothing
+    half_ms = Instruction(cycles=750_000)
+    times = estimate((Loop(10, (gather, half_ms, gather, reduce)), half_ms), SQUARE, lambda _: 0.0)
+    assert times.computing == pytest.approx(5.5e-3)
+    assert times.collectives == pytest.approx(10 * (0.754e-3 + 1.504e-3))
+    assert times.total == pytest.approx(10 * (0.754e-3 + 1.504e-3) + 0.5e-3)
+    one_ms = (gather, half_ms, half_ms, gather)
+    assert estimate(one_ms, SQUARE, lambda _: 0.0).total == pytest.approx(1e-3)
+    assert estimate(one_ms, SQUARE, lambda i: 1e-3 * bool(i.cycles)).kernels == pytest.approx(2e-3)
+
+
+def test_splash_attention_counts_the_blocks_that_it_visits():
+    kernel = Instruction(kernel="splash_mha_dkv_no_residuals", operands=((1, 4, 4), (2, 16, 2048, 128)))
+    assert splash_flops(kernel, "causal", 128) == 4 * 2 * 2 * 16 * 128 * 512**2 * 10  # of 4 x 4 blocks, the lower half
+    assert splash_flops(kernel, "local", 128) == 4 * 2 * 2 * 16 * 128 * 512**2 * 7  # the diagonal and the one beside
+    assert splash_flops(kernel._replace(kernel="mine"), "causal", 1) == 0
+    narrow = kernel._replace(operands=((1, 4, 4), (2, 16, 2048, 64)))
+    g = GENERATIONS["v5e"]
+    assert splash_seconds(narrow, "causal", 128, g) == pytest.approx(splash_seconds(kernel, "causal", 128, g))
+
+
+FITS = Need("v5e:4x4", 1, 16, 1, 64, 1, 1024, 8e9, 12e9)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, "no smaller topology should do"),
+        (
+            {"split_bytes": 4e9, "chip_bytes": 8e9},  # 8 + 8 GB on 8 chips
+            "the smallest that should do is --plan_topology=v5e:2x4 --config.mesh.data=1 --config.mesh.fsdp=8 "
+            "--config.mesh.tensor=1 --config.pretrain.grad_accumulation_steps=1 (about 16.0 GB a chip)",
+        ),
+        (
+            {"chip_bytes": 17e9},  # 8 + 9 GB, in two micro-batches 8 + 4.5
+            "it should fit with --config.mesh.data=1 --config.mesh.fsdp=16 --config.mesh.tensor=1 "
+            "--config.pretrain.grad_accumulation_steps=2 (about 12.5 GB a chip)",
+        ),
+        (
+            {"split_bytes": 30e9, "chip_bytes": 31e9},  # 15 + 0.5 GB on 32 chips
+            "it takes --plan_topology=v5e:4x8 --config.mesh.data=1 --config.mesh.fsdp=32 --config.mesh.tensor=1 "
+            "--config.pretrain.grad_accumulation_steps=1 (about 15.5 GB a chip)",
+        ),
+        (
+            {"d_model": 16, "split_bytes": 30e9, "chip_bytes": 31e9},  # nothing more to split
+            "no v5e topology should do: set --config.model.remat=block, or a larger --config.mesh.tensor",
+        ),
+    ],
+)
+def test_suggestions(changes, said):
+    assert suggest(dataclasses.replace(FITS, **changes), "pretrain", "dots") == said
+
+
+def tiny():
+    c = spdf.default_config("tiny", "test", variants=("test",))
+    m = c.model
+    m.n_layer, m.n_head, m.d_model, m.vocab_size, m.context, m.dtype, m.remat = 3, 2, 256, 512, 256, "bfloat16", "dots"
+    c.mesh.data, c.mesh.fsdp = 1, -1
+    c.pretrain.batch_size = 8
+    c.pretrain.sparsity.rule, c.pretrain.sparsity.sparsity = "rigl", 0.5
+    return c
+
+
+@pytest.mark.parametrize("topology", ["v5e", "v5e:4", "v9:4x4", "v5e:4x4x", "4x4"])
+def test_an_unknown_topology_is_refused_with_examples(topology):
+    message = f"--plan_topology: {topology!r} is no topology; for example v5e:4x4, v5e:16x16"
+    with pytest.raises(spdf.InputError, match=re.escape(message)):
+        describe_pod(spdf.resolve(tiny()), topology)
+
+
+def test_without_libtpu_the_message_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(spdf.InputError, match=re.escape("libtpu (and no TPU), which is not installed: pip install -c")):
+        describe_pod(spdf.resolve(tiny()), "v5e:4x4")
+
+
+def test_remat_is_a_choice_and_runs_from_when_it_was_a_boolean_stay_usable(tmp_path):
+    c = tiny()
+    c.model.remat = "all"
+    with pytest.raises(spdf.InputError, match=r"model.remat: 'all' is not 'none' or 'dots' or 'mlp' or 'block'"):
+        spdf.resolve(c)
+    values = spdf.resolve(tiny()).as_dict()
+    for was, now in ((True, "block"), (False, "none")):
+        values["model"]["remat"] = was
+        (tmp_path / "config.json").write_text(json.dumps(values))
+        assert load_config(tmp_path / "config.json").model.remat == now
+
+
+JOB = """
+import sys
+from pathlib import Path
+sys.path.insert(0, str(Path("tests").resolve()))
+from test_pod_plan import tiny
+import spdf_jax as spdf
+from spdf_jax.pod_plan import describe_pod
+try:
+    print(describe_pod(spdf.resolve(tiny()), sys.argv[1]))
+except spdf.InputError as error:
+    print("refused:", error)
+"""
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="compiling for a TPU needs libtpu: pip install -e '.[tpu]'"
+)
+
+
+def plan(topology):
+    # Its own process: libtpu stays. Simulated CPU devices are not what it compiles for.
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    command = [sys.executable, "-c", JOB, topology]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stderr == "", "libtpu stays silent"
+    return done.stdout
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_a_small_model_is_planned_for_a_pod_that_is_not_there():
+    said = plan("v5e:2x2")
+    train, topology, alone = re.split(r"pretrain: (?:topology step|prune and grow alone), compiled", said)
+    assert "attention             causal by splash" in train
+    assert "4 chips of 197 TFLOP/s and 16 GB, mesh data 1 x fsdp 4 x tensor 1, remat dots" in train
+    for step in (train, topology):
+        assert re.search(r"memory a chip +0\.\d+ GB of 16 GB: fits", step)
+        assert "splash attention 0." in step
+        # Three products of every weight of the blocks, the head, and attention: counted once a layer, not once.
+        flops = float(re.search(r"matrix FLOPs a chip +(\S+)", step)[1])
+        products = 6 * 8 * 256 * (3 * 12 * 256**2 + 512 * 256) + 3 * 9 * 2 * 8 * 256**2 * 256
+        assert flops == pytest.approx(products / 4, rel=0.1)
+        gathers = int(re.search(r"all-gather +(\d+) times", step)[1])
+        assert gathers >= 2 * 3, "weights, layer by layer, forward and backward"
+    assert "matrix FLOPs a chip   0" in alone
+    largest = re.search(r"all-gather .* at most (\S+) (bytes|kB)", alone)
+    assert largest is None or float(largest[1]) * {"bytes": 1, "kB": 1000}[largest[2]] < 256**2, "no matrix is gathered"
+    assert "suggestion            no smaller topology should do" in alone
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_what_libtpu_does_not_know_and_meshes_that_do_not_fit_are_refused():
+    assert plan("v5e:3x3").startswith("refused: --plan_topology: 'v5e:3x3' is no topology (INVALID_ARGUMENT")
+    assert plan("v5e:4x4").startswith(
+        "refused: config.pretrain.batch_size: 8 sequences a micro-batch are not divisible"
+    )
