@@ -38,9 +38,9 @@ COLUMNS = (
     ("seconds to the dense loss", "seconds@val_loss=summary.val_loss", ".0f", True, FLOPS),
 )
 REMARK = (
-    "-: not every seed gets there. This shows which loss each method reaches on one small model and corpus, with settings "
-    "alike and tuned for none; it does not show how they compare at scale or after tuning, nor any saving of time, since "
-    "masks simulate sparsity."
+    "-: not every seed gets there. Seconds are of training, compiling included. This shows which loss each method reaches on "
+    "one small model and corpus, with settings alike and tuned for none; it does not show how they compare at scale or after "
+    "tuning, nor any saving of time, since masks simulate sparsity."
 )
 
 

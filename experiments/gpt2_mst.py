@@ -45,7 +45,10 @@ def get_config(variant="mini"):
         c.model.use_bias = False
         c.data.source, c.data.path = "token_files", "data/openwebtext"
         c.pretrain.steps = 600_000
-        c.pretrain.batch_size = 480
+        c.pretrain.batch_size, c.pretrain.grad_accumulation_steps = (
+            480,
+            5,
+        )  # 6 sequences at a time on each of 16 chips of 16 GB
         sparsity.ramp_end, sparsity.ultra_end, sparsity.restoration_end = 0.05, 0.80, 0.906
         optimizer.warmup_steps = 2000
         c.loop.log_every_steps, c.loop.eval_every_steps, c.loop.checkpoint_every_steps = 100, 2000, 2000

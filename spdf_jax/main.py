@@ -176,4 +176,4 @@ def _banner(config: "RunConfig | SweepConfig") -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv))
+    processes.end(main(sys.argv))

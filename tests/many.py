@@ -39,6 +39,7 @@ def start(
             "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
             "JAX_NUM_PROCESSES": str(count),
             "JAX_PROCESS_ID": str(index),
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # every process compiles every program, to run it for milliseconds
         }
         special = (only or {}).get(index, {})
         command = [

@@ -182,7 +182,7 @@ def test_rolling_perplexity_is_the_validation_perplexity_where_windows_coincide(
     text = next(t for n in range(100, len(TEXT)) if len(ids(t := TEXT[:n])) == 3 * CONFIG.context)
     ((total, count),) = rolling([text])
     sums = [
-        eval_step(MODEL, PARAMS, batch, pattern="causal", width=128)
+        eval_step(MODEL, {"params": PARAMS}, batch, pattern="causal", width=128)
         for batch in validation_batches(np.array([0, *ids(text)]), seq_len=CONFIG.context, batch_size=2)
     ]
     loss = sum(float(s) for s, _ in sums) / sum(float(w) for _, w in sums)
