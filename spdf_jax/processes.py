@@ -64,6 +64,8 @@ def initialise() -> None:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     _catch_abort()
     threading.Thread(target=_stop_with_the_others, daemon=True).start()
+    # Devices connect now, all at the same point: on CPU they wait 30 s for each other, and compilation may take longer.
+    multihost_utils.sync_global_devices("spdf_jax")
 
 
 def is_first() -> bool:

@@ -14,8 +14,10 @@ import pytest
 import spdf_jax as spdf
 from spdf_jax.config import load_config
 from spdf_jax.hlo import Collective, Instruction, Loop, executed, executed_collectives, matrix_flops, read_program
+from spdf_jax.plan import make_plan
 from spdf_jax.pod import GENERATIONS, Need, Pod, estimate, splash_flops, splash_seconds, suggest
-from spdf_jax.pod_plan import collective_table, describe_pod
+from spdf_jax.pod_plan import collective_table, describe_pod, lower_steps
+from spdf_jax.sharding import make_mesh
 
 ROOT = Path(__file__).parent.parent
 
@@ -234,6 +236,20 @@ def test_remat_is_a_choice_and_runs_from_when_it_was_a_boolean_stay_usable(tmp_p
         values["model"]["remat"] = was
         (tmp_path / "config.json").write_text(json.dumps(values))
         assert load_config(tmp_path / "config.json").model.remat == now
+
+
+@pytest.mark.parametrize("sizes", [(2, 2, 2), pytest.param((1, 8, 1), marks=pytest.mark.slow)])
+def test_prune_and_grow_sends_counts_of_rows_and_columns_and_no_weights(sizes):
+    c = tiny()
+    c.mesh.data, c.mesh.fsdp, c.mesh.tensor = sizes
+    c.pretrain.sparsity.rule = "mst"
+    config = spdf.resolve(c)
+    (plan,) = make_plan(config)
+    steps = dict(lower_steps(config, plan, make_mesh(config.mesh)))
+    items = read_program(steps["prune and grow alone"].compile().as_text())
+    sent = [collective.bytes for _, collective in executed_collectives(items)]
+    assert sent, "counts do cross devices"
+    assert max(sent) <= 4 * 4 * 256, "at most an integer for each row or column of the widest matrix"
 
 
 JOB = """

@@ -21,7 +21,7 @@ from spdf_jax.tracking import read_metrics
 
 STEPS = ("--config.pretrain.steps=24", "--config.finetune.steps=4")
 BATCH = ("--config.pretrain.batch_size=8", "--config.finetune.batch_size=8")
-ALL_DEVICES = ("--config.mesh.data=2", "--config.mesh.fsdp=-1")
+ALL_DEVICES = ("--config.mesh.data=1", "--config.mesh.fsdp=-1")
 TINY = (*STEPS, *BATCH, *ALL_DEVICES, "--config.pretrain.sparsity.attention_end=0.0", "--quiet")
 
 

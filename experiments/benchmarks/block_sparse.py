@@ -227,7 +227,7 @@ def tpu_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
     )
     print("| --- |" + " ---: |" * 5)
     for name, (sparsity, side) in TPU_STEPS.items():
-        config = step_config(model, 256, sparsity, side)
+        config = step_config(model, 64, sparsity, side)
         (plan,), (pod, mesh) = make_plan(config), make_pod(config, args.tpu)
         (_, lowered), *_ = lower_steps(config, plan, mesh)
         items = read_program(lowered.compile().as_text())
