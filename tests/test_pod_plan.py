@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
 import spdf_jax as spdf
@@ -17,7 +19,7 @@ from spdf_jax.hlo import Collective, Instruction, Loop, executed, executed_colle
 from spdf_jax.plan import make_plan
 from spdf_jax.pod import GENERATIONS, Need, Pod, estimate, splash_flops, splash_seconds, suggest
 from spdf_jax.pod_plan import collective_table, describe_pod, lower_steps
-from spdf_jax.sharding import make_mesh
+from spdf_jax.sharding import MeshConfig, batch_sharding, make_mesh, replicated
 
 ROOT = Path(__file__).parent.parent
 
@@ -250,6 +252,22 @@ def test_prune_and_grow_sends_counts_of_rows_and_columns_and_no_weights(sizes):
     sent = [collective.bytes for _, collective in executed_collectives(items)]
     assert sent, "counts do cross devices"
     assert max(sent) <= 4 * 4 * 256, "at most an integer for each row or column of the widest matrix"
+
+
+def test_logits_split_over_tensor_even_where_the_vocabulary_does_not_divide():
+    model = spdf.GPT(spdf.GPTConfig(n_layer=1, n_head=4, d_model=32, vocab_size=1009, context=16))
+    tokens_BT = jax.random.randint(jax.random.key(0), (4, 16), 0, 1009)
+    params = model.init(jax.random.key(1), tokens_BT)
+    found, flops = {}, {}
+    for tensor in (1, 4):
+        mesh = make_mesh(MeshConfig(data=1, fsdp=2, tensor=tensor))
+        with jax.set_mesh(mesh):
+            place = (replicated(mesh), batch_sharding(mesh, 2))
+            program = jax.jit(model.apply, in_shardings=place).lower(params, tokens_BT).compile()
+            found[tensor] = np.asarray(program(*jax.device_put((params, tokens_BT), place)))
+            flops[tensor] = program.cost_analysis()["flops"]
+    np.testing.assert_allclose(found[4], found[1], rtol=1e-5, atol=1e-6)
+    assert flops[4] < flops[1] / 2, "each device has a quarter of the vocabulary"
 
 
 JOB = """
