@@ -9,7 +9,7 @@ Command python -m spdf_jax.main --config experiments/compare.py
         python -m spdf_jax.main --config experiments/compare.py --job report   (the page again)
 
 mini    3 layers x 128, context 128, vocabulary 1024: 0.7M parameters, embedded corpus, two seeds, which order the data alike.
-        At equal tokens all take 400 steps x 16 x 128 = 0.8M tokens. At equal FLOPs each takes as many steps as the FLOPs of the
+        At equal tokens all take 300 steps x 16 x 128 = 0.6M tokens. At equal FLOPs each takes as many steps as the FLOPs of the
         dense run allow, counted exactly (topology steps and a wider model's head included), on a learning-rate schedule of its
         own; "to the dense loss" is read from those runs. Resumable cell by cell.
 seeds   the same with five seeds; cells of the first two may be copied from mini, to spare the time.
@@ -25,7 +25,7 @@ import itertools
 import spdf_jax as spdf
 
 SEEDS = {"mini": 2, "seeds": 5}  # of each variant
-STEPS, BATCH, SPARSITY = 400, 16, 0.75
+STEPS, BATCH, SPARSITY = 300, 16, 0.75
 TOKENS, FLOPS = "equal tokens", "equal FLOPs"
 MODEL = spdf.GPTConfig(n_layer=3, n_head=4, d_model=128, vocab_size=1024, context=128)
 METHODS = ("dense", "smaller dense", "static", "SET", "RigL", "MST", "SPDF", "wide sparse")

@@ -32,7 +32,8 @@ end_runs_before() {
 if [[ ! -d $folder ]]; then
   end_runs_before
   mkdir "$folder"
-  PATH=$PWD/.venv/bin:$PATH setsid bash launch/report.sh "$@" >"$folder/log" 2>&1 </dev/null &
+  : >"$folder/log" # there before the process that writes it, for those who follow
+  PATH=$PWD/.venv/bin:$PATH setsid bash launch/report.sh "$@" >>"$folder/log" 2>&1 </dev/null &
   echo $! >"$folder/pid"
 fi
 tail -n +1 --pid="$(<"$folder/pid")" -f "$folder/log" | sed -u "s/^/[${HOSTNAME##*-}] /"

@@ -13,7 +13,7 @@ import shutil
 import sys
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -176,10 +176,8 @@ class Checkpoints:
     @contextlib.contextmanager
     def _damage_named(self, step: int) -> Iterator[None]:
         """Files that are cut, changed or gone reach us as exceptions of many kinds from the libraries that read them."""
-        hook, sys.unraisablehook = (
-            sys.unraisablehook,
-            lambda _: None,
-        )  # one read has failed: those beside it complain, too
+        if not isinstance(sys.unraisablehook, _WithoutLateReads):
+            sys.unraisablehook = _WithoutLateReads(sys.unraisablehook)
         try:
             yield
         except Exception as error:
@@ -192,8 +190,6 @@ class Checkpoints:
                 f"{self.directory}: the checkpoint at step {step} is damaged ({' '.join(str(cause).split())[:300]}); "
                 f"--job train falls back to the one before it"
             ) from error
-        finally:
-            sys.unraisablehook = hook
 
     def _check(self, step: int, saved_leaves: dict[str, list[Any]], wanted_leaves: dict[str, list[Any]]) -> None:
         saved, wanted = ({name: tuple(leaf[0]) for name, leaf in x.items()} for x in (saved_leaves, wanted_leaves))
@@ -217,6 +213,17 @@ class Checkpoints:
                 f"{f'; and {len(differing) - 3} more' if len(differing) > 3 else ''}. "
                 f"Use the config it was made with, or another --workdir"
             )
+
+
+class _WithoutLateReads:
+    """An unraisable hook: where one read fails, those beside it end later, and complain of a closed loop in their threads."""
+
+    def __init__(self, hook: Callable[["sys.UnraisableHookArgs"], Any]) -> None:
+        self.hook = hook
+
+    def __call__(self, unraisable: "sys.UnraisableHookArgs") -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            self.hook(unraisable)
 
 
 def _pack(state: TrainState) -> TrainState:

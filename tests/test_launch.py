@@ -552,7 +552,7 @@ def test_tpu_worker_follows_one_run_through_connections(tmp_path):
 
     (tmp_path / "end").unlink()
     with running(run("2")) as before:
-        wait_for(lambda: started("2"))
+        assert before.stdout.readline().endswith("] started\n")  # it follows the log
         after = launch("tpu_worker.sh", "3", "true", launch_folder=tmp_path / "launch")
         stdout, _ = before.communicate(timeout=60)
     assert after.returncode == 0
