@@ -213,6 +213,7 @@ def can_mount() -> bool:
 
 
 # The same refusal without a real disk, wherever tests run: test_train.py, test_no_room_for_a_checkpoint...
+@pytest.mark.slow
 @pytest.mark.skipif(not can_mount(), reason="needs user namespaces, to mount a small disk")
 def test_a_full_disk_exits_2_and_keeps_the_last_checkpoint(text, tmp_path):
     """The run's disk has room for some checkpoints only; what it holds at the end is copied out and resumed."""

@@ -166,7 +166,13 @@ def in_steps(model, params, tokens_BT, prompt_tokens, length, **options):
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize(
-    "changes", [{}, {"use_bias": False, "tied_head": False, "remat": "block", "mup_base_width": 8}]
+    "changes",
+    [
+        {},
+        pytest.param(
+            {"use_bias": False, "tied_head": False, "remat": "block", "mup_base_width": 8}, marks=pytest.mark.slow
+        ),
+    ],
 )
 def test_cached_logits_equal_those_of_the_whole_sequence(pattern, changes):
     model, params, tokens_BT = make(init_std=0.3, **changes)

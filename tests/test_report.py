@@ -2,11 +2,12 @@
 
 import itertools
 import json
+import os
 import re
 import shutil
 import statistics
 import subprocess
-from html import escape
+from html import escape, unescape
 from pathlib import Path
 
 import numpy as np
@@ -225,13 +226,18 @@ def sweep_row(workdir: Path, label: str, name: str, bleus: tuple[float, float]) 
     return {"row": label, "choice": "rate 0.001", "cells": cells, "values": values}
 
 
+def read(path: Path) -> str:
+    """A page, with plain spaces for those that hold words together."""
+    return path.read_text().replace("\N{NO-BREAK SPACE}", " ")
+
+
 def titles(page: str) -> list[str]:
     return re.findall(r"<h2>(.*?)</h2>", page)
 
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory) -> str:
-    return write_report(make_run(tmp_path_factory.mktemp("finished"))).read_text()
+    return read(write_report(make_run(tmp_path_factory.mktemp("finished"))))
 
 
 def test_the_verdict_comes_first_and_says_what_is_counted(page):
@@ -296,7 +302,7 @@ def test_the_page_loads_nothing(page):
 def test_ids_are_unique_and_the_page_is_reproducible(page, tmp_path):
     ids = re.findall(r'\bid="([^"]+)"', page)
     assert len(ids) == len(set(ids))
-    assert write_report(make_run(tmp_path)).read_text() == page
+    assert read(write_report(make_run(tmp_path))) == page
     assert not list(tmp_path.glob("*.tmp")) + list(tmp_path.glob(".*"))
 
 
@@ -311,7 +317,7 @@ DENSE_TITLES = [
 
 
 def test_a_dense_run_has_no_mask_panels(tmp_path):
-    page = write_report(make_run(tmp_path, sparse=False)).read_text()
+    page = read(write_report(make_run(tmp_path, sparse=False)))
     assert titles(page) == DENSE_TITLES
     assert "trained dense for 2.00 PFLOP" in page
     assert "fewer training FLOPs" not in page
@@ -320,22 +326,39 @@ def test_a_dense_run_has_no_mask_panels(tmp_path):
 
 def test_attention_that_skips_work_saves_without_masks(tmp_path):
     rows = [{**row, "train_flops": 0.9 * row["dense_flops"]} for row in make_rows(STEPS, sparse=False)]
-    page = write_report(make_run(tmp_path, sparse=False, rows=rows)).read_text()
+    page = read(write_report(make_run(tmp_path, sparse=False, rows=rows)))
     assert "with 1.11x fewer training FLOPs than dense (1.80 vs 2.00 PFLOP)" in page
     assert titles(page) == DENSE_TITLES
+
+
+def test_a_panel_without_a_neighbour_takes_the_whole_row(page, tmp_path):
+    alone = r'<section class="card alone">\s*<div>\s*<h2>(.*?)</h2>'
+    assert re.findall(alone, page) == []
+    assert re.findall(alone, read(write_report(make_run(tmp_path, sparse=False)))) == ["Loss over time"]
+
+
+def test_masks_that_do_not_change_have_no_sparsest_step(tmp_path):
+    workdir = make_run(tmp_path, last_step=100, sparse=False, rows=make_rows(100, sparse=True))
+    for step in (0, 60):
+        save_mask_picture(workdir, step, {"blocks/up/kernel/0": np.full((2, 2), 0.25, np.float32)})
+    page = read(write_report(workdir))
+    assert re.findall(r"<span>(.*, step \d+)</span>", page) == ["start, step 0", "last, step 60"]
+    save_mask_picture(workdir, 100, {"blocks/up/kernel/0": np.full((2, 2), 0.5, np.float32)})
+    page = read(write_report(workdir))
+    assert re.findall(r"<span>(.*, step \d+)</span>", page) == ["start and sparsest, step 0", "end, step 100"]
 
 
 def test_mask_pictures_name_their_layer(tmp_path):
     workdir = make_run(tmp_path, last_step=100)
     save_mask_picture(workdir, 80, {"blocks/attn/q/kernel/3": np.full((2, 2), 0.25, np.float32)})
-    page = write_report(workdir).read_text()
+    page = read(write_report(workdir))
     assert "<code>attn/q, layer 3</code>" in page
     assert "not recorded" in page  # at step 0, which has other matrices
     assert "25 % present" in page
 
 
 def test_a_run_under_way_is_reported_from_its_rows(tmp_path):
-    page = write_report(make_run(tmp_path, last_step=120)).read_text()
+    page = read(write_report(make_run(tmp_path, last_step=120)))
     assert "unfinished, at step 120" in page
     assert "Validation loss 4.58 after 983k tokens with 3.2x fewer training FLOPs" in page
     assert "Masks" in titles(page)
@@ -345,14 +368,14 @@ def test_a_run_under_way_is_reported_from_its_rows(tmp_path):
 @pytest.mark.parametrize("kinds", [(), ("loss",), ("val_loss",), ("density",)])
 def test_rows_of_one_kind_are_enough(tmp_path, kinds):
     rows = [row for row in make_rows(100, sparse=True) if any(kind in row for kind in kinds)]
-    page = write_report(make_run(tmp_path, last_step=100, rows=rows)).read_text()
+    page = read(write_report(make_run(tmp_path, last_step=100, rows=rows)))
     assert ("Loss over steps" in titles(page)) == ("loss" in kinds or "val_loss" in kinds)
     assert ("Density by layer" in titles(page)) == ("density" in kinds)
 
 
 def test_one_topology_row_is_enough(tmp_path):
     rows = [row for row in make_rows(100, sparse=True) if "density" not in row or row["step"] == 50]
-    assert "Density by layer" in titles(write_report(make_run(tmp_path, rows=rows, last_step=100)).read_text())
+    assert "Density by layer" in titles(read(write_report(make_run(tmp_path, rows=rows, last_step=100))))
 
 
 def test_many_phases_and_long_names_fit(tmp_path):
@@ -360,7 +383,7 @@ def test_many_phases_and_long_names_fit(tmp_path):
     for row in rows:
         if "density" in row:
             row["density"] = {f"{'transformer/' * 9}{leaf}": density for leaf, density in row["density"].items()}
-    page = write_report(make_run(tmp_path, rows=rows, last_step=100)).read_text()
+    page = read(write_report(make_run(tmp_path, rows=rows, last_step=100)))
     assert "phase-6-of-a-long-name" in page
     assert re.search(r"…[a-z/]*/attn/q<", page)
 
@@ -372,7 +395,7 @@ def test_names_are_escaped_everywhere(tmp_path):
         if "density" in row:
             row["density"] = {nasty: row["density"]["wte/embedding"]}
     config = make_config(experiment=nasty, variant=nasty, command=nasty, model={nasty: nasty})
-    page = write_report(make_run(tmp_path, rows=rows, last_step=100, config=config)).read_text()
+    page = read(write_report(make_run(tmp_path, rows=rows, last_step=100, config=config)))
     assert "<script" not in page
     assert "&lt;script" in page
     assert "49" not in re.sub(r"<svg.*?</svg>|base64,[^\"]*", "", page, flags=re.DOTALL)
@@ -386,7 +409,7 @@ def test_long_runs_stay_small(tmp_path):
         rows.append({"step": step, "phase": "pretrain", "loss": 10 / step**0.1, **flops, **extras})
     workdir = make_run(tmp_path, last_step=100, sparse=False, rows=[])
     (workdir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    page = write_report(workdir).read_text()
+    page = read(write_report(workdir))
     assert "means of 34 logged steps" in page
     assert len(page) < 300_000
 
@@ -438,7 +461,7 @@ def finetuned(tmp_path_factory) -> Path:
 
 
 def test_a_finetuned_run_shows_scores_texts_and_its_best_step(finetuned):
-    page = write_report(finetuned).read_text()
+    page = read(write_report(finetuned))
     assert "Validation loss 0.80 over the target tokens of restaurant" in page
     assert "Scored: BLEU 34.2." in page
     assert titles(page)[:3] == ["Numbers", "Scores", "Loss over steps"]
@@ -459,7 +482,7 @@ def test_what_a_run_started_from_is_counted_with_it(tmp_path):
     workdir = make_run(tmp_path, sparse=False)
     summary = json.loads((workdir / "summary.json").read_text())
     write_json(workdir / "summary.json", summary | {"before": {"train_flops": 1e15}})
-    page = write_report(workdir).read_text()
+    page = read(write_report(workdir))
     assert '<th scope="row">Counted FLOPs of the run before</th><td>1.00 PFLOP</td>' in page
     assert '<th scope="row">Both together</th><td>3.00 PFLOP</td>' in page
 
@@ -484,7 +507,7 @@ def test_training_time_is_tokens_over_rate(tmp_path):
     rows[1]["tokens_per_second"] = 0.0
     other = make_run(tmp_path / "no_rate", rows=rows, sparse=False)
     assert read_run(other).training_seconds(rows) is None
-    assert "Loss over time" not in titles(write_report(other).read_text())
+    assert "Loss over time" not in titles(read(write_report(other)))
 
 
 def test_settings_are_those_that_differ_from_the_defaults():
@@ -503,9 +526,17 @@ def test_degrees_are_counted_neuron_by_neuron(tmp_path):
     into, out = mask.sum(axis=0), mask.sum(axis=1)
     picture = {"blocks/up/kernel/0": mask_picture(mask)}
     save_mask_picture(workdir, 80, picture | {"blocks/up/kernel/0:in": into, "blocks/up/kernel/0:out": out})
-    page = write_report(workdir).read_text()
+    page = read(write_report(workdir))
     assert "in 1 to 2 of 4<br>out 0 to 6 of 6<br>2 without any" in page
     assert page.count("<img src") == 2  # the mask and the scale: degrees are no pictures
+
+
+def test_bins_of_degrees_hold_as_many_possible_degrees_each(tmp_path):
+    workdir = make_run(tmp_path, last_step=100, sparse=False, rows=make_rows(100, sparse=True))
+    degrees = np.arange(1, 18)  # each once: flat, where 20 bins would leave some empty
+    save_mask_picture(workdir, 80, {"up/kernel:in": degrees, "up/kernel:out": degrees})
+    flat = "M0,75" + "".join(f"V0H{100 * i / 17:.4g}" for i in range(1, 18)) + "V75"
+    assert re.findall(r'<path class="\w+" d="(.*?)"/>', read(write_report(workdir))) == [flat, flat]
 
 
 # --- a run that sat exams --------------------------------------------------------------------------------------------
@@ -523,7 +554,7 @@ def exam_run(workdir: Path, exams: ExamResults, questions_file: str = "") -> str
     found["zero_shot"] = {"lm_eval_version": "0.4.13", "tasks": tasks}
     found["exams"] = exams.as_dict() | {"questions_file": questions_file}
     write_json(workdir / "evaluation.json", found)
-    return write_report(workdir).read_text()
+    return read(write_report(workdir))
 
 
 def table_cells(page: str, title: str) -> list[list[str]]:
@@ -608,7 +639,7 @@ def sweep(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def sweep_page(sweep) -> str:
-    return write_sweep_report(sweep).read_text()
+    return read(write_sweep_report(sweep))
 
 
 def test_a_sweep_says_in_words_what_came_out(sweep_page):
@@ -628,7 +659,25 @@ def test_a_sweep_whose_rows_are_alike_says_so(tmp_path):
     for row in table["rows"]:
         row["values"]["BLEU"]["mean"] = 0.0
     write_json(workdir / "table.json", table)
-    assert "BLEU: 0 in every row." in write_sweep_report(workdir).read_text()
+    assert "BLEU: 0 in every row." in read(write_sweep_report(workdir))
+
+
+def test_a_reference_at_an_end_is_said_so_and_a_loss_has_its_unit(tmp_path, sweep_page):
+    workdir = make_sweep(tmp_path)
+    table = json.loads((workdir / "table.json").read_text())
+    for row in table["rows"]:
+        losses = [cell["summary"]["val_loss"] for cell in row["cells"].values()]
+        row["values"] = {"loss": {"mean": statistics.mean(losses), "deviation": 0.0, "seeds": 2}}
+    write_json(workdir / "table.json", table)
+    page = read(write_sweep_report(workdir))
+    assert "for “0 %, dense fine-tuning”, the reference and lowest; highest 1." in page
+    assert page.count(">loss (nats/token)</text>") == 2 + 2 * 3  # by row and over compute, and the curves
+    assert sweep_page.count(">BLEU</text>") == 2
+
+
+def test_a_run_of_a_sweep_has_its_name(tmp_path):
+    cells = make_sweep(tmp_path) / "cells"
+    assert "<h1>table: mini, pretrain_50</h1>" in read(write_report(cells / "pretrain_50"))
 
 
 def test_every_panel_of_a_sweep_is_there(sweep_page):
@@ -702,7 +751,7 @@ def test_signatures_and_reasons_are_said_once(sweep_page):
 def test_a_sweep_under_way_shows_the_runs_that_are_there(tmp_path):
     workdir = make_sweep(tmp_path, finished=False)
     (workdir / "cells" / "not_begun").mkdir()
-    page = write_sweep_report(workdir).read_text()
+    page = read(write_sweep_report(workdir))
     assert "table: mini, unfinished: 14 of the 15 runs begun are at their end" in page
     # 0.6 + 0.04 + 4 exp(-5) + 0.1, and so for text.
     assert "0.767 over the target tokens of restaurant (finetune_0_0.001_0)" in page
@@ -723,7 +772,7 @@ def test_runs_of_very_different_lengths_share_a_logarithmic_axis(tmp_path):
             (workdir / "cells" / name).mkdir(parents=True)
             write_json(workdir / "cells" / name / "config.json", config)
             (workdir / "cells" / name / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-        page = write_sweep_report(workdir).read_text()
+        page = read(write_sweep_report(workdir))
         ticks.append(set(re.findall(r">([\d.]+[kMB]?)</text>", page[: page.index("training compute")])))
     assert {"1M", "1B"} <= ticks[1]
     assert not {"100M", "1B"} & ticks[0]
@@ -736,7 +785,7 @@ def test_hundreds_of_runs_stay_readable_and_small(tmp_path):
         write_json(tmp_path / "cells" / f"run_{i:03}" / "config.json", config | {"seed": i})
         lines = (json.dumps(row) + "\n" for row in rows)
         (tmp_path / "cells" / f"run_{i:03}" / "metrics.jsonl").write_text("".join(lines))
-    page = write_sweep_report(tmp_path).read_text()
+    page = read(write_sweep_report(tmp_path))
     styles = re.findall(r'<path d="M0,4H30" style="([^"]+)"', page)
     assert len(styles) == 100
     assert len(set(styles)) == 32  # colours x dashes, before they repeat
@@ -766,64 +815,123 @@ def test_names_in_a_sweep_are_escaped(tmp_path):
     for row in table["rows"]:
         row["values"] = {nasty: row["values"]["BLEU"]}
     write_json(workdir / "table.json", table)
-    page = write_sweep_report(workdir).read_text()
+    page = read(write_sweep_report(workdir))
     assert "<script" not in page
     assert "&lt;script&gt;" in page
 
 
 # --- in a browser ----------------------------------------------------------------------------------------------------
 
+BROWSERS = (os.environ.get("CHROME", ""), "chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+BROWSER = next((found for name in BROWSERS if (found := shutil.which(name))), "")
+needs_browser = pytest.mark.skipif(not BROWSER, reason="needs Chromium or Chrome, in PATH or at $CHROME")
 
-def chromium(page: Path, *flags: str, size: str = "1000,800") -> str:
-    """Opens a page in a headless browser of its own profile, and returns what it prints."""
+
+def browse(page: Path, *flags: str, size: str = "1000,800") -> tuple[str, list[str]]:
+    """Opens a page in a headless browser of its own profile: what it prints, and what its console says."""
     quiet = ["headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "hide-scrollbars", "disable-sync"]
     quiet += ["disable-background-networking", "disable-component-update", f"user-data-dir={page.parent / 'profile'}"]
-    command = ["chromium", *(f"--{flag}" for flag in quiet), f"--window-size={size}", *flags, page.as_uri()]
-    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
+    command = [BROWSER, *(f"--{flag}" for flag in quiet), "--enable-logging=stderr", f"--window-size={size}", *flags]
+    done = subprocess.run([*command, page.as_uri()], check=True, capture_output=True, text=True, timeout=120)
+    return done.stdout, [line for line in done.stderr.splitlines() if ":CONSOLE:" in line]
 
 
-def measured(html: str, width: int, folder: Path) -> dict[str, float]:
-    """Width that the page needs in a frame of the given one, its cards, and the size of the smallest text in a figure."""
+def measured(html: str, width: int, folder: Path) -> dict:
+    """What a page is like in a frame of a width.
+
+    The width that it `needs`, its `cards`, the `smallest` text of its figures in CSS pixels, which texts of a figure `overlap`
+    or are `cut` at its edge, what it has `loaded`, and what the `console` says.
+    """
     script = """
-      const d = frame.contentDocument, texts = [...d.querySelectorAll(".plot text")];
-      document.title = JSON.stringify({
-        needs: d.documentElement.scrollWidth, cards: d.querySelectorAll(".card").length,
-        smallest: Math.min(...texts.map(text => {
+      const d = frame.contentDocument, overlap = [], cut = [];
+      let smallest = Infinity;
+      for (const svg of d.querySelectorAll(".plot svg")) {
+        const box = svg.getBoundingClientRect();
+        const texts = [...svg.querySelectorAll("text")].map(text => [text, text.getBoundingClientRect()]);
+        texts.forEach(([text, a], i) => {
           const m = text.getScreenCTM();
-          return Math.hypot(m.a, m.b) * parseFloat(getComputedStyle(text).fontSize)}))})"""
+          smallest = Math.min(smallest, Math.hypot(m.a, m.b) * parseFloat(getComputedStyle(text).fontSize));
+          if (a.left < box.left - 1 || a.right > box.right + 1 || a.top < box.top - 1 || a.bottom > box.bottom + 1)
+            cut.push(text.textContent);
+          for (const [other, b] of texts.slice(i + 1))  // boxes are higher than letters
+            if (Math.min(a.right, b.right) - Math.max(a.left, b.left) > 1
+                && Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top) > 3)
+              overlap.push(text.textContent + " / " + other.textContent);
+        });
+      }
+      const loaded = frame.contentWindow.performance.getEntriesByType("resource").map(entry => entry.name);
+      const needs = d.documentElement.scrollWidth, cards = d.querySelectorAll(".card").length;
+      document.title = JSON.stringify({needs, cards, smallest, overlap, cut, loaded})"""
     frame = f'<iframe id=frame style="width:{width}px;height:800px;border:0" srcdoc="{escape(html)}"></iframe>'
     wrapper = folder / "wrapper.html"
-    wrapper.write_text(f"<title></title>{frame}<script>frame.onload = () => {{{script}}}</script>")
-    (title,) = re.findall(r"<title>(.*?)</title>", chromium(wrapper, "--dump-dom"))
-    return json.loads(title.replace("&quot;", '"'))
+    wrapper.write_text(
+        f'<meta charset="utf-8"><title></title>{frame}<script>frame.onload = () => {{{script}}}</script>'
+    )
+    dom, console = browse(wrapper, "--dump-dom")
+    (title,) = re.findall(r"<title>(.*?)</title>", dom)
+    return json.loads(unescape(title)) | {"console": console}
 
 
-needs_chromium = pytest.mark.skipif(shutil.which("chromium") is None, reason="needs the browser chromium")
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory, finetuned, sweep) -> dict[str, Path]:
+    """A run or a sweep of each kind, with its page."""
+    found = {kind: tmp_path_factory.mktemp(kind) for kind in ("mst", "dense", "static", "spdf", "exams")}
+    rows = [row | {"phase": "pretrain"} for row in make_rows(STEPS, sparse=False)]
+    static = [row | {"sparsity": 0.75, "train_flops": 0.4 * row["dense_flops"]} for row in rows]
+    make_run(found["mst"])
+    make_run(found["dense"], sparse=False, rows=rows)
+    make_run(found["static"], sparse=False, rows=static)
+    spdf = [
+        row if row["step"] <= 300 else after | {"phase": "finetune"} for row, after in zip(static, rows, strict=True)
+    ]
+    make_run(found["spdf"], sparse=False, rows=spdf)
+    for kind in ("static", "spdf"):
+        save_pictures(found[kind], 0)
+    exam_run(found["exams"], ExamResults("length", (BAKER, CLERK, COOK)))
+    found |= {"finetuned": finetuned, "sweep": sweep}
+    for kind, folder in found.items():
+        (write_sweep_report if kind == "sweep" else write_report)(folder)
+    return found
+
+
+KINDS = ("mst", "dense", "static", "spdf", "finetuned", "exams", "sweep")
 
 
 @pytest.mark.slow
-@needs_chromium
-@pytest.mark.parametrize("kind", ["page", "finetuned", "exam_page", "sweep_page"])
-def test_a_page_fits_a_phone(kind, request, tmp_path):
-    html = request.getfixturevalue(kind)
-    if kind == "finetuned":
-        html = write_report(html).read_text()
-    found = measured(html, 360, tmp_path)
-    assert found["cards"] == html.count('<section class="card')
-    assert found["needs"] == 360
-    assert found["smallest"] > 7.5  # CSS pixels
-    too_wide = html.replace("<main", '<div style="width: 500px">wide</div><main')
-    assert measured(too_wide, 360, tmp_path)["needs"] > 500
+@needs_browser
+@pytest.mark.parametrize("width", [360, 1280])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_page_fits_a_phone_and_a_desk(kind, width, folders, tmp_path):
+    html = (folders[kind] / "report.html").read_text()
+    found = measured(html, width, tmp_path)
+    assert found.pop("smallest") > 7.5
+    whole = {"overlap": [], "cut": [], "loaded": [], "console": []}
+    assert found == whole | {"needs": width, "cards": html.count('<section class="card')}
 
 
 @pytest.mark.slow
-@needs_chromium
-def test_a_page_is_drawn_by_day_and_by_night(sweep, sweep_page, tmp_path):
-    page = sweep / "report.html"
+@needs_browser
+def test_what_does_not_fit_is_noticed(folders, tmp_path):
+    html = (folders["mst"] / "report.html").read_text()
+    assert ">200<" in html
+    html = html.replace(">200<", f">{'200 ' * 60}<", 1)  # the label of a tick
+    bad = '<div style="width: 1500px"><img src="http://127.0.0.1:9/a.png"></div><script>nothing()</script><main'
+    found = measured(html.replace("<main", bad), 1280, tmp_path)
+    assert found["needs"] > 1500
+    assert found["loaded"] == ["http://127.0.0.1:9/a.png"]
+    assert "nothing is not defined" in "".join(found["console"])
+    assert found["overlap"]
+    assert found["cut"]
+
+
+@pytest.mark.slow
+@needs_browser
+def test_a_page_is_drawn_by_day_and_by_night(folders, tmp_path):
+    page = folders["sweep"] / "report.html"
     means = {}
     for scheme, flag in (("light", 1), ("dark", 0)):
         picture = tmp_path / f"{scheme}.png"
-        chromium(page, f"--screenshot={picture}", f"--blink-settings=preferredColorScheme={flag}", size="1000,1600")
+        browse(page, f"--screenshot={picture}", f"--blink-settings=preferredColorScheme={flag}", size="1000,1600")
         pixels = imread(picture)[..., :3]
         means[scheme] = pixels.mean()
         # Text, lines and the colours of the series, not one flat sheet.

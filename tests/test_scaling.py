@@ -161,6 +161,7 @@ def change_of_activations(width: int, density: float, *, mup: bool, steps: int =
 NARROW_SPARSE, WIDE_DENSE = (64, 0.25), (256, 1.0)
 
 
+@pytest.mark.slow
 def test_coordinate_check_of_s_mupar():
     """Activations move alike at both ends of width x density; without S-muPar they do not (2405.15743, figure 1)."""
     with_mup = [change_of_activations(*size, mup=True) for size in (NARROW_SPARSE, WIDE_DENSE)]

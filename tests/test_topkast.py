@@ -110,6 +110,7 @@ def topkast_config(text):
     return c
 
 
+@pytest.mark.slow
 def test_the_loop_keeps_sets_and_values_together(text):
     config = spdf.resolve(topkast_config(text))
     plan = make_plan(config)[0]

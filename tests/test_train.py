@@ -81,7 +81,9 @@ def test_every_checkpoint_holds_exact_zeros_and_exact_counts(uninterrupted, text
     assert max(seen) == 1.0
 
 
-@pytest.mark.parametrize("moment", ["save", "topology", "phase"])
+@pytest.mark.parametrize(
+    "moment", [pytest.param("save", marks=pytest.mark.slow), "topology", pytest.param("phase", marks=pytest.mark.slow)]
+)
 def test_killed_run_ends_with_the_same_bits(moment, uninterrupted, text, tmp_path):
     assert run(text, tmp_path, moment) == -signal.SIGKILL
     assert not (tmp_path / "summary.json").exists()
@@ -144,6 +146,7 @@ def test_nothing_compiles_twice(text, tmp_path, monkeypatch):
     assert (finetune.train._cache_size(), finetune.topology._cache_size()) == (1, 0)
 
 
+@pytest.mark.slow
 def test_gradient_accumulation_gives_the_same_run(text, tmp_path):
     losses = []
     for accumulate in (1, 4):
@@ -180,6 +183,7 @@ def test_evaluate_gives_the_last_validation_loss(uninterrupted, text):
     assert 1 < result["perplexity_per_byte"] < result["perplexity"]
 
 
+@pytest.mark.slow
 def test_no_room_for_a_checkpoint_stops_before_writing_and_the_run_goes_on_later(text, tmp_path, monkeypatch):
     config = spdf.resolve(tiny_config(text, text.parent / "cache"))
     save = checkpointing.Checkpoints.save
