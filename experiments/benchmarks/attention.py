@@ -15,30 +15,21 @@ local_strided cost about what the dense triangle costs.
 import argparse
 import functools
 import math
-import os
-import pathlib
-import platform
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from runner import announce, arguments, print_head, print_row, time_in_turn, write_json
 
 from spdf_jax.attention import attention
 from spdf_jax.attention_backends import attention_backend, target_platform
 from spdf_jax.attention_patterns import PATTERNS, causal_share
 
 BASELINE = "jax.nn"
-
-
-def processor() -> str:
-    """The processor's name, as Linux gives it where it does."""
-    cpuinfo = pathlib.Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def forward_and_backward(attend: Callable[..., jax.Array]) -> Callable[..., tuple[jax.Array, ...]]:
@@ -51,8 +42,8 @@ def forward_and_backward(attend: Callable[..., jax.Array]) -> Callable[..., tupl
     return step
 
 
-def rows(length: int, args: argparse.Namespace) -> list[list[str]]:
-    """The table's rows for one length."""
+def rows(length: int, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Prints the table's rows for one length."""
     batch = args.batch or max(1, 4096 // length)
     shape_BTHD = (batch, length, args.heads, args.head_dim)
     inputs = [jax.random.normal(key, shape_BTHD, args.dtype) for key in jax.random.split(jax.random.key(0), 4)]
@@ -64,39 +55,44 @@ def rows(length: int, args: argparse.Namespace) -> list[list[str]]:
         for pattern in PATTERNS
     }
     compiled, compile_seconds, scratch_mib = {}, {}, {}
-    times_ms: dict[str, list[float]] = {name: [] for name in functions}
     for name, attend in functions.items():
         start = time.perf_counter()
         compiled[name] = jax.jit(forward_and_backward(attend)).lower(*inputs).compile()
         compile_seconds[name] = time.perf_counter() - start
         memory = compiled[name].memory_analysis()
         scratch_mib[name] = memory.temp_size_in_bytes / 2**20 if memory else math.nan
-        jax.block_until_ready(compiled[name](*inputs))
-    for _ in range(args.repeats):
-        for name, step in compiled.items():
-            start = time.perf_counter()
-            jax.block_until_ready(step(*inputs))
-            times_ms[name].append(1e3 * (time.perf_counter() - start))
-
-    median_ms = {name: statistics.median(times) for name, times in times_ms.items()}
-    return [
-        [
+    timings = time_in_turn({name: functools.partial(step, *inputs) for name, step in compiled.items()}, args.repeats)
+    seconds = {name: statistics.median(timing.wall) for name, timing in timings.items()}
+    table = []
+    for name in functions:
+        row = {
+            "batch": batch,
+            "length": length,
+            "attention": name,
+            "share": causal_share(name, length, args.width) if name in PATTERNS else None,
+            "ms": 1e3 * seconds[name],
+            f"times {BASELINE}": seconds[BASELINE] / seconds[name],
+            "times causal": seconds["causal"] / seconds[name],
+            "scratch_mib": scratch_mib[name],
+            "compile_seconds": compile_seconds[name],
+        }
+        print_row(
             f"{batch} x {length}",
             f"{name} ({backends[name]})" if name in PATTERNS else name,
-            f"{causal_share(name, length, args.width):.3f}" if name in PATTERNS else "",
-            f"{median_ms[name]:.1f}",
-            f"{median_ms[BASELINE] / median_ms[name]:.2f}",
-            f"{median_ms['causal'] / median_ms[name]:.2f}",
-            f"{scratch_mib[name]:.0f}",
-            f"{compile_seconds[name]:.1f}",
-        ]
-        for name in functions
-    ]
+            f"{row['share']:.3f}" if name in PATTERNS else "",
+            f"{row['ms']:.1f}",
+            f"{row[f'times {BASELINE}']:.2f}",
+            f"{row['times causal']:.2f}",
+            f"{row['scratch_mib']:.0f}",
+            f"{row['compile_seconds']:.1f}",
+        )
+        table.append(row)
+    return table
 
 
 def main() -> None:
-    """Prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Prints the table and writes the JSON."""
+    parser = arguments(__doc__)
     parser.add_argument("--lengths", type=int, nargs="+", default=[256, 1024, 4096, 8192])
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--batch", type=int, default=0, help="sequences; 0 keeps batch x length at 4096")
@@ -106,16 +102,13 @@ def main() -> None:
     parser.add_argument("--dtype", type=jnp.dtype, default=np.dtype("float32"))
     args = parser.parse_args()
 
-    print(f"{processor()}, {os.cpu_count()} cores, {jax.devices()[0].device_kind} x {jax.device_count()};", end=" ")
-    print(f"Python {platform.python_version()}, JAX {jax.__version__}, NumPy {np.__version__};", end=" ")
-    print(f"{args.dtype}, {args.heads} heads of {args.head_dim}, width {args.width}; ", end="")
-    print(f"forward + backward, medians of {args.repeats} interleaved repeats\n")
+    announce(
+        f"{args.dtype}, {args.heads} heads of {args.head_dim}, width {args.width}; forward + backward, "
+        f"medians of {args.repeats} interleaved repeats"
+    )
     header = ["batch x length", "attention", "share", "ms", f"x {BASELINE}", "x causal", "scratch MiB", "compile s"]
-    print("| " + " | ".join(header) + " |")
-    print("|" + " --- |" * 2 + " ---: |" * (len(header) - 2))
-    for length in args.lengths:
-        for row in rows(length, args):
-            print("| " + " | ".join(row) + " |", flush=True)
+    print_head(*header, left=2)
+    write_json(args, rows=[row for length in args.lengths for row in rows(length, args)])
 
 
 if __name__ == "__main__":

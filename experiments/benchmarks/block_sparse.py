@@ -20,10 +20,7 @@ blocks, the nearest to 90 %); steps >= 1.25 times at 75 % and >= 1.5 times at 91
 
 import argparse
 import dataclasses
-import json
-import pathlib
 import statistics
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -31,7 +28,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from topology import machine
+from runner import announce, arguments, print_head, print_row, time_in_turn, times_faster, write_json
 
 import spdf_jax as spdf
 from spdf_jax.block_linear import block_linear, live_inputs
@@ -82,41 +79,12 @@ def layers(tokens: int, inputs: int, outputs: int, cases: list[tuple[int, int]],
     return ready
 
 
-def measure(ready: Timed, repeats: int) -> dict[str, dict[str, list[float]]]:
-    """Seconds of every repeat by wall clock and processor, ``{name: {"wall": [...], "processor": [...]}}``."""
-    seconds: dict[str, dict[str, list[float]]] = {name: {"wall": [], "processor": []} for name in ready}
-    for repeat in range(repeats + 1):  # the first compiles and warms up
-        for name, run in ready.items():
-            start = time.perf_counter(), time.process_time()
-            jax.block_until_ready(run())
-            if repeat:
-                seconds[name]["wall"].append(time.perf_counter() - start[0])
-                seconds[name]["processor"].append(time.process_time() - start[1])
-    return seconds
-
-
-def ratios(seconds: dict[str, dict[str, list[float]]], name: str) -> dict[str, float]:
-    """How many times faster than ``dense``."""
-    dense, ours = seconds["dense"], seconds[name]
-    pairs = sorted(d / o for d, o in zip(dense["wall"], ours["wall"], strict=True))
-    return {
-        "ms": 1e3 * statistics.median(ours["wall"]),
-        "times_faster": statistics.median(dense["wall"]) / statistics.median(ours["wall"]),
-        "of_pairs": statistics.median(pairs),
-        "of_fastest": min(dense["wall"]) / min(ours["wall"]),
-        "processor": statistics.median(dense["processor"]) / statistics.median(ours["processor"]),
-    }
-
-
 def print_rows(title: str, rows: list[dict[str, Any]]) -> None:
     """One Markdown table."""
-    print(f"| {title} | ms | times faster | of pairs | of the fastest | processor time | ideal |")
-    print("| --- |" + " ---: |" * 6)
+    print_head(title, "ms", "times faster", "of pairs", "of the fastest", "processor time", "ideal")
     for row in rows:
-        print(
-            f"| {row['name']} | {row['ms']:.1f} | {row['times_faster']:.2f} | {row['of_pairs']:.2f} "
-            f"| {row['of_fastest']:.2f} | {row['processor']:.2f} | {row['ideal']:.2f} |"
-        )
+        figures = (row[name] for name in ("times_faster", "of_pairs", "of_fastest", "processor", "ideal"))
+        print_row(row["name"], f"{row['ms']:.1f}", *(f"{figure:.2f}" for figure in figures))
     print(flush=True)
 
 
@@ -129,10 +97,13 @@ def layer_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
         (1024, 3072, 768, [(64, 12), (64, 4), (32, 24)]),
     ]
     for tokens, inputs, outputs, cases in shapes:
-        seconds = measure(layers(tokens, inputs, outputs, cases, args.dtype), args.repeats)
+        seconds = time_in_turn(layers(tokens, inputs, outputs, cases, args.dtype), args.repeats)
         ideals = [1.0, *(inputs / side / live for side, live in cases)]
         shape = {"tokens": tokens, "inputs": inputs, "outputs": outputs}
-        table = [{"name": n, "ideal": i} | shape | ratios(seconds, n) for n, i in zip(seconds, ideals, strict=True)]
+        table = [
+            {"name": n, "ideal": i} | shape | times_faster(seconds[n], seconds["dense"])
+            for n, i in zip(seconds, ideals, strict=True)
+        ]
         print_rows(f"{inputs} x {outputs}, {tokens} tokens, forward + backward", table)
         rows += table
     return rows
@@ -189,14 +160,17 @@ def step_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
     )
     configs = {name: step_config(model, 1, sparsity, side) for name, (sparsity, side) in STEPS.items()}
     ready: Timed = {name: training(config) for name, config in configs.items()}
-    seconds = measure(ready | {"linear": linear_layers(model)}, args.repeats)
+    seconds = time_in_turn(ready | {"linear": linear_layers(model)}, args.repeats)
     # Shares of processor time: they hold on a busy machine too.
-    dense, linear = (statistics.median(seconds[name]["processor"]) for name in ("dense", "linear"))
+    dense, linear = (statistics.median(seconds[name].processor) for name in ("dense", "linear"))
     rows = []
     for name, config in configs.items():
         zeros = args.n_layer * linear * STEPS[name][0]
         share = kernel_state_bytes(config) / kernel_state_bytes(configs["dense"])
-        rows.append({"name": name, "ideal": dense / (dense - zeros), "state": share} | ratios(seconds, name))
+        rows.append(
+            {"name": name, "ideal": dense / (dense - zeros), "state": share}
+            | times_faster(seconds[name], seconds["dense"])
+        )
     print_rows(f"training step, {model.n_layer} x {model.d_model}, 1 x {model.context} tokens", rows)
     for row in rows[1:]:
         print(f"{row['name']}: {row['state']:.3f} of the dense state's bytes (sparse leaves)")
@@ -222,10 +196,8 @@ def tpu_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Prints what the compiler and `spdf_jax.pod` say of the steps on a TPU topology."""
     model = spdf.GPTConfig(n_layer=12, n_head=16, d_model=1024, vocab_size=50304, context=1024, dtype="bfloat16")
     rows: list[dict[str, Any]] = []
-    print(
-        f"| training step on {args.tpu} | ms, estimated | of it our kernels | times faster | matrix FLOPs | MB of state |"
-    )
-    print("| --- |" + " ---: |" * 5)
+    columns = ["ms, estimated", "of it our kernels", "times faster", "matrix FLOPs", "MB of state"]
+    print_head(f"training step on {args.tpu}", *columns)
     for name, (sparsity, side) in TPU_STEPS.items():
         config = step_config(model, 64, sparsity, side)
         (plan,), (pod, mesh) = make_plan(config), make_pod(config, args.tpu)
@@ -244,35 +216,31 @@ def tpu_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
             "state_bytes": kernel_state_bytes(config),
         }
         rows.append(row)
-        print(
-            f"| {name} | {row['ms']:.2f} | {row['kernels_ms']:.2f} | {row['times_faster']:.2f} "
-            f"| {row['matrix_flops']:.3g} | {row['state_bytes'] / 1e6:.0f} |",
-            flush=True,
+        print_row(
+            name,
+            f"{row['ms']:.2f}",
+            f"{row['kernels_ms']:.2f}",
+            f"{row['times_faster']:.2f}",
+            f"{row['matrix_flops']:.3g}",
+            f"{row['state_bytes'] / 1e6:.0f}",
         )
     return rows
 
 
 def main() -> None:
     """Prints the tables and writes the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--layer", action="store_true", help="time layers")
     parser.add_argument("--step", action="store_true", help="time whole training steps")
     parser.add_argument("--tpu", default="", help="topology to compile the steps for, such as v5e:4x4")
     parser.add_argument("--n-layer", type=int, default=12, help="of the steps")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--json", default="", help="file to write")
     args = parser.parse_args()
 
-    about = machine()
-    print(f"{about['processor']}, {about['cores']} cores, {about['device']};", end=" ")
-    print(f"Python {about['python']}, JAX {about['jax']}, NumPy {about['numpy']}; {args.dtype};", end=" ")
-    print(f"medians of {args.repeats} interleaved repeats\n", flush=True)
-    result: dict[str, Any] = {"machine": about, "options": {k: v for k, v in vars(args).items() if k != "json"}}
+    announce(f"{args.dtype}; medians of {args.repeats} interleaved repeats")
     parts = {"layer": layer_rows, "step": step_rows, "tpu": tpu_rows}
-    result |= {part: rows(args) for part, rows in parts.items() if getattr(args, part)}
-    if args.json:
-        pathlib.Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
+    write_json(args, **{part: rows(args) for part, rows in parts.items() if getattr(args, part)})
 
 
 if __name__ == "__main__":

@@ -11,13 +11,11 @@ Expected there: both ratios below 1.1.
 """
 
 import argparse
-import json
-import pathlib
 import statistics
 import time
 
 import jax
-from topology import machine
+from runner import announce, arguments, print_head, print_row, write_json
 
 import spdf_jax as spdf
 from spdf_jax.config import RunConfig
@@ -58,26 +56,21 @@ def measure(layers: int, args: argparse.Namespace) -> dict[str, tuple[float, flo
 
 def main() -> None:
     """Prints the table and writes the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--layers", type=int, nargs=2, default=[12, 48], metavar=("FEW", "MANY"))
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--remat", default="none")
     parser.add_argument("--topology", default="", help="of TPUs to compile for, such as v5e:2x2; none: this machine")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--json", default="", help="file to write")
     args = parser.parse_args()
     jax.config.update("jax_enable_compilation_cache", False)
 
     few, many = args.layers
-    about = machine()
-    print(f"{about['processor']}, {about['cores']} cores, {about['device']};", end=" ")
-    print(f"Python {about['python']}, JAX {about['jax']}, NumPy {about['numpy']};", end=" ")
-    print(
-        f"compiled for {args.topology or 'this machine'}; width {args.width}, context {args.context}, bfloat16,",
-        end=" ",
+    announce(
+        f"compiled for {args.topology or 'this machine'}; width {args.width}, context {args.context}, bfloat16, "
+        f"remat {args.remat}; {args.repeats} interleaved pairs"
     )
-    print(f"remat {args.remat}; {args.repeats} interleaved pairs\n", flush=True)
     measure(few, args)  # imports, and what is computed once
     taken: dict[int, list[dict[str, tuple[float, float]]]] = {few: [], many: []}
     for repeat in range(args.repeats):
@@ -85,8 +78,7 @@ def main() -> None:
             taken[layers].append(measure(layers, args))
 
     header = [f"{few} layers s", f"{many} layers s", f"{many} / {few}", "of pairs (lowest, highest)", "processor time"]
-    print(f"| compiling | {' | '.join(header)} |")
-    print("| --- |" + " ---: |" * len(header))
+    print_head("compiling", *header)
     rows = []
     for name in taken[few][0]:
         wall, processor = ({n: [m[name][i] for m in taken[n]] for n in taken} for i in (0, 1))
@@ -101,14 +93,15 @@ def main() -> None:
             "processor_ratio": statistics.median(processor[many]) / statistics.median(processor[few]),
         }
         rows.append(row)
-        print(
-            f"| {name} | {medians[few]:.2f} | {medians[many]:.2f} | {row['ratio_of_medians']:.3f} | "
-            f"{row['median_of_ratios']:.3f} ({pairs[0]:.3f}, {pairs[-1]:.3f}) | {row['processor_ratio']:.3f} |"
+        print_row(
+            name,
+            f"{medians[few]:.2f}",
+            f"{medians[many]:.2f}",
+            f"{row['ratio_of_medians']:.3f}",
+            f"{row['median_of_ratios']:.3f} ({pairs[0]:.3f}, {pairs[-1]:.3f})",
+            f"{row['processor_ratio']:.3f}",
         )
-    if args.json:
-        options = {k: v for k, v in vars(args).items() if k != "json"}
-        result = {"machine": about, "options": options, "rows": rows}
-        pathlib.Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
+    write_json(args, rows=rows)
 
 
 if __name__ == "__main__":

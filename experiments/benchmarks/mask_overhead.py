@@ -18,17 +18,15 @@ Expected there: both ratios below 1.03; single pairs scatter by more than that, 
 
 import argparse
 import dataclasses
-import json
-import pathlib
 import statistics
-import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from topology import machine
+from runner import announce, arguments, print_head, print_row, time_in_turn, write_json
 
 import spdf_jax as spdf
 from spdf_jax.data import Batch
@@ -58,22 +56,15 @@ def prepare(config: spdf.GPTConfig, batch_size: int, sparsity: float) -> dict[st
     return ready
 
 
-def measure(
-    ready: dict[str, tuple[Any, Any, Any]], repeats: int
-) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """Wall-clock and processor seconds of every step, ``{"dense": [...], "masked": [...]}``; the first of each is left out."""
-    states = {name: state for name, (_, state, _) in ready.items()}
-    wall: dict[str, list[float]] = {name: [] for name in ready}
-    processor: dict[str, list[float]] = {name: [] for name in ready}
-    for repeat in range(repeats + 1):
-        for name in sorted(ready, reverse=repeat % 2 == 1):
-            compiled, _, batch = ready[name]
-            start = time.perf_counter(), time.process_time()
-            states[name], _ = jax.block_until_ready(compiled(states[name], batch))
-            if repeat:
-                wall[name].append(time.perf_counter() - start[0])
-                processor[name].append(time.process_time() - start[1])
-    return wall, processor
+def training(compiled: Any, state: Any, batch: Batch) -> Callable[[], Any]:
+    """A function that makes one step after the other."""
+
+    def run() -> Any:
+        nonlocal state
+        state, metrics = compiled(state, batch)
+        return state.params, metrics
+
+    return run
 
 
 def row(name: str, args: argparse.Namespace) -> dict[str, Any]:
@@ -86,18 +77,18 @@ def row(name: str, args: argparse.Namespace) -> dict[str, Any]:
     scratch = {k: compiled.memory_analysis().temp_size_in_bytes / 2**20 for k, (compiled, _, _) in ready.items()}
     traffic = {k: compiled.cost_analysis()["bytes accessed"] for k, (compiled, _, _) in ready.items()}
     repeats = args.repeats * (4 if name == "mini" else 1)  # its steps are short
-    seconds, processor = measure(ready, repeats)
-    pairs = sorted(m / d for d, m in zip(seconds["dense"], seconds["masked"], strict=True))
-    dense, masked = statistics.median(seconds["dense"]), statistics.median(seconds["masked"])
+    seconds = time_in_turn({k: training(*prepared) for k, prepared in ready.items()}, repeats)
+    dense, masked = seconds["dense"], seconds["masked"]
+    pairs = sorted(m / d for d, m in zip(dense.wall, masked.wall, strict=True))
     return {
         "size": f"{name}: {config.n_layer} x {config.d_model}, {batch_size} x {config.context} tokens",
-        "dense_ms": 1e3 * dense,
-        "masked_ms": 1e3 * masked,
-        "ratio_of_medians": masked / dense,
+        "dense_ms": 1e3 * statistics.median(dense.wall),
+        "masked_ms": 1e3 * statistics.median(masked.wall),
+        "ratio_of_medians": statistics.median(masked.wall) / statistics.median(dense.wall),
         "median_of_ratios": statistics.median(pairs),
         "quartiles": [pairs[len(pairs) // 4], pairs[(3 * len(pairs)) // 4]],
-        "ratio_of_fastest": min(seconds["masked"]) / min(seconds["dense"]),
-        "processor_ratio": statistics.median(processor["masked"]) / statistics.median(processor["dense"]),
+        "ratio_of_fastest": min(masked.wall) / min(dense.wall),
+        "processor_ratio": statistics.median(masked.processor) / statistics.median(dense.processor),
         "bytes_ratio": traffic["masked"] / traffic["dense"],
         "scratch_mib": scratch,
         "repeats": repeats,
@@ -106,19 +97,15 @@ def row(name: str, args: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     """Prints the table and writes the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(SIZES))
     parser.add_argument("--layers", type=int, default=4, help="of the 124m size")
     parser.add_argument("--sparsity", type=float, default=0.75)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--repeats", type=int, default=15, help="pairs of steps of 124m; four times as many of mini")
-    parser.add_argument("--json", default="", help="file to write")
     args = parser.parse_args()
 
-    about = machine()
-    print(f"{about['processor']}, {about['cores']} cores, {about['device']};", end=" ")
-    print(f"Python {about['python']}, JAX {about['jax']}, NumPy {about['numpy']};", end=" ")
-    print(f"sparsity {args.sparsity:g}, {args.dtype}; interleaved pairs of training steps\n", flush=True)
+    announce(f"sparsity {args.sparsity:g}, {args.dtype}; interleaved pairs of training steps")
     columns = [
         "pairs",
         "dense ms",
@@ -129,23 +116,23 @@ def main() -> None:
         "processor time",
         "bytes",
     ]
-    print(f"| training step | {' | '.join(columns)} |")
-    print("| --- |" + " ---: |" * len(columns))
+    print_head("training step", *columns)
     rows = []
     for name in args.sizes:
         rows.append(r := row(name, args))
         low, high = r["quartiles"]
-        print(
-            f"| {r['size']} | {r['repeats']} | {r['dense_ms']:.1f} | {r['masked_ms']:.1f} | {r['ratio_of_medians']:.3f} "
-            f"| {r['median_of_ratios']:.3f} ({low:.3f}, {high:.3f}) | {r['ratio_of_fastest']:.3f} "
-            f"| {r['processor_ratio']:.3f} | {r['bytes_ratio']:.3f} |",
-            flush=True,
+        print_row(
+            r["size"],
+            f"{r['repeats']}",
+            f"{r['dense_ms']:.1f}",
+            f"{r['masked_ms']:.1f}",
+            f"{r['ratio_of_medians']:.3f}",
+            f"{r['median_of_ratios']:.3f} ({low:.3f}, {high:.3f})",
+            f"{r['ratio_of_fastest']:.3f}",
+            f"{r['processor_ratio']:.3f}",
+            f"{r['bytes_ratio']:.3f}",
         )
-    if args.json:
-        options = {k: v for k, v in vars(args).items() if k != "json"}
-        pathlib.Path(args.json).write_text(
-            json.dumps({"machine": about, "options": options, "rows": rows}, indent=1) + "\n"
-        )
+    write_json(args, rows=rows)
 
 
 if __name__ == "__main__":

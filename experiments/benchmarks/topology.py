@@ -16,10 +16,6 @@ Expected there: ours >= 20 times faster and <= 2.5 s, with scratch memory <= 2.5
 
 import argparse
 import functools
-import json
-import os
-import pathlib
-import platform
 import statistics
 import sys
 import time
@@ -29,6 +25,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from runner import announce, arguments, print_head, print_row, time_in_turn, write_json
 
 from spdf_jax.sparsity.distributions import target_counts
 from spdf_jax.sparsity.masks import init_masks, matrix_groups
@@ -36,21 +33,6 @@ from spdf_jax.sparsity.rules import RULES, prune_and_grow_tree
 from spdf_jax.tree import LINEAR_KERNELS
 
 JAXPRUNER = "JaxPruner RigL"
-
-
-def machine() -> dict[str, Any]:
-    """What the numbers depend on."""
-    cpuinfo = pathlib.Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return {
-        "processor": names[0] if names else platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "device": f"{jax.devices()[0].device_kind} x {jax.device_count()}",
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-        "numpy": np.__version__,
-    }
 
 
 def kernels(layers: int, d: int) -> dict[str, Any]:
@@ -112,7 +94,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
         start = time.perf_counter()
         compiled[name] = jax.jit(update).lower(*arrays).compile()
         compile_seconds = time.perf_counter() - start
-        new = jax.tree.leaves(compiled[name](*arrays))  # also the warm-up
+        new = jax.tree.leaves(compiled[name](*arrays))
         old = jax.tree.leaves(arrays[2])
         active = [int(jnp.sum(m, dtype=jnp.int32)) for m in (*new, *old)]
         exchanged = sum(int(jnp.sum((n != 0) & (o == 0))) for n, o in zip(new, old, strict=True))
@@ -124,23 +106,19 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
             "compile_seconds": compile_seconds,
         }
         rows[name]["scratch_per_largest_leaf"] = rows[name]["scratch_bytes"] / largest_bytes
-    seconds: dict[str, list[float]] = {name: [] for name in methods}
-    for _ in range(args.repeats):
-        for name, (_, arrays) in methods.items():
-            start = time.perf_counter()
-            jax.block_until_ready(compiled[name](*arrays))
-            seconds[name].append(time.perf_counter() - start)
+    ready = {name: functools.partial(compiled[name], *arrays) for name, (_, arrays) in methods.items()}
+    timings = time_in_turn(ready, args.repeats)
     for name, row in rows.items():
-        row["seconds"] = statistics.median(seconds[name])
-        row["all_seconds"] = seconds[name]
+        row["seconds"] = statistics.median(timings[name].wall)
+        row["all_seconds"] = timings[name].wall
         if args.jaxpruner:
-            row["times_faster"] = statistics.median(seconds[JAXPRUNER]) / row["seconds"]
+            row["times_faster"] = statistics.median(timings[JAXPRUNER].wall) / row["seconds"]
     return list(rows.values())
 
 
 def main() -> None:
     """Prints the table and writes the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--jaxpruner", default="", help="directory of a checkout; none: ours alone")
     parser.add_argument("--split", action="store_true", help="give JaxPruner one tensor a layer")
     parser.add_argument("--rules", nargs="+", default=["rigl", "mst"], choices=list(RULES))
@@ -148,29 +126,28 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--sparsity", type=float, default=0.8)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--json", default="", help="file to write")
     args = parser.parse_args()
 
-    about = machine()
     size = args.layers * 12 * args.width**2
-    print(f"{about['processor']}, {about['cores']} cores, {about['device']};", end=" ")
-    print(f"Python {about['python']}, JAX {about['jax']}, NumPy {about['numpy']};", end=" ")
-    print(f"{size:,} weights in {args.layers} layers x {args.width}, sparsity {args.sparsity:g}, float32;", end=" ")
-    print(f"medians of {args.repeats} interleaved repeats\n", flush=True)
+    announce(
+        f"{size:,} weights in {args.layers} layers x {args.width}, sparsity {args.sparsity:g}, float32; "
+        f"medians of {args.repeats} interleaved repeats"
+    )
     rows = measure(args)
     columns = ["s", "fastest s", f"x faster than {JAXPRUNER}", "scratch / largest leaf", "exchanged", "compile s"]
-    print(f"| topology update | {' | '.join(columns)} |")
-    print("| --- |" + " ---: |" * len(columns))
+    print_head("topology update", *columns)
     for row in rows:
-        faster = f"{row['times_faster']:.1f}" if args.jaxpruner else ""
-        print(
-            f"| {row['method']} | {row['seconds']:.2f} | {min(row['all_seconds']):.2f} | {faster} "
-            f"| {row['scratch_per_largest_leaf']:.2f} | {row['exchanged']:.3f} | {row['compile_seconds']:.1f} |"
+        print_row(
+            row["method"],
+            f"{row['seconds']:.2f}",
+            f"{min(row['all_seconds']):.2f}",
+            f"{row['times_faster']:.1f}" if args.jaxpruner else "",
+            f"{row['scratch_per_largest_leaf']:.2f}",
+            f"{row['exchanged']:.3f}",
+            f"{row['compile_seconds']:.1f}",
         )
-    if args.json:
-        options = {k: v for k, v in vars(args).items() if k not in ("jaxpruner", "json")}
-        result = {"machine": about, "options": options, "weights": size, "rows": rows}
-        pathlib.Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
+    args.jaxpruner = bool(args.jaxpruner)  # a path says nothing elsewhere
+    write_json(args, weights=size, rows=rows)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,169 @@
+"""Claim: our dense training step makes at least as many tokens a second as nanoGPT's, eager or compiled.
+
+Times one whole training step (forward, backward, clip to norm 1, AdamW with decay on matrices alone) of the same GPT-2, batch,
+context and precision, float32: `spdf_jax`'s compiled step, its masks 0-d, and nanoGPT under PyTorch, eager and with
+``torch.compile``, each on its own copy of the same weights, in turn and with the order swapped in every repeat. Every step takes
+the weights of the one before, as in training. nanoGPT's step is that of its ``train.py``; its GELU is the exact one, ours the
+tanh approximation, as in GPT-2. Both use as many threads as there are cores, and the memory allocator as they find it.
+
+Before the table, a line a shape says that both have as many parameters, and the losses of the first two steps, which agree to
+1e-4 where the weights are the same, and after one update to what float32 leaves of it.
+
+Shapes: ``4x256`` (4 layers x 256, 4 heads, context 256, batch 16, vocabulary 4096); ``124m`` (12 x 768, 12 heads, context 1024,
+batch 1, vocabulary 50304).
+
+Command: ``python experiments/benchmarks/train_step.py --nanogpt DIRECTORY --json train_step.json``
+Needs: a checkout of https://github.com/karpathy/nanoGPT (MIT), PyTorch (``pip install -e '.[reference]'``) and a C++ compiler;
+without ``--nanogpt`` ours alone is timed. Hardware: any; 12 GB of memory. Time: 6 minutes on 2 CPU cores.
+Expected there: >= 1.0 times nanoGPT's tokens a second, whichever of its two is faster.
+"""
+
+import argparse
+import functools
+import importlib.util
+import os
+import pathlib
+import statistics
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from runner import announce, arguments, print_head, print_row, time_in_turn, times_faster, write_json
+from safetensors.numpy import load_file
+
+import spdf_jax as spdf
+from spdf_jax.data import Batch
+from spdf_jax.huggingface import save_gpt2
+from spdf_jax.optim import OptimizerConfig, make_optimizer
+from spdf_jax.step import make_steps
+
+SHAPES = {
+    "4x256": (spdf.GPTConfig(n_layer=4, n_head=4, d_model=256, vocab_size=4096, context=256), 16),
+    "124m": (spdf.GPTConfig(n_layer=12, n_head=12, d_model=768, vocab_size=50304, context=1024), 1),
+}
+LEARNING_RATE = 6e-4
+EAGER, COMPILED = "nanoGPT, eager", "nanoGPT, compiled"
+
+Step = Callable[[], float]  # makes one step and returns its loss
+
+
+def ours(config: spdf.GPTConfig, params: Any, tokens: np.ndarray) -> Step:
+    """Our compiled step."""
+    tx = make_optimizer(OptimizerConfig())
+    tokens_ABT = jnp.asarray(tokens, jnp.int32)[None]
+    batch = Batch(tokens_ABT[..., :-1], tokens_ABT[..., 1:], jnp.ones(tokens_ABT[..., 1:].shape))
+    step = make_steps(spdf.GPT(config), tx, optax.constant_schedule(LEARNING_RATE), spdf.RULES["static"]).train
+    state = spdf.TrainState(jnp.zeros((), int), params, spdf.dense_masks(params), tx.init(params), jax.random.key(2))
+
+    def run() -> float:
+        nonlocal state
+        state, metrics = jax.block_until_ready(step(state, batch, pattern="causal", width=128))
+        return float(metrics["loss"])
+
+    return run
+
+
+def nanogpt(path: str, config: spdf.GPTConfig, params: Any, tokens: np.ndarray, compiled: bool) -> tuple[Step, int]:
+    """nanoGPT's step, and how many parameters its model has."""
+    import torch
+
+    spec = importlib.util.spec_from_file_location("nanogpt_model", pathlib.Path(path) / "model.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    model = module.GPT(
+        module.GPTConfig(
+            block_size=config.context,
+            vocab_size=config.vocab_size,
+            n_layer=config.n_layer,
+            n_head=config.n_head,
+            n_embd=config.d_model,
+            dropout=0.0,
+            bias=True,
+        )
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        save_gpt2(folder, config, params)
+        tensors = load_file(pathlib.Path(folder) / "model.safetensors")
+    for name, tensor in model.state_dict().items():
+        if name != "lm_head.weight":  # is the embedding
+            linear = ".attn.c_" in name or ".mlp.c_" in name
+            tensor.copy_(torch.from_numpy(tensors[name].T if linear else tensors[name]))
+    c = OptimizerConfig()
+    optimizer = model.configure_optimizers(c.weight_decay, LEARNING_RATE, (c.beta1, c.beta2), "cpu")
+    forward = torch.compile(model) if compiled else model
+    x_BT, y_BT = torch.from_numpy(tokens[:, :-1].copy()), torch.from_numpy(tokens[:, 1:].copy())
+
+    def run() -> float:
+        _, loss = forward(x_BT, y_BT)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), c.clip_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.item()
+
+    return run, sum(p.numel() for p in model.parameters())
+
+
+def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Checks and times one shape, and prints its rows."""
+    config, batch_size = SHAPES[name]
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (batch_size, config.context + 1), np.int64)
+    params = jax.jit(spdf.GPT(config).init)(jax.random.key(0), jnp.zeros((1, 1), int))["params"]
+    sizes = {"ours": sum(p.size for p in jax.tree.leaves(params))}
+    steps: dict[str, Step] = {}
+    if args.nanogpt:
+        build = functools.partial(nanogpt, args.nanogpt, config, params, tokens)
+        steps[EAGER], sizes[EAGER] = build(compiled=False)
+        steps[COMPILED], sizes[COMPILED] = build(compiled=True)
+    steps["ours"] = ours(config, params, tokens)
+    del params  # their buffers are the state's now
+    losses = {side: [step(), step()] for side, step in steps.items()}
+    for side, (first, second) in losses.items():
+        print(f"{name}, {side}: {sizes[side]:,} parameters, losses {first:.5f}, {second:.5f}", flush=True)
+        if sizes[side] != sizes["ours"] or abs(first - losses["ours"][0]) > 1e-4:
+            raise SystemExit(f"{name}: {side} and ours are not the same model")
+    print()
+
+    timings = time_in_turn(steps, args.repeats)
+    fastest = min(steps.keys() - {"ours"} or steps, key=lambda side: statistics.median(timings[side].wall))
+    rows = [{"name": side} | times_faster(timings[side], timings[fastest]) for side in steps]
+    print_head(f"{name}, {batch_size} x {config.context} tokens", "ms", "tokens / s", *RATIOS.values())
+    for row in rows:
+        row["tokens_per_second"] = tokens[:, 1:].size / row["ms"] * 1e3
+        ratios = (f"{row[ratio]:.2f}" for ratio in RATIOS)
+        print_row(row["name"], f"{row['ms']:.1f}", f"{row['tokens_per_second']:.0f}", *ratios)
+    print(flush=True)
+    return {"shape": name, "parameters": sizes, "losses": losses, "fastest": fastest, "rows": rows}
+
+
+RATIOS = {"times_faster": "x nanoGPT", "of_pairs": "of pairs", "of_fastest": "of the fastest", "processor": "processor"}
+
+
+def main() -> None:
+    """Prints the tables and writes the JSON."""
+    parser = arguments(__doc__)
+    parser.add_argument("--nanogpt", default="", help="directory of a checkout; none: ours alone")
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--repeats", type=int, default=9)
+    args = parser.parse_args()
+
+    announce(f"float32; medians of {args.repeats} interleaved training steps")
+    write_json(args, rows=[measure(name, args) for name in args.shapes], environment=environment(args))
+
+
+def environment(args: argparse.Namespace) -> dict[str, str]:
+    """What else the numbers depend on."""
+    import torch
+
+    names = ("GLIBC_TUNABLES", "XLA_FLAGS", "OMP_NUM_THREADS")
+    return {name: os.environ[name] for name in names if name in os.environ} | {"torch": torch.__version__}
+
+
+if __name__ == "__main__":
+    main()
