@@ -27,6 +27,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -244,6 +245,15 @@ def test_where_no_checkpoint_is_sound_nothing_is_moved(interrupted, text):
     with pytest.raises(spdf.InputError, match="but there is none; start again with another --workdir"):
         jobs.train(spdf.resolve(short(text)), interrupted, progress=False)
     assert [p.name for p in folder.iterdir()] == ["12"]
+
+
+def test_of_what_no_one_can_catch_only_late_reads_go_unsaid():
+    heard = []
+    hook = checkpointing._WithoutLateReads(heard.append)
+    late, other = (SimpleNamespace(exc_value=RuntimeError(text)) for text in ("Event loop is closed", "another"))
+    hook(late)
+    hook(other)
+    assert heard == [other]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "uint8", "bool"])
