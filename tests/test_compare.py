@@ -144,7 +144,7 @@ def test_the_table_in_words(finished):
 
 def test_the_page_shows_all_methods_at_both_budgets(finished):
     page = (finished / "report.html").read_text()
-    assert "Loss: 5.250 for “dense”, the reference; highest 6.125 for “RigL”" in page
+    assert "Loss: 5.250 for “dense”, the reference and lowest; highest 6.125 for “RigL”" in page
     assert "Little is shown." in page
     for choice in (TOKENS, FLOPS):
         panel = page[page.index(f"<h2>Validation loss: text, {choice}</h2>") :]

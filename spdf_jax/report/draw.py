@@ -33,7 +33,7 @@ _THEME = {
     _GRID: "var(--line)",
     _GROUND: "var(--card)",
 }
-DENSITY_COLOURS = LinearSegmentedColormap.from_list("density", ["#f1f5f4", "#5fb3a9", "#0f766e", "#05302d"])
+DENSITY_COLOURS = LinearSegmentedColormap.from_list("density", ["#f1f5f4", "#5fb3a9", "#0f766e", "#07433e"])
 # Densities of interest are small: the square root spreads 1 % to 10 % over a quarter of the colours.
 DENSITY_NORM = PowerNorm(0.5, vmin=0, vmax=1)
 STYLE: dict[Any, Any] = {
@@ -67,6 +67,11 @@ def new_figure(height_inches: float = 2.9, width_inches: float = 4.2) -> tuple[F
     figure = Figure(figsize=(width_inches, height_inches))
     FigureCanvasAgg(figure)
     return figure, figure.add_subplot()
+
+
+def legend(figure: Figure) -> None:
+    """The key, above the axes: inside them it would cover lines or shades."""
+    figure.legend(loc="outside upper left", ncols=2, borderpad=0)
 
 
 def svg(figure: Figure, description: str) -> Markup:

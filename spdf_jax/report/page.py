@@ -1,5 +1,7 @@
 """The page: a heading and cards, readable on paper, on a phone, and by day and night."""
 
+import itertools
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +36,7 @@ def write_page(path: Path, *, title: str, status: str, verdict: str, note: str, 
     Returns:
         The path.
     """
-    page = _PAGE.render(title=title, status=status, verdict=verdict, note=note, panels=panels)
+    page = _PAGE.render(title=title, status=status, verdict=verdict, note=note, panels=panels, alone=_alone(panels))
     write_atomically(path, page.encode())
     return path
 
@@ -53,13 +55,31 @@ def breakable(name: str) -> Markup:
     return Markup(str(escape(name)).replace(".", ".<wbr>").replace("_", "_<wbr>"))
 
 
+def held(text: str) -> str:
+    """A text whose numbers stay in one line with their units, and steps with their number.
+
+    >>> held("51 s at step 40")
+    '51\\xa0s at step\\xa040'
+    """
+    return re.sub(r"(?<=\d) (?=%|(?:s|min|h|x|cores|\w?FLOP)\b)|(?<=\bstep) (?=\d)", "\N{NO-BREAK SPACE}", text)
+
+
 def command_panel(command: str, remark: str) -> Panel:
     """How to run it again."""
-    return Panel("Run it again", Markup("<pre><code>{}</code></pre>").format(command), remark, wide=True)
+    words = (Markup("<span>{}</span>").format(word) if word.startswith("--") else word for word in command.split(" "))
+    return Panel(
+        "Run it again", Markup("<pre><code>{}</code></pre>").format(Markup(" ").join(words)), remark, wide=True
+    )
+
+
+def _alone(panels: Sequence[Panel]) -> set[int]:
+    """The indices of panels that no other stands beside where two fit in a row."""
+    groups = [list(group) for _, group in itertools.groupby(range(len(panels)), key=lambda i: panels[i].wide)]
+    return {group[-1] for group in groups if len(group) % 2 == 1 and not panels[group[-1]].wide}
 
 
 _ENVIRONMENT = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-_ENVIRONMENT.filters["breakable"] = breakable
+_ENVIRONMENT.filters |= {"breakable": breakable, "held": held}
 
 _PAGE = template("""\
 <!doctype html>
@@ -85,21 +105,31 @@ a { color: var(--accent); }
 .status { margin: 0 0 .25rem; color: var(--accent); font-size: .85rem; font-weight: 600; overflow-wrap: anywhere; }
 .verdict { margin: 0 0 .75rem; max-width: 46rem; font-size: 1.2rem; line-height: 1.45; text-wrap: balance;
            overflow-wrap: anywhere; }
-.note { margin: 0 0 1.75rem; max-width: 46rem; padding-left: .9rem; border-left: 3px solid var(--accent);
+header { margin-bottom: 1.75rem; }
+.note { margin: 0; max-width: 46rem; padding-left: .9rem; border-left: 3px solid var(--accent);
         color: var(--soft); overflow-wrap: anywhere; }
 .grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 1.1rem; }
 .card { min-width: 0; padding: 1.1rem 1.2rem; border: 1px solid var(--line); border-radius: 10px;
         background: var(--card); }
 .wide { grid-column: 1 / -1; }
+@media (min-width: 56rem), print {
+  .alone { display: grid; grid-column: 1 / -1; grid-template: auto 1fr / 1fr 1fr; gap: 0 1.1rem; }
+  .alone > .plot { grid-area: 1 / 2 / span 2; }
+}
 .caption { margin: 0 0 .7rem; color: var(--soft); font-size: .88rem; line-height: 1.45; overflow-wrap: anywhere; }
 .soft { color: var(--soft); font-size: .88rem; }
 .plot svg { display: block; width: 100%; height: auto; }
 .plot svg text { font-family: inherit !important; }
 .three { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 17rem), 1fr)); gap: .8rem; }
-.key { display: flex; flex-wrap: wrap; gap: .1rem 1.2rem; margin: 0 0 .7rem; padding: 0; font-size: .85rem;
-       list-style: none; }
+.key { display: flex; flex-wrap: wrap; align-content: start; gap: .1rem 1.2rem; margin: 0 0 .7rem; padding: 0;
+       font-size: .85rem; list-style: none; }
 .key svg { width: 1.9rem; height: .6rem; margin-right: .4rem; vertical-align: middle; }
-.scroll { overflow-x: auto; }
+/* The first two hide the shades of the last two where there is nothing more to scroll to. */
+.scroll { overflow-x: auto; background:
+    linear-gradient(to right, var(--card) 40%, transparent) left / 1rem calc(100% + 2px) no-repeat local,
+    linear-gradient(to left, var(--card) 40%, transparent) right / 1rem calc(100% + 2px) no-repeat local,
+    linear-gradient(to right, var(--axis), transparent) left / .5rem 100% no-repeat,
+    linear-gradient(to left, var(--axis), transparent) right / .5rem 100% no-repeat; }
 table { width: 100%; border-collapse: collapse; font-variant-numeric: tabular-nums; }
 td, th { padding: .34rem .8rem .34rem 0; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top;
          font-weight: normal; }
@@ -112,6 +142,7 @@ thead th { color: var(--soft); font-size: .85rem; line-height: 1.3; vertical-ali
 .figures th[scope=row] { min-width: 12rem; overflow-wrap: anywhere; }
 .figures td { white-space: nowrap; }
 .signatures td { overflow-wrap: anywhere; }
+.signatures th { white-space: nowrap; }
 .figures .name { min-width: 14rem; white-space: normal; overflow-wrap: anywhere; }
 .figures small, .signatures small { display: block; color: var(--soft); font-size: .8rem; line-height: 1.35; }
 .multiples { display: grid; grid-template-columns: repeat(var(--columns), minmax(0, 9.5rem)); gap: .4rem .8rem;
@@ -133,11 +164,14 @@ thead th { color: var(--soft); font-size: .85rem; line-height: 1.3; vertical-ali
 .texts p { margin: 0; white-space: pre-line; }
 .texts strong { font-weight: 600; }
 pre { margin: .5rem 0 0; white-space: pre-wrap; overflow-wrap: anywhere; font-size: .83rem; line-height: 1.45; }
+pre span { display: inline-block; max-width: 100%; }
 summary { margin-top: .8rem; cursor: pointer; font-weight: 600; }
 @media (max-width: 34rem) {
   body { padding: 1.25rem .75rem 3rem; }
   .card { padding: .9rem .8rem; }
-  .numbers td:nth-child(3) { display: none; }
+  .numbers :is(td, th):nth-child(3) { display: none; }
+  .numbers td:nth-child(2) { min-width: 7rem; padding-right: 0; }
+  .figures .name { min-width: 6.5rem; }
   .figures th[scope=row] { min-width: 8rem; }
 }
 @media print {
@@ -149,10 +183,14 @@ summary { margin-top: .8rem; cursor: pointer; font-weight: 600; }
   .card { break-inside: avoid; }
   .wide:not(:has(.plot)) { break-inside: auto; }
   h2, .caption { break-after: avoid; }
-  .figures { font-size: .75rem; }
+  .scroll { overflow: visible; background: none; }
+  .figures { font-size: .72rem; }
+  .figures:has(th:nth-child(12)) { font-size: .58rem; }
+  .figures td, .figures th { padding-right: .4rem; }
+  .figures thead th { font-size: inherit; }
   .figures td { white-space: normal; overflow-wrap: anywhere; }
-  .figures th[scope=row], .signatures td { overflow-wrap: anywhere; }
-.figures .name { min-width: 0; }
+  .figures th[scope=row] { min-width: 5rem; }
+  .figures .name { min-width: 0; }
   tr { break-inside: avoid; }
   details { display: none; }
 }
@@ -162,18 +200,20 @@ summary { margin-top: .8rem; cursor: pointer; font-weight: 600; }
 <header>
   <p class="status">{{ status }}</p>
   <h1>{{ title }}</h1>
-  <p class="verdict">{{ verdict }}</p>
+  <p class="verdict">{{ verdict | held }}</p>
   {% if note %}
-  <p class="note">{{ note }}</p>
+  <p class="note">{{ note | held }}</p>
   {% endif %}
 </header>
 <main class="grid">
   {% for panel in panels %}
-  <section class="card{{ ' wide' if panel.wide }}">
-    <h2>{{ panel.title }}</h2>
-    {% if panel.caption %}
-    <p class="caption">{{ panel.caption }}</p>
-    {% endif %}
+  <section class="card{{ ' wide' if panel.wide }}{{ ' alone' if loop.index0 in alone }}">
+    <div>
+      <h2>{{ panel.title }}</h2>
+      {% if panel.caption %}
+      <p class="caption">{{ panel.caption }}</p>
+      {% endif %}
+    </div>
     {{ panel.body }}
   </section>
   {% endfor %}

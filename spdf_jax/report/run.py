@@ -25,6 +25,7 @@ from spdf_jax.report.draw import (
     cell_edges,
     column,
     histogram_path,
+    legend,
     new_figure,
     png_uri,
     svg,
@@ -50,6 +51,7 @@ from spdf_jax.report.words import (
 )
 
 _MAX_PICTURED_LEAVES = 3
+_MAX_BINS = 20
 _MAX_TEXTS = 10
 _MAX_EXAM_BARS, _MAX_EXAM_LABEL = 40, 56
 _SCORES_IN_VERDICT = ("bleu", "rouge_l", "nist", "perplexity_per_byte")
@@ -67,12 +69,14 @@ def write_report(workdir: Path) -> Path:
     Raises:
         InputError: the folder holds no run, or a file in it cannot be read.
     """
-    run = read_run(Path(workdir))
+    workdir = Path(workdir)
+    run = read_run(workdir)
+    cell = f", {workdir.name}" if workdir.parent.name == "cells" else ""  # of a sweep, whose runs share a name
     with matplotlib.rc_context(STYLE):
         panels = [panel for make in _PANELS if (panel := make(run)) is not None]
     return write_page(
-        Path(workdir) / "report.html",
-        title=run.name,
+        workdir / "report.html",
+        title=f"{run.name}{cell}",
         status=run.status,
         verdict=_verdict(run),
         note=COUNTED_NOTE if run.max_sparsity > 0 else "",
@@ -109,18 +113,19 @@ def _verdict(run: Run) -> str:
 
 def _number_lines(run: Run) -> Iterator[tuple[str, str, str]]:
     """Label, value with its unit, and a remark, for each number there is."""
+    zeros, left_out = ("", "") if run.is_dense else ("zeros included", "multiplications by zero left out")
     best = f"at the best evaluation, step {run.numbers['best_step']:,}" if "best_step" in run.numbers else ""
     formats: dict[str, tuple[str, Callable[[float], str], str]] = {
         "val_loss": ("Validation loss", lambda v: f"{v:.4f} nats/token", best or "at the last evaluation"),
         "initial_val_loss": ("Validation loss before training", lambda v: f"{v:.4f} nats/token", _first_remark(run)),
         "unigram_loss": ("Loss of token frequencies alone", lambda v: f"{v:.4f} nats/token", "a model must beat this"),
         "sparsity": ("Sparsity at the last step", percent, f"{percent(run.max_sparsity)} at its highest"),
-        "train_flops": ("Training FLOPs, counted", flops, "multiplications by zero left out"),
+        "train_flops": ("Training FLOPs, counted", flops, left_out),
         "dense_flops": ("The same tokens, dense", flops, "same model without masks"),
         "flops_reduction": ("FLOP reduction", lambda v: f"{v:.2f}x", "counted, not measured in seconds"),
         "tokens": ("Training tokens", lambda v: f"{v:,}", ""),
         "steps": ("Training steps", lambda v: f"{v:,}", "stopped early" if _stopped_early(run) else ""),
-        "parameters": ("Parameters", lambda v: f"{v:,}", "zeros included"),
+        "parameters": ("Parameters", lambda v: f"{v:,}", zeros),
         "tokens_per_second": ("Throughput", lambda v: f"{v:,.0f} tokens/s", "measured"),
         "wall_seconds": ("Wall-clock time", duration, "measured"),
         "device": ("Device", str, ""),
@@ -178,7 +183,7 @@ def _loss_by_step(run: Run) -> Panel | None:
     _mark_phases(axes, run)
     axes.set(xlabel="step", ylabel="loss (nats/token)")
     axes.xaxis.set_major_formatter(count_tick)
-    axes.legend()
+    legend(figure)
     every = math.ceil(len(run.train_rows) / MAX_LINE_POINTS)
     line = "each logged step" if every <= 1 else f"means of {every} logged steps"
     captions = [f"Line: training, {line}."] if run.train_rows else []
@@ -199,8 +204,8 @@ def _loss_by_flops(run: Run) -> Panel | None:
         _plot_losses(axes, run, lambda rows: column(rows, key) / scale, colour, label)
 
     if not run.is_dense:
-        plot("dense_flops", DENSE, "same losses at the dense cost")
-        plot("train_flops", SPARSE, "this run at its counted cost")
+        plot("dense_flops", DENSE, "at the dense cost")
+        plot("train_flops", SPARSE, "at the counted cost")
         _mark_reduction(axes, max(rows, key=lambda row: row["step"]), scale)
         caption = (
             "Coloured: at the cost for a machine that skips zeros. Grey: the same losses at the cost of a dense model"
@@ -210,7 +215,7 @@ def _loss_by_flops(run: Run) -> Panel | None:
         plot("train_flops", DENSE, "this run, dense")
         caption = "This run is dense: nothing is skipped."
     axes.set(xlabel=f"training compute ({name}, counted)", ylabel="loss (nats/token)", xlim=(0, None))
-    axes.legend()
+    legend(figure)
     return Panel("Loss over compute", svg(figure, "loss against training FLOPs"), caption)
 
 
@@ -228,7 +233,7 @@ def _loss_by_time(run: Run) -> Panel | None:
 
     _plot_losses(axes, run, time, DENSE if run.is_dense else SPARSE, "validation", "training")
     axes.set(xlabel=f"training time ({name}, measured)", ylabel="loss (nats/token)", xlim=(0, None))
-    axes.legend()
+    legend(figure)
     caption = "Time by the logged tokens a second: compilation is in it, evaluations are not."
     if run.max_sparsity > 0:
         caption += " Masks save none of it."
@@ -249,7 +254,14 @@ def _plot_losses(
     for index, (_, group) in enumerate(itertools.groupby(run.evaluation_rows, key=run.task)):
         rows, name = list(group), None if index else label
         axes.plot(
-            xs(rows), column(rows, "val_loss"), color=colour, linewidth=1.2, marker="o", markersize=3.5, label=name
+            xs(rows),
+            column(rows, "val_loss"),
+            color=colour,
+            linewidth=1.2,
+            marker="o",
+            markersize=3.5,
+            label=name,
+            clip_on=False,
         )
 
 
@@ -307,7 +319,7 @@ def _mark_reduction(axes: Axes, row: Row, scale: float) -> None:
         return
     lowest, highest = axes.get_ylim()
     level = lowest - 0.04 * (highest - lowest)
-    axes.set_ylim(lowest - 0.16 * (highest - lowest), highest)
+    axes.set_ylim(lowest - 0.18 * (highest - lowest), highest)
     sparse, dense = row["train_flops"] / scale, row["dense_flops"] / scale
     arrow = {"arrowstyle": "->", "color": INK, "linewidth": 1, "shrinkA": 0, "shrinkB": 0}
     axes.annotate("", xy=(sparse, level), xytext=(dense, level), arrowprops=arrow)
@@ -316,7 +328,7 @@ def _mark_reduction(axes: Axes, row: Row, scale: float) -> None:
     # Under a short arrow at the right edge the text ends with the arrow.
     centre, right = (sparse + dense) / 2, axes.get_xlim()[1]
     at, side = (dense, "right") if centre > 0.8 * right else (centre, "center")
-    axes.text(at, level - 0.02 * (highest - lowest), text, ha=side, va="top", fontsize=8.5)
+    axes.text(at, level - 0.035 * (highest - lowest), text, ha=side, va="top", fontsize=8.5)
 
 
 # --- masks -----------------------------------------------------------------------------------------------------------
@@ -348,9 +360,9 @@ def _churn_by_step(run: Run) -> Panel | None:
     figure, axes = new_figure()
     axes.fill_between(steps, lows, highs, color=SPARSE, alpha=0.16, linewidth=0, label="lowest to highest matrix")
     axes.plot(steps, means, color=SPARSE, linewidth=1.4, marker="o", markersize=2.5, label="mean over matrices")
-    axes.set(xlabel="step", ylabel="new connections (% of those present)", ylim=(0, None))
+    axes.set(xlabel="step", ylabel="new connections (%)", ylim=(0, None))
     axes.xaxis.set_major_formatter(count_tick)
-    axes.legend()
+    legend(figure)
     caption = "Of the connections after each topology step, the share that was not there before it."
     return Panel("Churn over steps", svg(figure, "churn against steps"), caption)
 
@@ -366,7 +378,7 @@ def _density_by_layer(run: Run) -> Panel | None:
         for row in run.topology_rows
     ]
     bands = np.cumsum([0, *layer_counts.values()])
-    figure, axes = new_figure(height_inches=float(np.clip(0.8 + 0.24 * bands[-1], 2.6, 6.4)))
+    figure, axes = new_figure(height_inches=float(np.clip(0.8 + 0.24 * bands[-1], 2.6, 3.4)))
     image = axes.pcolormesh(
         cell_edges(steps),
         np.arange(bands[-1] + 1),
@@ -397,7 +409,7 @@ def _mask_pictures(run: Run) -> Panel | None:
     if not pictures or run.max_sparsity <= 0:
         return None
     density = {step: float(np.mean([image.mean() for image in images.values()])) for step, images in pictures.items()}
-    columns, leaves = _named_steps(density), list(pictures[min(density, key=density.__getitem__)])
+    columns, leaves = _named_steps(run, density), list(pictures[min(density, key=density.__getitem__)])
     chosen = _some(leaves, _MAX_PICTURED_LEAVES)
     rows = [(short_name(leaf), [_picture(pictures[step].get(leaf), leaf) for step in columns]) for leaf in chosen]
     scale = _SCALE.render(scale=png_uri(np.linspace(0, 1, 256)[np.newaxis] ** 2))
@@ -415,7 +427,7 @@ def _mask_degrees(run: Run) -> Panel | None:
         step: float(np.mean([into.mean() / len(out) for into, out in found.values()]))
         for step, found in degrees.items()
     }
-    columns, leaves = _named_steps(density), list(degrees[min(density, key=density.__getitem__)])
+    columns, leaves = _named_steps(run, density), list(degrees[min(density, key=density.__getitem__)])
     chosen = _some(leaves, _MAX_PICTURED_LEAVES)
     rows = [(short_name(leaf), [_histograms(degrees[step].get(leaf)) for step in columns]) for leaf in chosen]
     caption = (
@@ -425,11 +437,15 @@ def _mask_degrees(run: Run) -> Panel | None:
     return Panel("Degrees", Markup(_MULTIPLES.render(columns=columns.values(), rows=rows)), caption)
 
 
-def _named_steps(density: Mapping[int, float]) -> dict[int, str]:
-    """Start, sparsest and end among the steps; one step is shown once, under all its names."""
-    steps = sorted(density)
+def _named_steps(run: Run, density: Mapping[int, float]) -> dict[int, str]:
+    """Start, sparsest (where that changes) and end among the steps; one step is shown once, under all its names."""
+    steps, sparsest = sorted(density), min(sorted(density), key=density.__getitem__)
+    last = "end" if steps[-1] == run.numbers.get("steps") else "last"
+    named = [("start", steps[0]), ("sparsest", sparsest), (last, steps[-1])]
+    if density[sparsest] == max(density.values()):
+        del named[1]
     names: dict[int, list[str]] = {}
-    for name, step in (("start", steps[0]), ("sparsest", min(steps, key=density.__getitem__)), ("end", steps[-1])):
+    for name, step in named:
         names.setdefault(step, []).append(name)
     return {step: f"{' and '.join(names[step])}, step {step:,}" for step in sorted(names)}
 
@@ -455,13 +471,18 @@ def _histograms(degrees: tuple[np.ndarray, np.ndarray] | None) -> dict[str, Mark
     into, out = degrees
     shares = into / len(out), out / len(into)
     low, high = min(s.min() for s in shares), max(s.max() for s in shares)
-    edges = np.linspace(low, high, 21) if high > low else np.array([low - 0.5, low + 0.5])
+    # Bins hold as many possible degrees each, or there would be gaps that no neuron made.
+    spacing = 1 / min(len(into), len(out))
+    degrees_in_all = math.ceil((high - low) / spacing) + 1
+    degrees_in_one = math.ceil(degrees_in_all / _MAX_BINS)
+    bin_count = math.ceil(degrees_in_all / degrees_in_one)
+    edges = low + spacing * (degrees_in_one * np.arange(bin_count + 1) - 0.5)
     paths = [
-        Markup(f'<path class="{name}" d="{histogram_path(share, edges, 100, 50)}"/>')
+        Markup(f'<path class="{name}" d="{histogram_path(share, edges, 100, 75)}"/>')
         for name, share in zip(("into", "out"), shares, strict=True)
     ]
-    body = Markup('<svg viewBox="0 -1 100 52" preserveAspectRatio="none" role="img" aria-label="degrees">{}{}</svg>')
-    lines = [f"{name} {_range(d)} of {most}" for name, d, most in (("in", into, len(out)), ("out", out, len(into)))]
+    body = Markup('<svg viewBox="0 -1 100 77" preserveAspectRatio="none" role="img" aria-label="degrees">{}{}</svg>')
+    lines = [f"{name} {_range(d)} of {most:,}" for name, d, most in (("in", into, len(out)), ("out", out, len(into)))]
     unconnected = int((into == 0).sum() + (out == 0).sum())
     lines += [f"{unconnected:,} without any"] if unconnected else []
     return {"body": body.format(*paths), "caption": Markup("<br>".join(lines))}
@@ -475,7 +496,7 @@ def _range(degrees: np.ndarray) -> str:
 _MULTIPLES = template("""\
 <div class="multiples" style="--columns: {{ columns | length }}">
   {% for column in columns %}
-  <span>{{ column }}</span>
+  <span>{{ column | held }}</span>
   {% endfor %}
   {% for name, cells in rows %}
   <code>{{ name }}</code>
@@ -714,7 +735,7 @@ _SETTINGS = template("""\
 <table class="numbers">
   <thead><tr><th>setting</th><th>here</th><th>default</th></tr></thead>
   {% for key, value, default in changed %}
-  <tr><th scope="row">{{ key | breakable }}</th><td>{{ value }}</td><td>{{ default }}</td></tr>
+  <tr><th scope="row">{{ key | breakable }}</th><td>{{ value | breakable }}</td><td>{{ default }}</td></tr>
   {% endfor %}
 </table>
 {% endif %}

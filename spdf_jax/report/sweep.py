@@ -94,14 +94,17 @@ def _verdict(sweep: Sweep) -> str:
     highest, lowest = (pick(means, key=means.__getitem__) for pick in (max, min))
     if means[highest] == means[lowest]:
         return f"{_heading(header)}: {_figure(means[highest])} in every row."
+    ends = {"highest": highest, "lowest": lowest}
     text = f"{_heading(header)}: "
     if reference.label in means:
-        text += f"{_figure(means[reference.label])} for “{reference.label}”, the reference; "
-    text += " ".join(
-        f"{word} {_compared(sweep, label, means, reference.values[header].choice)}{end}"
-        for word, label, end in (("highest", highest, ","), ("lowest", lowest, "."))
-    )
-    return text
+        also = "".join(f" and {word}" for word, label in ends.items() if label == reference.label)
+        text += f"{_figure(means[reference.label], means[highest])} for “{reference.label}”, the reference{also}; "
+    others = [
+        f"{word} {_compared(sweep, label, means, reference.values[header].choice)}"
+        for word, label in ends.items()
+        if label != reference.label
+    ]
+    return f"{text}{', '.join(others)}."
 
 
 def _lowest_losses(sweep: Sweep) -> str:
@@ -118,10 +121,8 @@ def _lowest_losses(sweep: Sweep) -> str:
 def _compared(sweep: Sweep, label: str, means: Mapping[str, float], choice: str) -> str:
     """A row's figure, and its ratios to the first row's."""
     reference = sweep.rows[0]
-    if label == reference.label:
-        return "that reference"
     (row,) = [row for row in sweep.rows if row.label == label][:1]
-    text = f"{_figure(means[label])} for “{label}”"
+    text = f"{_figure(means[label], max(means.values()))} for “{label}”"
     ratios = [f"{means[label] / means[reference.label]:.2f} of the reference"] if means.get(reference.label) else []
     if (spent := reference.train_flops(choice)) > 0:
         ratios.append(f"{row.train_flops(choice) / spent:.2f} of its counted FLOPs")
@@ -246,7 +247,7 @@ def _by_row(sweep: Sweep, header: str) -> Panel:
         _plot_dot(axes, sweep, row, header, y=level)
         # Over its line, not beside the axis: labels are sentences, and the page may be a phone's.
         axes.annotate(row.label, (0, level - 0.32), xycoords=("axes fraction", "data"), fontsize=8.5, va="center")
-    axes.set(xlabel=header, ylim=(len(sweep.rows) - 0.5, -0.75), yticks=range(len(sweep.rows)))
+    axes.set(xlabel=_axis_label(sweep, header), ylim=(len(sweep.rows) - 0.5, -0.75), yticks=range(len(sweep.rows)))
     axes.tick_params(left=False, labelleft=False)
     axes.spines.left.set_visible(False)
     axes.margins(x=0.08)
@@ -264,9 +265,24 @@ def _trade_off(sweep: Sweep, header: str) -> Panel | None:
     _mark_reference(axes.axhline, sweep, header)
     for row in sweep.rows:
         _plot_dot(axes, sweep, row, header, x=row.train_flops(row.values[header].choice) / scale)
-    axes.set(xlabel=f"training compute ({name}, counted)", ylabel=header, xlim=(0, 1.06 * max(costs) / scale))
-    caption = "Counted FLOPs of each row with those of the run it started from. Marked as in the figure by row."
-    return Panel(f"{_heading(header)} over compute", svg(figure, f"{header} against training FLOPs"), caption)
+    axes.set(
+        xlabel=f"training compute ({name}, counted)",
+        ylabel=_axis_label(sweep, header),
+        xlim=(0, 1.06 * max(costs) / scale),
+    )
+    series = _series(sweep, list(sweep.cells), sweep.rows[0].values[header].choice)
+    key = Markup(_KEY.render(series=[one for one in series if not one.is_faint]))
+    caption = "Counted FLOPs of each row with those of the run it started from."
+    return Panel(f"{_heading(header)} over compute", key + svg(figure, f"{header} against training FLOPs"), caption)
+
+
+def _axis_label(sweep: Sweep, header: str) -> str:
+    """A score, with its unit if it is the validation loss, as the summaries of the first row tell."""
+    row = sweep.rows[0]
+    value = row.values[header]
+    losses = [row.cells[name]["summary"].get("val_loss", math.nan) for name in row.groups[value.choice]]
+    is_loss = value.mean is not None and math.isclose(value.mean, np.mean(losses))
+    return f"{header} (nats/token)" if is_loss else header
 
 
 def _mark_reference(line: Callable[..., Any], sweep: Sweep, header: str) -> None:
@@ -375,7 +391,7 @@ def _curves_of(sweep: Sweep, task: str, choice: str, rows: dict[str, list[Row]])
         for axis in _AXES
         if (figure := _curves_figure(sweep, series, rows, axis)) is not None
     ]
-    body = Markup(_CURVES.render(series=series, figures=figures))
+    body = Markup(_KEY.render(series=series) + _CURVES.render(figures=figures))
     return Panel(f"Validation loss: {task or 'text'}{of_choice}", body, caption, wide=True)
 
 
@@ -427,7 +443,7 @@ def _series(sweep: Sweep, names: Sequence[str], choice: str) -> list[_Series]:
     return series
 
 
-_CURVES = template("""\
+_KEY = template("""\
 <ul class="key">
   {% for one in series %}
   <li><svg viewBox="0 0 30 8" aria-hidden="true"><path d="M0,4H30" style="{{ one.key_style }}"/>
@@ -437,6 +453,8 @@ _CURVES = template("""\
     </svg>{{ one.label }}</li>
   {% endfor %}
 </ul>
+""")
+_CURVES = template("""\
 <div class="three">
   {% for figure in figures %}
   {{ figure }}
