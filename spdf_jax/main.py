@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import jax
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
@@ -108,6 +109,7 @@ def _run(argv: Sequence[str]) -> int:
     # Imported here so that a mistyped command answers at once.
     from spdf_jax import use
     from spdf_jax.config import resolve
+    from spdf_jax.data import cache_folder
     from spdf_jax.jobs import train
     from spdf_jax.plan import describe
     from spdf_jax.pod_plan import describe_pod
@@ -123,6 +125,8 @@ def _run(argv: Sequence[str]) -> int:
     if _PROFILE_STEPS.value:
         _CONFIG.value.loop.profile_steps = _PROFILE_STEPS.value
     config = resolve(_CONFIG.value)
+    if _JOB.value not in ("plan", "report"):
+        keep_compiled(cache_folder(config.data))
     if _JOB.value == "report":
         print(write_report(workdir))
     elif _JOB.value == "plan":
@@ -143,6 +147,7 @@ def _run(argv: Sequence[str]) -> int:
 
 def _run_sweep(workdir: Path, command: str) -> None:
     from spdf_jax.config import resolve_sweep
+    from spdf_jax.data import cache_folder
     from spdf_jax.report import write_sweep_report
     from spdf_jax.sweep import describe_sweep, run_sweep
 
@@ -154,10 +159,19 @@ def _run_sweep(workdir: Path, command: str) -> None:
     elif _JOB.value == "train":
         with _output():
             print(_banner(config), flush=True)
+            keep_compiled(cache_folder(next(iter(config.cells.values())).data))
             processes.guard()
             run_sweep(config, workdir, command=command, progress=not _QUIET.value)
     else:
         raise InputError(f"--job {_JOB.value}: a sweep has many runs; its jobs are train, plan and report")
+
+
+def keep_compiled(folder: Path) -> None:
+    """A run that starts again compiles nothing again, nor does a sweep's next seed. `JAX_COMPILATION_CACHE_DIR` goes before."""
+    if jax.config.read("jax_compilation_cache_dir") is None:
+        with contextlib.suppress(OSError):  # no room of its own: nothing is kept
+            (folder / "compiled").mkdir(parents=True, exist_ok=True)
+            jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
 
 
 def _output() -> contextlib.AbstractContextManager[Any]:

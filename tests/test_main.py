@@ -7,12 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from tiny import tiny_config, write_text
 
 import spdf_jax as spdf
-from spdf_jax import jobs
+from spdf_jax import jobs, main
 
 ROOT = Path(__file__).parent.parent
 MST = "experiments/gpt2_mst.py"
@@ -191,6 +192,23 @@ def test_workdir_that_cannot_be_made(text, tmp_path):
 def test_a_second_run_in_a_workdir_in_use_is_refused(text, tmp_path):
     with jobs.lock(tmp_path), pytest.raises(spdf.InputError, match="another run is using it"):
         jobs.train(spdf.resolve(fresh(text)), tmp_path, progress=False)
+
+
+def test_compiled_programs_are_kept_beside_the_tokens_unless_told_otherwise(tmp_path):
+    there = jax.config.read("jax_compilation_cache_dir")
+    try:
+        jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+        main.keep_compiled(tmp_path / "cache")
+        assert jax.config.read("jax_compilation_cache_dir") == str(tmp_path)
+        jax.config.update("jax_compilation_cache_dir", None)
+        (tmp_path / "file").touch()
+        main.keep_compiled(tmp_path / "file")
+        assert jax.config.read("jax_compilation_cache_dir") is None
+        main.keep_compiled(tmp_path / "cache")
+        assert jax.config.read("jax_compilation_cache_dir") == str(tmp_path / "cache" / "compiled")
+        assert (tmp_path / "cache" / "compiled").is_dir()
+    finally:
+        jax.config.update("jax_compilation_cache_dir", there)
 
 
 @pytest.mark.slow

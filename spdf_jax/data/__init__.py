@@ -34,5 +34,6 @@ from spdf_jax.data.tokenizer import END_OF_TEXT as END_OF_TEXT
 from spdf_jax.data.tokenizer import end_of_text_id as end_of_text_id
 from spdf_jax.data.tokenizer import load_tokenizer as load_tokenizer
 from spdf_jax.data.tokens import DataConfig as DataConfig
+from spdf_jax.data.tokens import cache_folder as cache_folder
 from spdf_jax.data.tokens import prepare as prepare
 from spdf_jax.data.unigram import unigram_loss as unigram_loss

@@ -42,7 +42,8 @@ class DataConfig:
         tokenizer: A local Hugging Face `tokenizer.json`; "" trains a byte-level BPE on the training documents.
         tokenizer_vocab_size: Ids of the tokenizer to train.
         validation_fraction: Share of the documents held out where the source has no validation split of its own.
-        cache_dir: Where encoded tokens are kept; "" is `$XDG_CACHE_HOME/spdf_jax`, or `~/.cache/spdf_jax`.
+        cache_dir: Where encoded tokens and compiled programs are kept; "" is `$XDG_CACHE_HOME/spdf_jax`, or
+            `~/.cache/spdf_jax`.
     """
 
     source: str = "embedded"
@@ -75,7 +76,7 @@ def prepare(config: DataConfig, *, progress: bool = True) -> TokenData:
     recipe = hashlib.sha256(tokenizer.to_str().encode()).hexdigest() if tokenizer else config.tokenizer_vocab_size
     corpus = _corpus(config)
     key = hashlib.sha256(json.dumps([_FORMAT_VERSION, corpus.identity, recipe]).encode()).hexdigest()[:32]
-    folder = _cache_dir(config) / key
+    folder = cache_folder(config) / key
     return _open(folder) or _build(folder, corpus, tokenizer, config, progress)
 
 
@@ -106,7 +107,8 @@ def _corpus(config: DataConfig) -> Corpus:
     return tfds_corpus(config.tfds_name, data_dir=config.path, text_key=config.text_key, validation_fraction=held_out)
 
 
-def _cache_dir(config: DataConfig) -> Path:
+def cache_folder(config: DataConfig) -> Path:
+    """Where a machine keeps what it need not make again, see `DataConfig.cache_dir`."""
     if config.cache_dir:
         return Path(config.cache_dir)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "spdf_jax"
