@@ -168,7 +168,7 @@ def _run_sweep(workdir: Path, command: str) -> None:
 
 def keep_compiled(folder: Path) -> None:
     """A run that starts again compiles nothing again, nor does a sweep's next seed. `JAX_COMPILATION_CACHE_DIR` goes before."""
-    if jax.config.read("jax_compilation_cache_dir") is None:
+    if jax.config.values["jax_compilation_cache_dir"] is None:
         with contextlib.suppress(OSError):  # no room of its own: nothing is kept
             (folder / "compiled").mkdir(parents=True, exist_ok=True)
             jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))

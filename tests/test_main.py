@@ -195,17 +195,17 @@ def test_a_second_run_in_a_workdir_in_use_is_refused(text, tmp_path):
 
 
 def test_compiled_programs_are_kept_beside_the_tokens_unless_told_otherwise(tmp_path):
-    there = jax.config.read("jax_compilation_cache_dir")
+    there = jax.config.values["jax_compilation_cache_dir"]
     try:
         jax.config.update("jax_compilation_cache_dir", str(tmp_path))
         main.keep_compiled(tmp_path / "cache")
-        assert jax.config.read("jax_compilation_cache_dir") == str(tmp_path)
+        assert jax.config.values["jax_compilation_cache_dir"] == str(tmp_path)
         jax.config.update("jax_compilation_cache_dir", None)
         (tmp_path / "file").touch()
         main.keep_compiled(tmp_path / "file")
-        assert jax.config.read("jax_compilation_cache_dir") is None
+        assert jax.config.values["jax_compilation_cache_dir"] is None
         main.keep_compiled(tmp_path / "cache")
-        assert jax.config.read("jax_compilation_cache_dir") == str(tmp_path / "cache" / "compiled")
+        assert jax.config.values["jax_compilation_cache_dir"] == str(tmp_path / "cache" / "compiled")
         assert (tmp_path / "cache" / "compiled").is_dir()
     finally:
         jax.config.update("jax_compilation_cache_dir", there)
