@@ -96,8 +96,38 @@ def live_inputs(live_IJ: jax.Array, count: int) -> jax.Array:
     return jnp.argmax(found_IJK, axis=0).astype(jnp.int32)
 
 
+@jax.custom_vjp
+def dense_linear(x_BTP: jax.Array, w_PQ: jax.Array) -> jax.Array:
+    """``x @ w``; the weight gradient sums over one axis of tokens.
+
+    Over two, as JAX would sum, a CPU copies the factors into other layouts and multiplies at a quarter of its speed.
+
+    Args:
+      x_BTP: floats.
+      w_PQ: of their dtype.
+
+    Returns:
+      y_BTQ.
+
+    >>> dense_linear(jnp.ones((1, 1, 2)), jnp.ones((2, 3))).tolist()
+    [[[2.0, 2.0, 2.0]]]
+    """
+    return x_BTP @ w_PQ
+
+
+def _dense_backward(saved: tuple[jax.Array, jax.Array], dy_BTQ: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x_BTP, w_PQ = saved
+    x_NP, dy_NQ = x_BTP.reshape(-1, x_BTP.shape[-1]), dy_BTQ.reshape(-1, dy_BTQ.shape[-1])
+    return dy_BTQ @ w_PQ.T, x_NP.T @ dy_NQ
+
+
+dense_linear.defvjp(lambda x_BTP, w_PQ: (dense_linear(x_BTP, w_PQ), (x_BTP, w_PQ)), _dense_backward)
+
+
 class Linear(nn.Dense):
     """`flax.linen.Dense`; by blocks where the ``topology`` collection says which blocks of its kernel are live."""
+
+    dot_general: Any = staticmethod(lambda x_BTP, w_PQ, *_, **__: dense_linear(x_BTP, w_PQ))
 
     @nn.compact
     def __call__(self, x_BTP: jax.Array) -> jax.Array:

@@ -14,7 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 from spdf_jax.attention import attention
 from spdf_jax.attention_backends import SPLASH_OUTPUT
 from spdf_jax.attention_cached import cached_attention
-from spdf_jax.block_linear import BLOCK_OUTPUT, Linear
+from spdf_jax.block_linear import BLOCK_OUTPUT, Linear, dense_linear
 from spdf_jax.errors import InputError
 from spdf_jax.gpt_config import GPTConfig
 from spdf_jax.primer import DConv, squared_relu
@@ -22,7 +22,9 @@ from spdf_jax.sharding import split_wide
 from spdf_jax.sparsity.masks import apply_masks
 from spdf_jax.sparsity.mupar import mup_scales
 
-_ACTIVATIONS = {"gelu": nn.gelu, "squared_relu": squared_relu}
+# Computed again for the backward pass from what it is given: storing all between costs more than the arithmetic.
+_ACTIVATIONS = {"gelu": jax.checkpoint(nn.gelu, prevent_cse=False), "squared_relu": squared_relu}
+_LayerNorm = nn.remat(nn.LayerNorm, prevent_cse=False)
 _truncated = nn.initializers.truncated_normal
 _policies = jax.checkpoint_policies
 # What the backward pass finds stored of a block, by `GPTConfig.remat`.
@@ -142,8 +144,8 @@ class GPT(nn.Module):
         x_BTD, _ = blocks(c, pattern, width, deterministic, name="blocks")(x_BTD, positions_BT, segments_BT)
         x_BTD = _layer_norm(c, "ln_f")(x_BTD) * mup_scales(c).logits
         if c.tied_head:
-            return split_wide(embed.attend(x_BTD))
-        head = nn.Dense(c.vocab_size, use_bias=False, dtype=c.dtype, kernel_init=_truncated(c.init_std), name="head")
+            return split_wide(dense_linear(x_BTD, embed.embedding.astype(c.dtype).T))
+        head = Linear(c.vocab_size, use_bias=False, dtype=c.dtype, kernel_init=_truncated(c.init_std), name="head")
         return split_wide(head(x_BTD))
 
 
@@ -179,4 +181,4 @@ def _linear(c: GPTConfig, features: int, name: str, *, residual: bool = False) -
 
 
 def _layer_norm(c: GPTConfig, name: str) -> nn.LayerNorm:
-    return nn.LayerNorm(epsilon=c.layer_norm_eps, use_bias=c.use_bias, dtype=c.dtype, name=name)
+    return _LayerNorm(epsilon=c.layer_norm_eps, use_bias=c.use_bias, dtype=c.dtype, name=name)

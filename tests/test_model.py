@@ -9,6 +9,7 @@ import pytest
 
 import spdf_jax as spdf
 from spdf_jax.attention_patterns import PATTERNS
+from spdf_jax.block_linear import dense_linear
 from spdf_jax.flops import parameter_count
 from spdf_jax.generate import empty_cache
 from spdf_jax.state import abstract_params
@@ -227,3 +228,30 @@ def test_segments_have_no_place_beside_a_cache():
     variables = {"params": params, "cache": empty_cache(model.config, 2, 12)}
     with pytest.raises(spdf.InputError, match="no segments_BT"):
         model.apply(variables, tokens_BT, positions_BT=tokens_BT, segments_BT=tokens_BT, mutable=["cache"])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_dense_layer_has_the_gradients_of_a_product(dtype):
+    keys = jax.random.split(jax.random.key(0), 3)
+    shapes = (3, 5, 8), (8, 4), (3, 5, 4)
+    x_BTP, w_PQ, dy_BTQ = (jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True))
+    y_BTQ, pullback = jax.vjp(dense_linear, x_BTP, w_PQ)
+    plain_BTQ, plain_pullback = jax.vjp(jnp.matmul, x_BTP, w_PQ)
+    np.testing.assert_array_equal(y_BTQ, plain_BTQ)
+    for grad, plain in zip(pullback(dy_BTQ), plain_pullback(dy_BTQ), strict=True):
+        assert grad.dtype == dtype
+        tolerance = {"float32": 1e-6, "bfloat16": 2e-2}[dtype]
+        np.testing.assert_allclose(grad.astype(jnp.float32), plain.astype(jnp.float32), tolerance, tolerance)
+
+
+def test_the_backward_pass_finds_no_more_stored_than_products_need():
+    model, params, tokens_BT = make(d_ff=48)
+
+    def stored(params):
+        return jax.vjp(lambda p: model.apply({"params": p}, tokens_BT), params)[1]
+
+    arrays = jax.tree.leaves(jax.eval_shape(stored, params))
+    hidden, norms = (sum(a.shape == (2, 2, 12, width) for a in arrays) for width in (48, 16))
+    assert hidden == 2  # before and after the activation, of all layers
+    assert norms == 5  # what the two norms and the projections of q, k, v, of the output and of the MLP are given
+    assert not any(a.shape == (2, 2, 12, 1) for a in arrays), "means and variances are computed again"

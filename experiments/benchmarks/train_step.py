@@ -2,9 +2,9 @@
 
 Times one whole training step (forward, backward, clip to norm 1, AdamW with decay on matrices alone) of the same GPT-2, batch,
 context and precision, float32: `spdf_jax`'s compiled step, its masks 0-d, and nanoGPT under PyTorch, eager and with
-``torch.compile``, each on its own copy of the same weights, in turn and with the order swapped in every repeat. Every step takes
-the weights of the one before, as in training. nanoGPT's step is that of its ``train.py``; its GELU is the exact one, ours the
-tanh approximation, as in GPT-2. Both use as many threads as there are cores, and the memory allocator as they find it.
+``torch.compile``, each on its own copy of the same weights, in turn and with the order swapped in every repeat. Every step
+takes the weights of the one before, as in training. nanoGPT's step is that of its ``train.py``; its GELU is the exact one, ours
+the tanh approximation, as in GPT-2. Both use as many threads as there are cores, and the memory allocator as they find it.
 
 Before the table, a line a shape says that both have as many parameters, and the losses of the first two steps, which agree to
 1e-4 where the weights are the same, and after one update to what float32 leaves of it.
@@ -20,6 +20,7 @@ Expected there: >= 1.0 times nanoGPT's tokens a second, whichever of its two is 
 
 import argparse
 import functools
+import importlib.metadata
 import importlib.util
 import os
 import pathlib
@@ -46,6 +47,9 @@ SHAPES = {
     "124m": (spdf.GPTConfig(n_layer=12, n_head=12, d_model=768, vocab_size=50304, context=1024), 1),
 }
 LEARNING_RATE = 6e-4
+#: Environment variables that move the ratios.
+TUNABLES = ("GLIBC_TUNABLES", "XLA_FLAGS", "OMP_NUM_THREADS")
+RATIOS = {"times_faster": "x nanoGPT", "of_pairs": "of pairs", "of_fastest": "of the fastest", "processor": "processor"}
 EAGER, COMPILED = "nanoGPT, eager", "nanoGPT, compiled"
 
 Step = Callable[[], float]  # makes one step and returns its loss
@@ -72,7 +76,8 @@ def nanogpt(path: str, config: spdf.GPTConfig, params: Any, tokens: np.ndarray, 
     import torch
 
     spec = importlib.util.spec_from_file_location("nanogpt_model", pathlib.Path(path) / "model.py")
-    assert spec and spec.loader
+    assert spec
+    assert spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     torch.set_num_threads(len(os.sched_getaffinity(0)))
@@ -122,7 +127,6 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
         steps[EAGER], sizes[EAGER] = build(compiled=False)
         steps[COMPILED], sizes[COMPILED] = build(compiled=True)
     steps["ours"] = ours(config, params, tokens)
-    del params  # their buffers are the state's now
     losses = {side: [step(), step()] for side, step in steps.items()}
     for side, (first, second) in losses.items():
         print(f"{name}, {side}: {sizes[side]:,} parameters, losses {first:.5f}, {second:.5f}", flush=True)
@@ -142,9 +146,6 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
     return {"shape": name, "parameters": sizes, "losses": losses, "fastest": fastest, "rows": rows}
 
 
-RATIOS = {"times_faster": "x nanoGPT", "of_pairs": "of pairs", "of_fastest": "of the fastest", "processor": "processor"}
-
-
 def main() -> None:
     """Prints the tables and writes the JSON."""
     parser = arguments(__doc__)
@@ -153,16 +154,11 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=9)
     args = parser.parse_args()
 
-    announce(f"float32; medians of {args.repeats} interleaved training steps")
-    write_json(args, rows=[measure(name, args) for name in args.shapes], environment=environment(args))
-
-
-def environment(args: argparse.Namespace) -> dict[str, str]:
-    """What else the numbers depend on."""
-    import torch
-
-    names = ("GLIBC_TUNABLES", "XLA_FLAGS", "OMP_NUM_THREADS")
-    return {name: os.environ[name] for name in names if name in os.environ} | {"torch": torch.__version__}
+    versions = {"torch": importlib.metadata.version("torch")} if args.nanogpt else {}
+    tunables = {name: os.environ[name] for name in TUNABLES if name in os.environ}
+    text = "; ".join(f"{name} {value}" for name, value in (versions | tunables).items())
+    announce(f"{text or 'ours alone'}; float32; medians of {args.repeats} interleaved training steps")
+    write_json(args, shapes=[measure(name, args) for name in args.shapes], environment=versions | tunables)
 
 
 if __name__ == "__main__":
