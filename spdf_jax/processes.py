@@ -62,6 +62,9 @@ def initialise() -> None:
         ) from None
     if not is_first():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    if jax.default_backend() == "cpu":
+        # Programs of several processes that come from the cache mix up their collectives: gloo aborts (JAX 0.10.2).
+        jax.config.update("jax_enable_compilation_cache", False)
     _catch_abort()
     threading.Thread(target=_stop_with_the_others, daemon=True).start()
     # Devices connect now, all at the same point: on CPU they wait 30 s for each other, and compilation may take longer.
