@@ -157,6 +157,7 @@ def as_written(workdir: Path, step: int) -> dict[str, np.ndarray]:
     return {name: np.asarray(leaf) for name, leaf in named_leaves(tree)}
 
 
+@pytest.mark.xdist_group("processes")  # see test_processes.py
 @pytest.mark.slow
 def test_saved_by_two_processes_on_one_mesh_and_gone_on_from_elsewhere(text, tmp_path):
     """Saved on (2, 2, 2) by two processes; gone on from on one device, on (1, 8, 1), and as it was begun."""

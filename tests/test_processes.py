@@ -1,5 +1,6 @@
 """Many processes make one run: the same numbers as one, one end for all of them, and nothing that waits in vain."""
 
+import re
 import shutil
 import signal
 import subprocess
@@ -19,6 +20,8 @@ from spdf_jax import jobs, processes, tracking
 from spdf_jax.sharding import MeshConfig, make_mesh, parameter_shardings
 from spdf_jax.tracking import read_metrics
 
+# Runs of several processes come one after the other: two at a time would wait for each other's compilers.
+pytestmark = pytest.mark.xdist_group("processes")
 STEPS = ("--config.pretrain.steps=24", "--config.finetune.steps=4")
 BATCH = ("--config.pretrain.batch_size=8", "--config.finetune.batch_size=8")
 ALL_DEVICES = ("--config.mesh.data=1", "--config.mesh.fsdp=-1")
@@ -160,7 +163,8 @@ def test_processes_train_evaluate_and_resume_as_one(count, text, alone, tmp_path
 
     ended = finish(start(count, 4 // count, whole, text, *TINY, "--job", "evaluate"))
     assert [end.code for end in ended] == [0] * count, ended
-    assert f"val_loss {alone[28, 'val_loss']:.3f}" in ended[0].output
+    (val_loss,) = re.findall(r"val_loss ([\d.]+)", ended[0].output)
+    assert float(val_loss) == pytest.approx(alone[28, "val_loss"], abs=2e-4)
 
 
 @pytest.mark.slow
