@@ -18,7 +18,7 @@ from spdf_jax.plan import make_plan
 from spdf_jax.processes import RESTART_CODE
 from spdf_jax.restore import saved_run
 from spdf_jax.sharding import MeshConfig, make_mesh, parameter_shardings
-from spdf_jax.sparsity.masks import pack_masks
+from spdf_jax.sparsity.masks import pack_masks, unpack_masks
 from spdf_jax.sparsity.rules import evolve
 from spdf_jax.state import init_state, state_shardings
 from spdf_jax.tracking import read_metrics
@@ -26,6 +26,7 @@ from spdf_jax.tree import named_leaves
 
 MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 1, 8)]
 STEPS = 200
+SPARSEST = 100  # a step of the ultra-sparse phase
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +42,7 @@ def config(text: Path, sizes: tuple[int, int, int] = (1, 1, 1)):
     c.pretrain.steps, c.pretrain.batch_size, c.phases = STEPS, 8, ("pretrain",)
     c.pretrain.optimizer.peak_learning_rate = 1e-3
     del c.finetune
-    c.loop.keep_checkpoints, c.loop.checkpoint_every_steps, c.loop.eval_every_steps = 1, STEPS, STEPS
+    c.loop.keep_checkpoints, c.loop.checkpoint_every_steps, c.loop.eval_every_steps = 2, SPARSEST, STEPS
     return spdf.resolve(c)
 
 
@@ -132,19 +133,27 @@ def test_a_run_through_all_phases_is_the_same_on_every_mesh(sizes, text, alone, 
             assert row.get(kind) == pytest.approx(other.get(kind), abs=1e-3), row["step"]
     assert {0.0, run.phases["pretrain"].sparsity.sparsity} <= {round(row["sparsity"], 2) for row in ours}
 
-    masks = [jax.device_get(saved_run(workdir, make_mesh(MeshConfig(1))).state.masks) for workdir in (tmp_path, alone)]
-    counts = make_plan(run)[0].programme.counts(STEPS)
-    differing = weights = 0
-    for (name, mask), (_, other) in zip(*map(named_leaves, masks), strict=True):
-        if mask.ndim:
-            layers = mask.reshape(make_plan(run)[0].programme.groups[name].count, -1)
-            assert (layers.sum(axis=1) == counts[name]).all()
+    programme = make_plan(run)[0].programme
+    assert programme.sparsity(SPARSEST) == pytest.approx(0.8, abs=1e-3)
+    for step in (SPARSEST, STEPS):
+        masks = [masks_as_written(workdir, step) for workdir in (tmp_path, alone)]
+        differing = weights = 0
+        for name, count in programme.counts(step).items():
+            mask, other = (of[name] for of in masks)
+            assert (mask.reshape(programme.groups[name].count, -1).sum(axis=1) == count).all()
             differing, weights = differing + (mask != other).sum(), weights + mask.size
-    assert weights
-    assert differing < 1e-3 * weights
+        assert weights
+        assert differing < 1e-3 * weights, (step, differing, weights)
 
 
-# --- from one to another ----------------------------------------------------------------------------------------------
+def masks_as_written(workdir: Path, step: int) -> dict[str, np.ndarray]:
+    """Masks of a checkpoint by the name of their parameter."""
+    arrays = as_written(workdir, step)
+    packed = {name.removeprefix("masks/"): array for name, array in arrays.items() if name.startswith("masks/")}
+    return {
+        name: np.asarray(unpack_masks({"x": jnp.asarray(array)}, {"x": jnp.asarray(arrays[f"params/{name}"])})["x"])
+        for name, array in packed.items()
+    }
 
 
 def as_written(workdir: Path, step: int) -> dict[str, np.ndarray]:
@@ -155,6 +164,9 @@ def as_written(workdir: Path, step: int) -> dict[str, np.ndarray]:
         how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), leaves)
         tree = reader.restore(folder, ocp.args.PyTreeRestore(restore_args=how))
     return {name: np.asarray(leaf) for name, leaf in named_leaves(tree)}
+
+
+# --- from one to another ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.xdist_group("processes")  # see test_processes.py
