@@ -560,7 +560,6 @@ def test_tpu_worker_follows_one_run_through_connections(tmp_path):
     assert [folder.name for folder in (tmp_path / ".launch").iterdir()] == ["3"]
 
 
-@pytest.mark.xdist_group("processes")  # see test_processes.py
 @pytest.mark.slow
 def test_local_launch_trains(tmp_path):
     """Two processes train mini, made small and short. One is killed half-way; both start again and end the run."""

@@ -169,7 +169,6 @@ def as_written(workdir: Path, step: int) -> dict[str, np.ndarray]:
 # --- from one to another ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.xdist_group("processes")  # see test_processes.py
 @pytest.mark.slow
 def test_saved_by_two_processes_on_one_mesh_and_gone_on_from_elsewhere(text, tmp_path):
     """Saved on (2, 2, 2) by two processes; gone on from on one device, on (1, 8, 1), and as it was begun."""

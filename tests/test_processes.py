@@ -20,8 +20,6 @@ from spdf_jax import jobs, processes, tracking
 from spdf_jax.sharding import MeshConfig, make_mesh, parameter_shardings
 from spdf_jax.tracking import read_metrics
 
-# Runs of several processes come one after the other: two at a time would wait for each other's compilers.
-pytestmark = pytest.mark.xdist_group("processes")
 STEPS = ("--config.pretrain.steps=24", "--config.finetune.steps=4")
 BATCH = ("--config.pretrain.batch_size=8", "--config.finetune.batch_size=8")
 ALL_DEVICES = ("--config.mesh.data=1", "--config.mesh.fsdp=-1")
