@@ -24,11 +24,15 @@ def text(tmp_path_factory):
     return write_text(tmp_path_factory.mktemp("data") / "text")
 
 
+# These runs compile for longer than they train.
+QUICKLY = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+
+
 def command(*arguments: str, prefix: tuple[str, ...] = (), **env: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         [*prefix, sys.executable, "-m", "spdf_jax.main", *arguments],
         cwd=ROOT,
-        env=os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(Path(__file__).parent)} | env,
+        env=os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(Path(__file__).parent)} | QUICKLY | env,
         capture_output=True,
         text=True,
         check=False,

@@ -12,14 +12,13 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("steps", "gigabytes"), [(3, 12), (4, 16)], ids=["3 steps", "and a topology step"])
-def test_124m_trains_within_memory(steps, gigabytes, tmp_path):
+def test_124m_trains_and_moves_its_masks_within_memory(tmp_path):
     """Step 3, counted from 0, is the topology step."""
     overrides = {
         "data.source": "embedded",
         "data.cache_dir": tmp_path / "cache",
         "data.validation_fraction": 0.0002,
-        "pretrain.steps": steps,
+        "pretrain.steps": 4,
         "pretrain.batch_size": 2,
         "pretrain.grad_accumulation_steps": 2,
         "pretrain.sparsity.update_every_steps": 3,
@@ -45,9 +44,9 @@ def test_124m_trains_within_memory(steps, gigabytes, tmp_path):
     assert result.returncode == 0, result.stderr
     peak = int(result.stdout.split("kilobytes")[-1]) * 1024
     print(f"peak {peak / 1e9:.2f} GB")  # shown by pytest -rP
-    assert peak <= gigabytes * 1e9
+    assert peak <= 12e9
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     losses = [row["loss"] for row in rows if "loss" in row]
-    assert len(losses) == steps
+    assert len(losses) == 4
     assert losses[2] < losses[0]
-    assert any("churn" in row for row in rows) == (steps == 4)
+    assert any("churn" in row for row in rows)
