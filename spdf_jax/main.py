@@ -125,9 +125,7 @@ def _run(argv: Sequence[str]) -> int:
     if _PROFILE_STEPS.value:
         _CONFIG.value.loop.profile_steps = _PROFILE_STEPS.value
     config = resolve(_CONFIG.value)
-    if _JOB.value == "plan":  # programs for devices that are not here cannot be read back
-        jax.config.update("jax_enable_compilation_cache", False)
-    else:
+    if _JOB.value not in ("plan", "report"):
         keep_compiled(cache_folder(config.data))
     if _JOB.value == "report":
         print(write_report(workdir))
