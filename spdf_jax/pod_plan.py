@@ -118,8 +118,11 @@ def make_pod(config: RunConfig, topology: str) -> tuple[Pod, Mesh]:
         )
     for name, value in _ONLY_COMPILING.items():
         os.environ.setdefault(name, value)
-    jax.config.update("jax_enable_compilation_cache", False)  # what is for devices elsewhere cannot be read back
     from jax.experimental import topologies  # brings libtpu
+    from jax.experimental.compilation_cache import compilation_cache
+
+    jax.config.update("jax_enable_compilation_cache", False)  # what is for devices elsewhere cannot be read back
+    compilation_cache.reset_cache()  # which has been asked for, and remembers
 
     # The two cores of a v4 chip are one device on a pod; those of a v5p chip are without asking.
     one_device = {"chip_config_name": "megacore"} if topology.startswith("v4:") else {}
