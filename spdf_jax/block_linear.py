@@ -127,7 +127,9 @@ dense_linear.defvjp(lambda x_BTP, w_PQ: (dense_linear(x_BTP, w_PQ), (x_BTP, w_PQ
 class Linear(nn.Dense):
     """`flax.linen.Dense`; by blocks where the ``topology`` collection says which blocks of its kernel are live."""
 
-    dot_general: Any = staticmethod(lambda x_BTP, w_PQ, *_, **__: dense_linear(x_BTP, w_PQ))
+    dot_general: Any = staticmethod(
+        lambda x_BTP, w_PQ, *_, **__: checkpoint_name(dense_linear(x_BTP, w_PQ), BLOCK_OUTPUT)
+    )
 
     @nn.compact
     def __call__(self, x_BTP: jax.Array) -> jax.Array:
