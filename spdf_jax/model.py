@@ -17,6 +17,7 @@ from spdf_jax.attention_cached import cached_attention
 from spdf_jax.block_linear import BLOCK_OUTPUT, Linear, dense_linear
 from spdf_jax.errors import InputError
 from spdf_jax.gpt_config import GPTConfig
+from spdf_jax.layer_norm import LayerNorm
 from spdf_jax.primer import DConv, squared_relu
 from spdf_jax.sharding import split_wide
 from spdf_jax.sparsity.masks import apply_masks
@@ -24,7 +25,6 @@ from spdf_jax.sparsity.mupar import mup_scales
 
 # Computed again for the backward pass from what it is given: storing all between costs more than the arithmetic.
 _ACTIVATIONS = {"gelu": jax.checkpoint(nn.gelu, prevent_cse=False), "squared_relu": squared_relu}
-_LayerNorm = nn.remat(nn.LayerNorm, prevent_cse=False)
 _truncated = nn.initializers.truncated_normal
 _policies = jax.checkpoint_policies
 # What the backward pass finds stored of a block, by `GPTConfig.remat`.
@@ -48,8 +48,9 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x_BTD: jax.Array, *places_BT: jax.Array | None) -> tuple[jax.Array, None]:
         c = self.config
-        x_BTD = x_BTD + self._dropout(self._attention(_layer_norm(c, "ln_1")(x_BTD), *places_BT))
-        ln_2 = _layer_norm(c, "ln_2")
+        norm = c.layer_norm_eps, c.use_bias, c.dtype
+        x_BTD = x_BTD + self._dropout(self._attention(LayerNorm(*norm, name="ln_1")(x_BTD), *places_BT))
+        ln_2 = LayerNorm(*norm, name="ln_2")
         h_BTF = _linear(c, c.mlp_width, "mlp_up")(ln_2(x_BTD) if c.mlp_norm == "pre" else x_BTD)
         h_BTF = checkpoint_name(h_BTF, "mlp_hidden")
         h_BTD = _linear(c, c.d_model, "mlp_down", residual=True)(_ACTIVATIONS[c.activation](h_BTF))
@@ -142,7 +143,7 @@ class GPT(nn.Module):
         }
         blocks = nn.scan(block, **lift, in_axes=nn.broadcast, length=c.n_layer)
         x_BTD, _ = blocks(c, pattern, width, deterministic, name="blocks")(x_BTD, positions_BT, segments_BT)
-        x_BTD = _layer_norm(c, "ln_f")(x_BTD) * mup_scales(c).logits
+        x_BTD = LayerNorm(c.layer_norm_eps, c.use_bias, c.dtype, name="ln_f")(x_BTD) * mup_scales(c).logits
         if c.tied_head:
             return split_wide(dense_linear(x_BTD, embed.embedding.astype(c.dtype).T))
         head = Linear(c.vocab_size, use_bias=False, dtype=c.dtype, kernel_init=_truncated(c.init_std), name="head")
@@ -178,7 +179,3 @@ def forward(model: nn.Module, params: Any, tokens_BT: jax.Array, *, masks: Any, 
 def _linear(c: GPTConfig, features: int, name: str, *, residual: bool = False) -> Linear:
     std = c.init_std * mup_scales(c).init / ((2 * c.n_layer) ** 0.5 if residual else 1)
     return Linear(features, use_bias=c.use_bias, dtype=c.dtype, kernel_init=_truncated(std), name=name)
-
-
-def _layer_norm(c: GPTConfig, name: str) -> nn.LayerNorm:
-    return _LayerNorm(epsilon=c.layer_norm_eps, use_bias=c.use_bias, dtype=c.dtype, name=name)

@@ -111,14 +111,8 @@ def _decayed(params: Any) -> Any:
 
 
 def _clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
-    """As `optax.clip_by_global_norm`, by one scalar: XLA fuses that into Adam, where optax's quotient is a pass of its own."""
-
-    def scale(updates: Any, params: Any) -> Any:
-        del params
-        factor = jnp.minimum(1.0, max_norm / optax.tree.norm(updates))
-        return jax.tree.map(lambda u: u * factor.astype(u.dtype), updates)
-
-    return optax.stateless(scale)
+    # By one scalar, which XLA fuses into Adam; the quotient of `optax.clip_by_global_norm` is a pass of its own.
+    return optax.stateless(lambda g, _: optax.tree.scale(jnp.minimum(1.0, max_norm / optax.tree.norm(g)), g))
 
 
 def _scale_by_given_learning_rate() -> optax.GradientTransformationExtraArgs:

@@ -83,11 +83,7 @@ def train_step(
     rate = learning_rate(state.step)
     updates, opt_state = tx.update(grads, state.opt_state, state.params, masks=state.masks, learning_rate=rate)
     params = optax.apply_updates(state.params, updates)
-    metrics = {
-        "loss": loss,
-        "learning_rate": rate,
-        "grad_norm": optax.tree.norm(apply_masks(grads, state.masks)),
-    }
+    metrics = {"loss": loss, "learning_rate": rate, "grad_norm": optax.tree.norm(apply_masks(grads, state.masks))}
     return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
 

@@ -35,6 +35,7 @@ FLOORS = [
         "processes",
         "block_kernels",
         "block_linear",
+        "layer_norm",
         "sparsity.blocks",
     ],
     ["sparsity.programme", "gpt_config", "model", "flops", "optim", "data"],

@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import chex
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,7 @@ from spdf_jax.attention_patterns import PATTERNS
 from spdf_jax.block_linear import dense_linear
 from spdf_jax.flops import parameter_count
 from spdf_jax.generate import empty_cache
+from spdf_jax.layer_norm import LayerNorm
 from spdf_jax.state import abstract_params
 
 TINY = spdf.GPTConfig(n_layer=2, n_head=2, d_model=16, vocab_size=50, context=12)
@@ -242,6 +245,24 @@ def test_a_dense_layer_has_the_gradients_of_a_product(dtype):
         assert grad.dtype == dtype
         tolerance = {"float32": 1e-6, "bfloat16": 2e-2}[dtype]
         np.testing.assert_allclose(grad.astype(jnp.float32), plain.astype(jnp.float32), tolerance, tolerance)
+
+
+@pytest.mark.parametrize("use_bias", [True, False])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", [(1, 5, 16), (3, 4, 8)])
+def test_layer_normalisation_has_the_values_and_gradients_of_flax(shape, dtype, use_bias):
+    ours, flaxs = (norm(epsilon=1e-3, use_bias=use_bias, dtype=dtype) for norm in (LayerNorm, nn.LayerNorm))
+    x_BTD, dy_BTD = (jax.random.normal(jax.random.key(i), shape).astype(dtype) for i in (0, 1))
+    params = jax.tree.map(lambda p: p + jnp.arange(shape[-1]) / 7, ours.init(jax.random.key(2), x_BTD)["params"])
+    chex.assert_trees_all_equal_shapes_and_dtypes(params, flaxs.init(jax.random.key(2), x_BTD)["params"])
+
+    def outcome(norm):
+        y_BTD, pullback = jax.vjp(lambda params, x_BTD: norm.apply({"params": params}, x_BTD), params, x_BTD)
+        return y_BTD, pullback(dy_BTD)
+
+    tolerance = 1e-5 if dtype == "float32" else 3e-2
+    chex.assert_trees_all_equal_dtypes(outcome(ours), outcome(flaxs))
+    chex.assert_trees_all_close(outcome(ours), outcome(flaxs), rtol=tolerance, atol=tolerance)
 
 
 def test_the_backward_pass_finds_no_more_stored_than_products_need():
