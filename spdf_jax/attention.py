@@ -286,7 +286,7 @@ def _attention_forward(
 
 def _attention_backward(pattern: str, width: int, saved: tuple, dout_BTHD: jax.Array) -> tuple:
     *inputs, out_BTHD, lse_BTH1 = saved
-    # As a contraction: a CPU sums the products of two arrays fifty times as slowly.
+    # As a contraction: a CPU sums the products of two arrays many times as slowly.
     delta_BTH1 = jnp.einsum("bthd,bthd->bth", *(x.astype(lse_BTH1.dtype) for x in (out_BTHD, dout_BTHD)))[..., None]
 
     def compute(*args: Any) -> list[jax.Array]:
