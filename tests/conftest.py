@@ -3,7 +3,6 @@
 import os
 from pathlib import Path
 
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 # Tests compile the same small programs again and again, in many processes.
@@ -11,12 +10,14 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.par
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 import jax
+from tiny import QUICKLY
 
+jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 def pytest_configure(config):
     """Quick tests spend their time compiling programs that run for milliseconds; slow ones, which really run, optimise."""
     if "not slow" in config.option.markexpr:
-        os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # for the processes that tests start
+        os.environ.update(QUICKLY)
         jax.config.update("jax_disable_most_optimizations", True)

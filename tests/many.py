@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+from tiny import QUICKLY
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -31,15 +33,14 @@ def start(
         port = probe.getsockname()[1]
     started = []
     for index in range(count):
-        env = os.environ | {
-            "XLA_FLAGS": "",
+        env = os.environ | QUICKLY
+        env |= {
             "PYTHONPATH": str(Path(__file__).parent),
             "TINY_TEXT": str(text),
             "JAX_NUM_CPU_DEVICES": str(devices),
             "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
             "JAX_NUM_PROCESSES": str(count),
             "JAX_PROCESS_ID": str(index),
-            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # every process compiles every program, to run it for milliseconds
         }
         special = (only or {}).get(index, {})
         command = [

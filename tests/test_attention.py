@@ -355,7 +355,6 @@ def test_compiles_for_a_tpu_that_is_not_there():
     # Its own process: libtpu writes to stderr, and stays.
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "",
         "TPU_SKIP_MDS_QUERY": "1",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     }

@@ -33,7 +33,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import tiny_config, write_text
+from tiny import QUICKLY, can_mount, tiny_config, write_text
 
 import spdf_jax as spdf
 from spdf_jax import checkpoint as checkpointing
@@ -99,7 +99,7 @@ def command(workdir: Path, text: Path, *arguments: str) -> subprocess.Popen:
             *arguments,
         ],
         cwd=ROOT,
-        env=os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(Path(__file__).parent), "TINY_TEXT": str(text)},
+        env=os.environ | QUICKLY | {"PYTHONPATH": str(Path(__file__).parent), "TINY_TEXT": str(text)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -326,12 +326,6 @@ def test_a_token_over_the_vocabulary_of_the_model_is_named(text, tmp_path):
     )
 
 
-def can_mount() -> bool:
-    return (
-        shutil.which("unshare") is not None and not subprocess.run(["unshare", "-rm", "true"], check=False).returncode
-    )
-
-
 @pytest.mark.skipif(
     not can_mount(), reason="needs user namespaces, to mount a disk read-only: root may write anywhere else"
 )
@@ -340,7 +334,7 @@ def test_a_read_only_disk_is_named(text, tmp_path):
     result = subprocess.run(
         ["unshare", "-rm", "sh", "-c", f"mount -t tmpfs -o ro tmpfs {tmp_path} && exec {run}"],
         cwd=ROOT,
-        env=os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(Path(__file__).parent), "TINY_TEXT": str(text)},
+        env=os.environ | QUICKLY | {"PYTHONPATH": str(Path(__file__).parent), "TINY_TEXT": str(text)},
         capture_output=True,
         text=True,
         check=False,

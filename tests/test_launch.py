@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from tiny import QUICKLY
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
@@ -567,7 +568,7 @@ def test_local_launch_trains(tmp_path):
     short = {"pretrain.steps": 40, "loop.log_every_steps": 1, "loop.checkpoint_every_steps": 10}
     program = ["--config", "experiments/gpt2_mst.py", "--workdir", workdir]
     program += [f"--config.{name}={value}" for name, value in {**small, **short}.items()]
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "XLA_FLAGS": ""}
+    environment = os.environ | QUICKLY | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     command = ["launch/local.sh", "--processes=2", "--restarts=1", "--", *program]
     with running(command, cwd=ROOT, env=environment) as launcher:
         metrics = workdir / "metrics.jsonl"

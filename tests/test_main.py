@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from tiny import tiny_config, write_text
+from tiny import QUICKLY, can_mount, tiny_config, write_text
 
 import spdf_jax as spdf
 from spdf_jax import jobs, main
@@ -24,15 +23,11 @@ def text(tmp_path_factory):
     return write_text(tmp_path_factory.mktemp("data") / "text")
 
 
-# These runs compile for longer than they train.
-QUICKLY = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-
-
 def command(*arguments: str, prefix: tuple[str, ...] = (), **env: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         [*prefix, sys.executable, "-m", "spdf_jax.main", *arguments],
         cwd=ROOT,
-        env=os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(Path(__file__).parent)} | QUICKLY | env,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent)} | QUICKLY | env,
         capture_output=True,
         text=True,
         check=False,
@@ -99,7 +94,7 @@ def half_run(text, tmp_path_factory):
     """A run that stopped after its first checkpoints."""
     workdir = tmp_path_factory.mktemp("runs") / "half"
     script = Path(__file__).with_name("tiny.py")
-    subprocess.run([sys.executable, script, workdir, text, "topology"], env=os.environ | {"XLA_FLAGS": ""}, check=False)
+    subprocess.run([sys.executable, script, workdir, text, "topology"], env=os.environ | QUICKLY, check=False)
     assert (workdir / "checkpoints" / "10").is_dir()
     return workdir
 
@@ -226,12 +221,6 @@ def test_a_quiet_run_prints_nothing_but_errors(text, tmp_path):
     result = command(*quiet, "--config.seed=1", TINY_TEXT=str(text))
     assert (result.returncode, result.stdout) == (2, "")
     assert "seed was 0, is 1" in result.stderr
-
-
-def can_mount() -> bool:
-    return (
-        shutil.which("unshare") is not None and not subprocess.run(["unshare", "-rm", "true"], check=False).returncode
-    )
 
 
 # The same refusal without a real disk, wherever tests run: test_train.py, test_no_room_for_a_checkpoint...

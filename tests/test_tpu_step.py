@@ -57,7 +57,6 @@ def test_the_training_step_of_a_sharded_state_compiles_for_v5e_with_splash_atten
     # Its own process: libtpu writes to stderr, and stays.
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "",
         "TPU_SKIP_MDS_QUERY": "1",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     }

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from tiny import tiny_config, write_text
+from tiny import QUICKLY, tiny_config, write_text
 
 import spdf_jax as spdf
 from spdf_jax import checkpoint as checkpointing
@@ -30,9 +30,9 @@ def text(tmp_path_factory):
 
 def run(text: Path, workdir: Path, moment: str) -> int:
     """Trains the tiny run in a process of its own."""
-    env = os.environ | {"XLA_FLAGS": ""}
     script = Path(__file__).with_name("tiny.py")
-    return subprocess.run([sys.executable, script, workdir, text, moment], env=env, check=False).returncode
+    command = [sys.executable, script, workdir, text, moment]
+    return subprocess.run(command, env=os.environ | QUICKLY, check=False).returncode
 
 
 def checkpoint(workdir: Path, step: int) -> dict[str, np.ndarray]:

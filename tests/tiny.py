@@ -5,13 +5,17 @@ As a program it trains such a run and dies by SIGKILL at a named moment:
 """
 
 import os
+import shutil
 import signal
+import subprocess
 import sys
 import threading
 from pathlib import Path
 
 import spdf_jax as spdf
 
+#: Environment of processes that compile for longer than they run; XLA's older emitters are the quicker ones.
+QUICKLY = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false"}
 WORDS = ("mask", "weight", "sparse", "dense", "grow", "prune", "step", "layer", "token", "loss")
 
 
@@ -42,6 +46,12 @@ def tiny_config(text: Path, cache: Path):
     c.loop.log_every_steps, c.loop.eval_every_steps, c.loop.checkpoint_every_steps = 1, 20, 10
     c.loop.eval_batch_size, c.loop.keep_checkpoints = 8, 100
     return c
+
+
+def can_mount() -> bool:
+    """Whether this machine lets tests mount disks of their own."""
+    unshare = shutil.which("unshare")
+    return unshare is not None and not subprocess.run([unshare, "-rm", "true"], check=False).returncode
 
 
 def die() -> None:
