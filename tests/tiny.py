@@ -14,8 +14,11 @@ from pathlib import Path
 
 import spdf_jax as spdf
 
-#: Environment of processes that compile for longer than they run; XLA's older emitters are the quicker ones.
-QUICKLY = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false"}
+#: Environment of processes that compile for longer than they run: XLA's older emitters, all kernels in one module.
+QUICKLY = {
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    "XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1",
+}
 WORDS = ("mask", "weight", "sparse", "dense", "grow", "prune", "step", "layer", "token", "loss")
 
 
