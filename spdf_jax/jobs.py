@@ -164,11 +164,17 @@ def _finish(run: Run, step: int, tokens: TokenData | None) -> dict[str, Any]:
         source = json.loads((folder / "summary.json").read_text())
         summary["before"] = {k: source[k] for k in ("train_flops", "dense_flops", "tokens", "wall_seconds", "val_loss")}
     write_json(run.workdir / "summary.json", summary)
+    in_blocks = any(phase.sparsity.sparse_compute == "blocks" for phase in run.config.phases.values())
+    why = (
+        "blocks of zeros are skipped, for less than that in seconds"
+        if in_blocks
+        else "not saved in seconds: masks simulate sparsity"
+    )
     run.tracker.message(
         f"validation loss {summary['initial_val_loss']:.3f} at first, {summary['val_loss']:.3f} at "
         f"{f'best (step {best[0]})' if 'best_step' in summary else 'last'}{yardstick}.\n"
-        f"{summary['flops_reduction']:.2f}x fewer training FLOPs than dense (counted, not saved in seconds: masks simulate "
-        f"sparsity). Report: {write_report(run.workdir) if processes.is_first() else ''}"
+        f"{summary['flops_reduction']:.2f}x fewer training FLOPs than dense (counted, {why}). "
+        f"Report: {write_report(run.workdir) if processes.is_first() else ''}"
     )
     return summary
 

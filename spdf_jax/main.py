@@ -97,7 +97,7 @@ def _one_line(error: Exception) -> str:
 
 def _config_file() -> str:
     flag: Any = flags.FLAGS["config"]
-    return flag.config_filename
+    return flag.config_filename.split(":")[0]  # without the variant
 
 
 def _run(argv: Sequence[str]) -> int:

@@ -9,8 +9,9 @@ FLOP_UNITS = ((1e21, "ZFLOP"), (1e18, "EFLOP"), (1e15, "PFLOP"), (1e12, "TFLOP")
 COUNT_UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
 
 COUNTED_NOTE = (
-    "FLOPs saved are counted, not seconds saved. The count is what a machine that skips zeros would do; here masks"
-    " simulate sparsity and masked weights are still multiplied, so wall-clock time is no measure of the saving."
+    "FLOPs saved are counted, not seconds saved. The count is what a machine that skips zeros would do; masks simulate"
+    " sparsity, and masked weights are still multiplied, so wall-clock time is no measure of the saving. Runs with"
+    " sparse_compute=blocks skip blocks of zeros, and save less time than FLOPs."
 )
 
 _SCORE_NAMES = {
