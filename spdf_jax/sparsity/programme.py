@@ -126,7 +126,7 @@ class SparsityConfig:
                 f"use another rule, or sparse_compute 'masked'"
             )
 
-    @property
+    @cached_property  # asked for at every step of a plan
     def topology_rule(self) -> Rule:
         """The rule with this config's pattern, drop fraction and exploration."""
         rule = RULES["static" if self.dense else self.rule]._replace(pattern=self.pattern)
