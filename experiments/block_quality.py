@@ -8,7 +8,7 @@ Command python -m spdf_jax.main --config experiments/block_quality.py
 
 mini    2 layers x 512 (the narrowest that 75 % in blocks of 128 fits: one input block of four), context 128, vocabulary 1024:
         6.9M parameters; 240 steps x 8 x 128 tokens of the embedded corpus; three seeds, which order the data alike. Blocks are
-        computed as blocks (sparse_compute "blocks"), unstructured zeros by masks. About 15 minutes on 2 CPU cores.
+        computed as blocks (sparse_compute "blocks"), unstructured zeros by masks. 29 minutes on 2 CPU cores beside other work.
 """
 
 import spdf_jax as spdf
