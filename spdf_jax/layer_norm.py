@@ -11,6 +11,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from spdf_jax.attention_backends import target_platform
+
 
 class LayerNorm(nn.Module):
     """``(x - mean) / sqrt(variance + epsilon) * scale + bias`` over the last axis, statistics in float32 or wider.
@@ -42,7 +44,11 @@ class LayerNorm(nn.Module):
 @partial(jax.checkpoint, prevent_cse=False, static_argnums=2)
 def _normalised(x_BTD: jax.Array, scale_D: jax.Array, epsilon: float) -> jax.Array:
     x_BTD = x_BTD.astype(jnp.promote_types(x_BTD.dtype, jnp.float32))
-    x_BTD -= x_BTD.mean(-1, keepdims=True)
+    mean_BT1 = x_BTD.mean(-1, keepdims=True)
+    if target_platform() != "cpu":  # where one pass over x gives both sums, and fuses
+        variance_BT1 = jnp.maximum(jnp.mean(x_BTD**2, -1, keepdims=True) - mean_BT1**2, 0)
+        return (x_BTD - mean_BT1) * (jax.lax.rsqrt(variance_BT1 + epsilon) * scale_D[None, None])
+    x_BTD -= mean_BT1
     inverse_BT = jax.lax.rsqrt(jnp.mean(x_BTD**2, -1) + epsilon)
     # Not as [B, T, 1] and [1, 1, D]: the gradients of those are the slow sums.
     return jnp.einsum("btd,bt->btd", x_BTD, inverse_BT) * jnp.broadcast_to(scale_D, x_BTD.shape)
