@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import spdf_jax as spdf
+from spdf_jax import layer_norm
 from spdf_jax.attention_patterns import PATTERNS
 from spdf_jax.block_linear import dense_linear
 from spdf_jax.flops import parameter_count
@@ -250,7 +251,9 @@ def test_a_dense_layer_has_the_gradients_of_a_product(dtype):
 @pytest.mark.parametrize("use_bias", [True, False])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("shape", [(1, 5, 16), (3, 4, 8)])
-def test_layer_normalisation_has_the_values_and_gradients_of_flax(shape, dtype, use_bias):
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])  # each has a form of its own
+def test_layer_normalisation_has_the_values_and_gradients_of_flax(platform, shape, dtype, use_bias, monkeypatch):
+    monkeypatch.setattr(layer_norm, "target_platform", lambda: platform)
     ours, flaxs = (norm(epsilon=1e-3, use_bias=use_bias, dtype=dtype) for norm in (LayerNorm, nn.LayerNorm))
     x_BTD, dy_BTD = (jax.random.normal(jax.random.key(i), shape).astype(dtype) for i in (0, 1))
     params = jax.tree.map(lambda p: p + jnp.arange(shape[-1]) / 7, ours.init(jax.random.key(2), x_BTD)["params"])
