@@ -114,7 +114,7 @@ class Checkpoints:
             saved = record["leaves"] if "leaves" in record else _shapes(self._manager.item_metadata(step)["state"])
         self._check(step, saved, _shapes(jax.eval_shape(_plain, packed)))
         # A packed mask's last axis is eight times shorter than its parameter's: restored whole, split when unpacked.
-        layout = shardings.replace(masks=jax.tree.map(lambda _: shardings.step, shardings.masks))
+        layout = jax.tree.map(lambda x, s: shardings.step if _is_mask(x) else s, abstract, shardings)
         target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), packed, layout)
         with self._damage_named(step):
             args = ocp.args.Composite(state=ocp.args.StandardRestore(target))
@@ -122,8 +122,7 @@ class Checkpoints:
             changed = [n for n, leaf in _examined(restored)[1].items() if "leaves" in record and leaf != saved[n]]
             if changed:
                 raise ValueError(f"{', '.join(changed[:3])}: not what was written")
-        unpack = jax.jit(unpack_masks, out_shardings=shardings.masks)
-        return restored.replace(masks=unpack(restored.masks, restored.params))
+        return _unpack(restored, abstract, shardings)
 
     def fall_back(self, damage: DamagedCheckpointError) -> str:
         """Sets the newest checkpoint aside for the one before it, and says so.
@@ -226,8 +225,24 @@ class _WithoutLateReads:
             self.hook(unraisable)
 
 
+def _is_mask(leaf: jax.Array) -> bool:
+    return leaf.ndim > 0 and leaf.dtype == bool
+
+
 def _pack(state: TrainState) -> TrainState:
-    return state.replace(masks=pack_masks(state.masks))
+    """With every mask in bits: those of an optimiser too, such as Top-KAST's explored set."""
+    return jax.tree.map(lambda leaf: pack_masks(leaf) if _is_mask(leaf) else leaf, state)
+
+
+def _unpack(packed: TrainState, abstract: TrainState, shardings: TrainState) -> TrainState:
+    leaves, wanted, layout = (jax.tree.leaves(tree) for tree in (packed, abstract, shardings))
+    where = [i for i, leaf in enumerate(wanted) if _is_mask(leaf)]
+    unpack = jax.jit(
+        lambda bits: unpack_masks(bits, [wanted[i] for i in where]), out_shardings=[layout[i] for i in where]
+    )
+    for i, mask in zip(where, unpack([leaves[i] for i in where]), strict=True):
+        leaves[i] = mask
+    return jax.tree.unflatten(jax.tree.structure(packed), leaves)
 
 
 def _plain(packed: TrainState) -> TrainState:

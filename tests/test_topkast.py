@@ -1,5 +1,6 @@
 """Top-KAST against its algorithm in plain NumPy, by hand on a matrix, and through the real loop."""
 
+import contextlib
 from functools import partial
 
 import jax
@@ -10,9 +11,15 @@ import pytest
 from tiny import tiny_config, write_text
 
 import spdf_jax as spdf
+from spdf_jax.checkpoint import Checkpoints
+from spdf_jax.model import GPT
 from spdf_jax.plan import make_plan
+from spdf_jax.restore import restore_state
+from spdf_jax.sharding import make_mesh
 from spdf_jax.sparsity.masks import active_counts, apply_masks
 from spdf_jax.sparsity.topkast import TOPKAST, TopKastState, choose_by_magnitude, explore
+from spdf_jax.state import init_state
+from spdf_jax.tree import map_named
 
 KEY = jax.random.key(0)
 
@@ -144,6 +151,25 @@ def test_the_loop_keeps_sets_and_values_together(text):
     assert moved
     assert len(churn) == 4, "topology steps at 0, 6, 12 and 18"
     assert max(churn) > 0, "no explored weight ever overtook"
+
+
+def test_checkpoints_hold_the_explored_set_at_a_bit_a_weight(text, tmp_path):
+    config = spdf.resolve(topkast_config(text))
+    plan, mesh, model = make_plan(config)[0], make_mesh(config.mesh), GPT(config.model)
+    sparsity = plan.config.sparsity
+    state = init_state(model, plan.tx, sparsity, plan.filter, 0, mesh)
+    explored = map_named(lambda name, m: m.at[..., 0].set(False), state.opt_state.explored)
+    state = state.replace(opt_state=state.opt_state._replace(explored=explored))
+    with contextlib.closing(Checkpoints(tmp_path)) as checkpoints:
+        checkpoints.save(state, {"step": 0, "phase": 0})
+        checkpoints.wait()
+        leaves = checkpoints.record()["leaves"]
+        restored = restore_state(config, plan, mesh, checkpoints)
+    assert leaves["params/blocks/mlp_up/kernel"][0] == [2, 16, 64]
+    assert leaves["masks/blocks/mlp_up/kernel"][0] == [2, 16, 8]
+    assert leaves["opt_state/explored/blocks/mlp_up/kernel"][0] == [2, 16, 8]
+    jax.tree.map(np.testing.assert_array_equal, restored.opt_state, state.opt_state)
+    assert restored.opt_state.explored["blocks"]["mlp_up"]["kernel"].dtype == bool
 
 
 def test_flops_count_the_explored_gradients():

@@ -236,7 +236,7 @@ def _loss_by_time(run: Run) -> Panel | None:
     legend(figure)
     caption = "Time by the logged tokens a second: compilation is in it, evaluations are not."
     if run.max_sparsity > 0:
-        caption += " Masks save none of it."
+        caption += " Masks save none of it; sparse_compute=blocks does."
     return Panel("Loss over time", svg(figure, "loss against training time"), caption)
 
 
