@@ -1,7 +1,7 @@
 """What a config will do, worked out before anything runs: its phases, exact sparsity targets, tokens and FLOPs."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
 from typing import Any, NamedTuple
@@ -30,9 +30,9 @@ class StepCost(NamedTuple):
     train_flops: int = 0
     dense_flops: int = 0
 
-    def plus(self, other: "StepCost") -> "StepCost":
-        """Sum."""
-        return StepCost(*(a + b for a, b in zip(self, other, strict=True)))
+    def plus(self, other: "StepCost", count: int = 1) -> "StepCost":
+        """Sum with `count` steps like `other`."""
+        return StepCost(*(a + b * count for a, b in zip(self, other, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class PhasePlan:
         """Phase steps before which masks are pictured: the first, the first of the sparsest, the end."""
         if not self.programme.groups:
             return set()
-        every = range(self.config.steps + 1)
+        every = self.programme.alike(self.config.steps + 1)
         return {0, max(every, key=lambda step: (self.programme.sparsity(step), -step)), self.config.steps}
 
 
@@ -136,9 +136,11 @@ def _cost(config: RunConfig, phase: PhaseConfig, programme: Programme) -> Callab
 
 def total_cost(plans: list[PhasePlan], steps: int | None = None) -> StepCost:
     """Tokens and FLOPs of the first `steps` steps of a run, all of them by default."""
+    last = plans[-1].end if steps is None else steps
     total = StepCost()
-    for cost in _costs(plans, steps):
-        total = total.plus(cost)
+    for plan in plans:
+        for step, count in plan.programme.alike(max(0, min(plan.end, last) - plan.start)).items():
+            total = total.plus(plan.cost(step), count)
     return total
 
 
@@ -165,13 +167,6 @@ def run_cost(config: RunConfig) -> StepCost:
     return total_cost(make_plan(config))
 
 
-def _costs(plans: list[PhasePlan], steps: int | None) -> Iterator[StepCost]:
-    last = plans[-1].end if steps is None else steps
-    for plan in plans:
-        for step in range(plan.start, min(plan.end, last)):
-            yield plan.cost(step - plan.start)
-
-
 def flops_without_head(config: RunConfig, plans: list[PhasePlan]) -> tuple[int, int]:
     """(train, dense) FLOPs of the whole run, the output head left out of both."""
     train = dense = 0
@@ -179,12 +174,12 @@ def flops_without_head(config: RunConfig, plans: list[PhasePlan]) -> tuple[int, 
     size = head_size(config.model)
     for plan in plans:
         tokens = plan.config.batch_size * plan.seq_len
-        for step in range(plan.config.steps):
+        for step, count in plan.programme.alike(plan.config.steps).items():
             cost, active = plan.cost(step), plan.programme.active(step).get(head_name, size)
             moves = plan.programme.topology(step) is not None
             weight_gradient = plan.programme.gradient_counts(plan.programme.level(step), moves).get(head_name, size)
-            train += cost.train_flops - tokens * 2 * (2 * active + weight_gradient)
-            dense += cost.dense_flops - tokens * 6 * size
+            train += count * (cost.train_flops - tokens * 2 * (2 * active + weight_gradient))
+            dense += count * (cost.dense_flops - tokens * 6 * size)
     return train, dense
 
 
@@ -218,12 +213,9 @@ def fewest_active(config: RunConfig, plans: list[PhasePlan]) -> int:
     masked = 0
     for plan in plans:
         sizes = sum(group.count * group.size for group in plan.programme.groups.values())
-        masked = max(masked, *(sizes - sum(plan.programme.active(step).values()) for step in _sample(plan)))
+        every = plan.programme.alike(plan.config.steps)
+        masked = max(masked, *(sizes - sum(plan.programme.active(step).values()) for step in every))
     return parameter_count(config.model) - masked
-
-
-def _sample(plan: PhasePlan) -> range:
-    return range(0, plan.config.steps, max(1, plan.config.steps // 1000))
 
 
 def state_bytes(config: RunConfig, plan: PhasePlan) -> int:
@@ -233,9 +225,9 @@ def state_bytes(config: RunConfig, plan: PhasePlan) -> int:
 
 
 def _describe_phase(plan: PhasePlan, model: GPTConfig) -> list[str]:
-    sparsity = [plan.programme.sparsity(step) for step in _sample(plan)]
-    c = plan.config.sparsity
-    levels = f"{sparsity[0]:.3f} at first, {max(sparsity):.3f} at most, {sparsity[-1]:.3f} at last"
+    sparsity, steps, c = plan.programme.sparsity, plan.config.steps, plan.config.sparsity
+    most = max(map(sparsity, plan.programme.alike(steps)))
+    levels = f"{sparsity(0):.3f} at first, {most:.3f} at most, {sparsity(steps - 1):.3f} at last"
     window = c.attention_end > c.attention_start
     patterns = dict.fromkeys(("causal", c.attention_pattern) if window else ("causal",))
     backend = partial(

@@ -85,6 +85,18 @@ def test_mst_mini_saves_three_times():
     assert cost.dense_flops / cost.train_flops >= 3.0
 
 
+@pytest.mark.parametrize(("experiment", "steps"), [("gpt2_mst", 300), ("gpt2_rigl", 250), ("gpt2_spdf", 1000)])
+def test_steps_counted_by_kind_are_all_steps(experiment, steps):
+    plans = make_plan(config(experiment, "mini"))
+    ends = [(plan, min(plan.end, steps) - plan.start) for plan in plans if plan.start < steps]
+    costs = [plan.cost(step) for plan, end in ends for step in range(end)]
+    assert len(set(costs)) > 1
+    assert total_cost(plans, steps) == tuple(map(sum, zip(*costs, strict=True)))
+    assert plans[0].picture_steps >= {0, plans[0].config.steps}
+    sparsest = [plans[0].programme.sparsity(step) for step in range(plans[0].config.steps + 1)]
+    assert sparsest.index(max(sparsest)) in plans[0].picture_steps
+
+
 def test_shares_of_dense_gpt2_small():
     run = config("gpt2_mst", "124m")
     total = spdf.train_flops(run.model)

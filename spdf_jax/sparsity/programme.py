@@ -4,10 +4,11 @@ Everything here is integer arithmetic on the host and depends on the config alon
 steps are topology steps, what they aim for, and what every step costs. A resumed run needs no schedule state but its step.
 """
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from spdf_jax.errors import InputError
 from spdf_jax.sparsity import schedules
@@ -168,6 +169,7 @@ class Programme:
         self.total_steps = total_steps
         # Counts depend on the sparsity aimed at alone, and a run of 600,000 steps aims at a few thousand values.
         self.counts_for = lru_cache(maxsize=None)(self._solve)
+        self.alike = lru_cache(maxsize=None)(self._alike)
         counts = self.counts(0)  # raises where a matrix does not divide into the pattern
         if config.blocks:
             for name, group in self.groups.items():
@@ -226,3 +228,11 @@ class Programme:
     def _solve(self, sparsity: float) -> Mapping[str, int]:
         config = self.config
         return target_counts(self.groups, sparsity, config.distribution, config.pattern) if self.groups else {}
+
+    def _alike(self, steps: int) -> dict[int, int]:
+        """The first `steps` steps by what they cost: ``{the first of its kind: how many there are}``."""
+        first: dict[Any, int] = {}  # by kind
+        of_kind = [
+            first.setdefault((self.level(t), self.topology(t) is not None, self.attention(t)), t) for t in range(steps)
+        ]
+        return Counter(of_kind)
