@@ -11,13 +11,13 @@ Command python experiments/cold_start.py --workdir runs/cold_start      (all nin
         python -m spdf_jax.main --config experiments/cold_start.py:b999_smet      (one cell as an ordinary run)
 
         2 layers x 128, context 128, vocabulary 1024: 0.5M parameters; RigL at 80 %, 500 steps x 16 x 128 = 1.0M tokens a
-        cell; about 50 seconds a cell on 2 quiet CPU cores.
+        cell; about a minute a cell on 2 CPU cores.
 
 Result  seed 0, 2 CPU cores, jax 0.10: update of weights that just grew / update of weights never dropped, at its largest
         beta2   reset  keep  smet
-        0.95    2.00   1.89  1.01
+        0.95    2.00   1.88  1.01
         0.99    4.03   2.95  0.94
-        0.999   5.91   3.81  0.86
+        0.999   5.91   3.82  0.86
         Oversized as claimed, and SMET's Adam cures it; with real, noisy gradients at the first update and not the twelfth.
         No benefit for the loss at this size: validation loss at 0.999 is 3.979, 3.986, 4.004 (seed 1: reset 3.969, smet
         3.988), at 0.95 4.052, 4.050, 4.025. In `smet` the initial weights warm up too, 25 steps.
