@@ -184,11 +184,15 @@ def plot(path, cells, relative):
         steps = np.arange(1, UPDATE_EVERY_STEPS)
         overshoot = spdf.adam_overshoot(0.9, beta2, steps)
         column[0].plot(steps, overshoot, "k:", label="reset, constant gradient (analytic)")
-        column[0].set(title=f"beta2 = {beta2}", xlabel="updates since growth", ylabel="update of regrown / established")
+        column[0].set(title=f"beta2 = {beta2}", xlabel="updates since growth")
         column[1].axvline(-0.5, color="grey", lw=0.8)
-        column[1].set(xlabel="steps from a topology step", ylabel="training loss against all cells, change (nats)")
-        column[2].set(xlabel="step", ylabel="training loss against all cells (nats)")
-        column[0].legend(fontsize=8)
+        column[1].set(xlabel="steps from a topology step")
+        column[2].set(xlabel="step")
+    against = "training loss\nagainst all cells"
+    labels = ("update of regrown / established", f"{against}, change (nats)", f"{against} (nats)")
+    for axis, label in zip(axes[:, 0], labels, strict=True):
+        axis.set_ylabel(label)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
     figure.savefig(path)
     pyplot.close(figure)
 
