@@ -1,5 +1,6 @@
 """Eight simulated CPU devices for every test, and errors where JAX would silently broadcast ranks."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -21,3 +22,9 @@ def pytest_configure(config):
     if "not slow" in config.option.markexpr:
         os.environ.update(QUICKLY)
         jax.config.update("jax_disable_most_optimizations", True)
+
+
+def pytest_collection_finish():
+    """Tracing makes objects by the million: the collector need not walk through JAX and all tests again for each lot."""
+    gc.freeze()
+    gc.set_threshold(100_000, 20, 100)

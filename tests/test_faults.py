@@ -9,7 +9,7 @@
 | a file of a checkpoint cut, changed by a bit, gone | `test_a_damaged_checkpoint_...`, `test_where_no_checkpoint_...` here |
 | full disk | `test_main.py::test_a_full_disk_exits_2_and_keeps_the_last_checkpoint`, `test_train.py::test_no_room_for_...` |
 | workdir that cannot be written | `test_a_read_only_disk_...` here, `test_main.py::test_workdir_that_cannot_be_made` |
-| loss that is not finite | `test_train.py::test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint` |
+| loss that is not finite | `test_a_loss_that_is_not_finite_...` here |
 | finite loss, parameters that are not | `test_parameters_that_are_not_finite_are_never_saved` here |
 | token out of range | `test_a_token_over_the_vocabulary_...` here, `test_main.py::test_token_id_over_the_vocabulary` |
 | data replaced between runs | `test_main.py::test_data_replaced_between_runs` |
@@ -293,6 +293,22 @@ def test_a_checkpoint_without_checksums_is_still_read(interrupted, whole):
 # --- what must not be saved, and where nothing can be -------------------------------------------------------------------
 
 
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(whole, text, tmp_path, monkeypatch):
+    config, one_step = spdf.resolve(short(text)), train.one_step
+
+    def poisoned(steps, plan, local, state, batch):
+        state, metrics = one_step(steps, plan, local, state, batch)
+        return state, metrics | ({"loss": np.float32(np.nan)} if local == 6 else {})
+
+    monkeypatch.setattr(train, "one_step", poisoned)
+    with pytest.raises(spdf.InputError, match=r"step 7: loss nan.*checkpoint at step 4 is kept"):
+        jobs.train(config, tmp_path, progress=False)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["4"]
+    monkeypatch.undo()
+    jobs.train(config, tmp_path, progress=False)
+    assert_ends_as(tmp_path, whole)
+
+
 def test_parameters_that_are_not_finite_are_never_saved(whole, text, tmp_path, monkeypatch):
     """The loss of a step is of the parameters before it: that of step 8 is finite, what the step left is not."""
     config, one_step = spdf.resolve(short(text)), train.one_step
@@ -348,6 +364,7 @@ def test_a_read_only_disk_is_named(text, tmp_path):
 # --- profiles ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_profile_holds_the_steps_that_were_asked_for(text, tmp_path):
     c = short(text)
     c.pretrain.steps, c.loop.profile_steps = 6, "2:4"

@@ -16,7 +16,7 @@ from spdf_jax.sharding import MeshConfig, make_mesh
 
 CONFIG = spdf.GPTConfig(n_layer=2, n_head=2, d_model=16, vocab_size=13, context=40, init_std=0.35)
 MODEL = spdf.GPT(CONFIG)
-PARAMS = MODEL.init(jax.random.key(3), jnp.zeros((1, 4), int))["params"]
+PARAMS = jax.jit(MODEL.init)(jax.random.key(3), jnp.zeros((1, 4), int))["params"]
 PROMPTS = [[4], [1, 2, 3], [7, 7, 5, 0, 2, 11, 6], [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9]]
 END = 5
 MAX_NEW = 10
@@ -113,7 +113,7 @@ def test_beam_search_equals_one_with_lists(beams, penalty, ngram):
 def test_a_beam_as_wide_as_all_sequences_is_exhaustive_search(penalty):
     config = dataclasses.replace(CONFIG, vocab_size=4)
     model, limit, end, prompt = spdf.GPT(config), 4, 3, [0, 2]
-    params = model.init(jax.random.key(0), jnp.zeros((1, 4), int))["params"]
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 4), int))["params"]
     rows_RT = np.array([(*prompt, *tail) for tail in itertools.product(range(4), repeat=limit)])
     log_probs_RTV = np.asarray(jax.nn.log_softmax(model.apply({"params": params}, rows_RT)), np.float64)
     best = {}

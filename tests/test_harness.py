@@ -28,7 +28,7 @@ def make(vocab_size=290):
     tokenizer = train_tokenizer([TEXT], vocab_size=vocab_size, progress=False)
     config = spdf.GPTConfig(n_layer=2, n_head=2, d_model=16, vocab_size=vocab_size, context=64, init_std=0.3)
     model = spdf.GPT(config)
-    return model, model.init(jax.random.key(1), jnp.zeros((1, 4), int))["params"], tokenizer
+    return model, jax.jit(model.init)(jax.random.key(1), jnp.zeros((1, 4), int))["params"], tokenizer
 
 
 def write_data(folder: Path) -> Path:

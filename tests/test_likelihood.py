@@ -27,7 +27,7 @@ TEXT = "to be or not to be, that is the question: whether it is nobler to bear t
 TOKENIZER = train_tokenizer([TEXT], vocab_size=290, progress=False)
 CONFIG = spdf.GPTConfig(n_layer=2, n_head=2, d_model=16, vocab_size=290, context=24, init_std=0.3)
 MODEL = spdf.GPT(CONFIG)
-PARAMS = MODEL.init(jax.random.key(1), jnp.zeros((1, 4), int))["params"]
+PARAMS = jax.jit(MODEL.init)(jax.random.key(1), jnp.zeros((1, 4), int))["params"]
 PAIRS = [
     ("to be", " or not"),
     ("", "to be"),

@@ -12,7 +12,8 @@ import pytest
 from tiny import QUICKLY, can_mount, tiny_config, write_text
 
 import spdf_jax as spdf
-from spdf_jax import jobs, main
+from spdf_jax import jobs, main, processes
+from spdf_jax.errors import Restart
 
 ROOT = Path(__file__).parent.parent
 MST = "experiments/gpt2_mst.py"
@@ -93,10 +94,12 @@ def in_process(config, workdir: Path) -> str:
 
 @pytest.fixture(scope="module")
 def half_run(text, tmp_path_factory):
-    """A run that stopped after its first checkpoints."""
+    """A run that stopped after its first checkpoint."""
     workdir = tmp_path_factory.mktemp("runs") / "half"
-    script = Path(__file__).with_name("tiny.py")
-    subprocess.run([sys.executable, script, workdir, text, "topology"], env=os.environ | QUICKLY, check=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(processes, "preempted", lambda step: step == 11)
+        with pytest.raises(Restart):
+            jobs.train(spdf.resolve(fresh(text)), workdir, progress=False)
     assert (workdir / "checkpoints" / "10").is_dir()
     return workdir
 

@@ -25,7 +25,7 @@ def make(config=TINY, **changes):
     config = dataclasses.replace(config, **changes)
     model = spdf.GPT(config)
     tokens_BT = jax.random.randint(jax.random.key(1), (2, config.context), 0, config.vocab_size)
-    return model, model.init(jax.random.key(0), tokens_BT)["params"], tokens_BT
+    return model, jax.jit(model.init)(jax.random.key(0), tokens_BT)["params"], tokens_BT
 
 
 @pytest.mark.parametrize("changes", [{}, {"tied_head": False}, {"use_bias": False}, {"d_ff": 24}])
@@ -100,7 +100,7 @@ def test_layer_scan_with_and_without_remat_agree_in_values_and_gradients(remat):
 def test_bfloat16_keeps_float32_parameters_and_is_close():
     model, params, tokens_BT = make()
     half = spdf.GPT(dataclasses.replace(TINY, dtype="bfloat16"))
-    half_params = half.init(jax.random.key(0), tokens_BT)["params"]
+    half_params = jax.jit(half.init)(jax.random.key(0), tokens_BT)["params"]
     assert {leaf.dtype for leaf in jax.tree.leaves(half_params)} == {jnp.dtype("float32")}
     logits = half.apply({"params": params}, tokens_BT)
     assert logits.dtype == jnp.bfloat16

@@ -135,7 +135,7 @@ def change_of_activations(width: int, density: float, *, mup: bool, steps: int =
     @jax.jit  # one program a config: eager initialisation would compile every operation by itself
     def run(key):
         tokens_BT = jax.random.randint(key, (4, 9), 0, config.vocab_size)
-        params = model.init(jax.random.fold_in(key, 1), tokens_BT[:1, :1])["params"]
+        params = jax.jit(model.init)(jax.random.fold_in(key, 1), tokens_BT[:1, :1])["params"]
         masks = spdf.init_masks(jax.random.fold_in(key, 2), params, sparsity=1 - density)
         params = spdf.apply_masks(params, masks)
 
@@ -180,7 +180,7 @@ def test_s_mupar_is_off_by_default_and_then_changes_nothing():
     assert mup_scales(CONFIG) == MuParScales(1.0, 1.0, 1.0, 1.0)
     off = dataclasses.replace(CONFIG, mup_density=0.25, mup_alpha=3.0)
     tokens_BT = jnp.arange(6).reshape(1, 6)
-    params = spdf.GPT(CONFIG).init(jax.random.key(0), tokens_BT)["params"]
+    params = jax.jit(spdf.GPT(CONFIG).init)(jax.random.key(0), tokens_BT)["params"]
     np.testing.assert_array_equal(
         spdf.GPT(CONFIG).apply({"params": params}, tokens_BT), spdf.GPT(off).apply({"params": params}, tokens_BT)
     )
@@ -193,9 +193,9 @@ def test_s_mupar_by_hand():
     assert mup_scales(config) == MuParScales(1.0, 1 / 8, 0.5, 1.0)
     config = dataclasses.replace(config, d_model=512)
     assert mup_scales(config) == pytest.approx((2**-0.5, 128**-0.5, 0.25, 0.5))
-    params = spdf.GPT(config).init(jax.random.key(0), jnp.zeros((1, 4), int))["params"]
+    params = jax.jit(spdf.GPT(config).init)(jax.random.key(0), jnp.zeros((1, 4), int))["params"]
     off = spdf.GPT(dataclasses.replace(config, mup_base_width=0))
-    plain = off.init(jax.random.key(0), jnp.zeros((1, 4), int))["params"]
+    plain = jax.jit(off.init)(jax.random.key(0), jnp.zeros((1, 4), int))["params"]
     expected = jax.tree.map(lambda p, m: p * m**0.5, plain, mup_multipliers(config, plain))
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5), params, expected)
     multipliers = mup_multipliers(config, params)

@@ -1,7 +1,7 @@
 """A run small enough for tests: real loop, real data files, seconds on one core.
 
 As a program it trains such a run and dies by SIGKILL at a named moment:
-``python tiny.py WORKDIR DATA save|topology|phase|none``.
+``python tiny.py WORKDIR DATA save|topology|phase``.
 """
 
 import os
@@ -11,6 +11,8 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+
+import jax
 
 import spdf_jax as spdf
 
@@ -92,6 +94,7 @@ def die_at(moment: str) -> None:
 
 
 if __name__ == "__main__":
+    jax.config.update("jax_num_cpu_devices", 8)  # as in the tests: whose compiled programs are then this process's too
     workdir, text, moment = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
     from spdf_jax.jobs import train as train_job
 
