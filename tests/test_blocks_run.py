@@ -126,6 +126,7 @@ def test_the_state_of_the_sparse_leaves_is_a_quarter_of_the_dense_one():
     assert bytes_of["static"] == bytes_of["dense"] // 4 + 5 + 2 * 12 * 32**2 // 8**2  # 0.40 was asked
 
 
+@pytest.mark.slow
 def test_on_a_mesh_it_is_the_same():
     c = blocks_config("rigl")
     model, plan, _, alone = first_state(c)
