@@ -11,6 +11,7 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.par
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 import jax
+import pytest
 from tiny import QUICKLY
 
 jax.config.update("jax_num_cpu_devices", 8)
@@ -28,3 +29,14 @@ def pytest_collection_finish():
     """Tracing makes objects by the million: the collector need not walk through JAX and all tests again for each lot."""
     gc.freeze()
     gc.set_threshold(100_000, 20, 100)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """Slow tests marked `quickly` compile as quick ones do."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", before or item.get_closest_marker("quickly") is not None)
+    try:
+        return (yield)
+    finally:
+        jax.config.update("jax_disable_most_optimizations", before)

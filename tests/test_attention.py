@@ -112,6 +112,7 @@ def test_a_document_in_a_packed_sequence_is_what_it_is_alone():
 
 
 @pytest.mark.slow
+@pytest.mark.quickly
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     pattern=st.sampled_from(PATTERNS),

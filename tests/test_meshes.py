@@ -120,6 +120,7 @@ def alone(text, tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.quickly
 @pytest.mark.parametrize("sizes", MESHES)
 def test_a_run_through_all_phases_is_the_same_on_every_mesh(sizes, text, alone, tmp_path):
     run = config(text, sizes)
@@ -170,6 +171,7 @@ def as_written(workdir: Path, step: int) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.slow
+@pytest.mark.quickly
 def test_saved_by_two_processes_on_one_mesh_and_gone_on_from_elsewhere(text, tmp_path):
     """Saved on (2, 2, 2) by two processes; gone on from on one device, on (1, 8, 1), and as it was begun."""
     whole, arguments = tmp_path / "whole", ["--quiet"]

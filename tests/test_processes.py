@@ -140,14 +140,13 @@ def test_masks_of_pictures_are_whole_whatever_their_sharding():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("count", [2, 4])
-def test_processes_train_evaluate_and_resume_as_one(count, text, alone, tmp_path):
+def test_four_processes_train_and_resume_as_one_and_two_evaluate_what_they_left(text, alone, tmp_path):
     whole = tmp_path / "run"
-    ended = finish(start(count, 4 // count, whole, text, *TINY, "--noquiet"))
-    assert [end.code for end in ended] == [0] * count, ended
+    ended = finish(start(4, 1, whole, text, *TINY, "--noquiet"))
+    assert [end.code for end in ended] == [0] * 4, ended
     assert_same_losses(whole, alone)
     assert {p.name for p in (whole / "checkpoints").iterdir()} == {"10", "20", "24", "28"}
-    assert ["validation loss" in end.output for end in ended] == [True] + [False] * (count - 1)  # process 0 alone talks
+    assert ["validation loss" in end.output for end in ended] == [True] + [False] * 3  # process 0 alone talks
     for name in ("config.json", "summary.json", "report.html", "tokenizer.json", "mask_pictures/step_00000024.npz"):
         assert (whole / name).is_file(), name
 
@@ -155,12 +154,12 @@ def test_processes_train_evaluate_and_resume_as_one(count, text, alone, tmp_path
     (whole / "summary.json").unlink()
     for step in ("20", "24", "28"):
         shutil.rmtree(whole / "checkpoints" / step)
-    ended = finish(start(count, 4 // count, whole, text, *TINY))
-    assert [end.code for end in ended] == [0] * count, ended
+    ended = finish(start(4, 1, whole, text, *TINY))
+    assert [end.code for end in ended] == [0] * 4, ended
     assert_same_losses(whole, alone)
 
-    ended = finish(start(count, 4 // count, whole, text, *TINY, "--job", "evaluate"))
-    assert [end.code for end in ended] == [0] * count, ended
+    ended = finish(start(2, 2, whole, text, *TINY, "--job", "evaluate"))
+    assert [end.code for end in ended] == [0, 0], ended
     (val_loss,) = re.findall(r"val_loss ([\d.]+)", ended[0].output)
     assert float(val_loss) == pytest.approx(alone[28, "val_loss"], abs=2e-4)
 
