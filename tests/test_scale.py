@@ -17,7 +17,6 @@ def test_124m_trains_and_moves_its_masks_within_memory(tmp_path):
     overrides = {
         "data.source": "embedded",
         "data.cache_dir": tmp_path / "cache",
-        "data.tokenizer_vocab_size": 1024,  # the model's stays 50304
         "data.validation_fraction": 0.0002,
         "pretrain.steps": 4,
         "pretrain.batch_size": 2,
