@@ -417,11 +417,28 @@ def load_config(path: Path) -> RunConfig:
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: no config of a run there ({error}); give the workdir of a run") from None
     values.pop("command", None)
-    values.setdefault("evaluation", {})  # runs from before there was this section stay usable
-    model = values.get("model")
-    if isinstance(model, dict) and isinstance(model.get("remat"), bool):  # nor need those from when it was no choice
-        model["remat"] = "block" if model["remat"] else "none"
-    return resolve(ConfigDict(values))
+    return resolve(ConfigDict(_as_of_today(values)))
+
+
+#: What a run did before a field was there, by the field's place (``phase`` stands for every phase), where that is not the
+#: field's default. Absent fields not listed here are at their defaults. Runs of every release stay usable.
+BEFORE: dict[str, Any] = {"evaluation": {}}
+
+
+def _as_of_today(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of a ``config.json``, whichever release wrote it, with today's fields."""
+    today = json.loads(json.dumps(values))
+    for place, value in BEFORE.items():
+        first, *path = place.split(".")
+        for section in today.get("phases", ()) if first == "phase" else (first,):
+            *folders, last = section, *path
+            found = today
+            for folder in folders:
+                found = found.setdefault(folder, {})
+            found.setdefault(last, value)
+    if isinstance(today["model"].get("remat"), bool):  # from when it was no choice
+        today["model"]["remat"] = "block" if today["model"]["remat"] else "none"
+    return today
 
 
 def _check_phase(run: RunConfig, name: str, phase: PhaseConfig) -> None:

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from spdf_jax import processes
 from spdf_jax.checkpoint import Checkpoints, DamagedCheckpointError
-from spdf_jax.config import RunConfig, check_devices
+from spdf_jax.config import RunConfig, check_devices, load_config
 from spdf_jax.data import TokenData, load_tokenizer, prepare, unigram_loss
 from spdf_jax.data.tokenizer import Tokenizer, vocabulary_size
 from spdf_jax.errors import InputError
@@ -254,8 +254,8 @@ def _check_same_run(config: RunConfig, workdir: Path) -> None:
     path = workdir / "config.json"
     if not path.exists():
         return
-    saved, ours = (flat(c) for c in (json.loads(path.read_text()), config.as_dict()))
-    free = ("loop.", "mesh.", "decode.", "evaluation.", "model.remat", "command", "variants", "data.cache_dir")
+    saved, ours = (flat(c) for c in (load_config(path).as_dict(), config.as_dict()))
+    free = ("loop.", "mesh.", "decode.", "evaluation.", "model.remat", "variants", "data.cache_dir")
     differing = [
         f"{key} was {saved.get(key)!r}, is {ours.get(key)!r}"
         for key in sorted(saved.keys() | ours.keys())
