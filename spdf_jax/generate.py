@@ -37,7 +37,9 @@ class DecodeConfig:
       max_new_tokens: longest continuation, its end token included.
       beam_size: beams; for ``beam``.
       length_penalty: a continuation of n tokens scores its log-probability / n^length_penalty.
-      no_repeat_ngram: no n-gram of this many tokens occurs twice in prompt and continuation; 0 allows all.
+      no_repeat_ngram: no n-gram of this many tokens occurs twice in a continuation; 0 allows all.
+      no_repeat_counts_prompt: nor one of the prompt's, as in ``transformers``. Not for data-to-text, where the prompt's phrases
+        are to be copied, and whose papers count the continuation alone (microsoft/LoRA, ``examples/NLG/src/gpt2_beam.py``).
       temperature: divides the logits; for ``sample``.
       top_p: draw from the smallest set of likeliest tokens whose probabilities sum to at least this; for ``sample``.
       batch_size: most prompts decoded at once; changes no result but for rounding.
@@ -49,6 +51,7 @@ class DecodeConfig:
     beam_size: int = 10
     length_penalty: float = 0.9
     no_repeat_ngram: int = 0
+    no_repeat_counts_prompt: bool = False
     temperature: float = 1.0
     top_p: float = 1.0
     batch_size: int = 16
@@ -99,8 +102,9 @@ def generate(
 ) -> list[Generation]:
     """Continues prompts. A prompt's continuation depends on nothing but the prompt, its index and the seed.
 
-    Beam search, its stopping rule and the n-gram rule are those of Hugging Face ``transformers`` with
-    ``early_stopping=False`` (``generation/utils.py``, ``generation/logits_process.py``), so tokens are equal.
+    Beam search and its stopping rule are those of Hugging Face ``transformers`` with ``early_stopping=False``
+    (``generation/utils.py``), so tokens are equal; with an n-gram rule where ``no_repeat_counts_prompt``
+    (``generation/logits_process.py``).
 
     Args:
       model: `spdf_jax.GPT`.
@@ -217,7 +221,7 @@ def _one_by_one(
 
     def advance(w: _Walk) -> _Walk:
         tokens_BS, lengths_B, log_probs_B, _ = w.rows
-        next_BV, cache = _next_log_probs(p, params, w.cache, tokens_BS, lengths_B)
+        next_BV, cache = _next_log_probs(p, params, w.cache, tokens_BS, lengths_B, first_B)
         if p.config.method == "greedy":
             token_B = next_BV.argmax(-1)
         else:
@@ -254,7 +258,8 @@ def _beam_search(p: _Program, params: Any, cache: Any, tokens_BS: jax.Array, len
 
     def advance(b: _Beams) -> _Beams:
         length_B, count = lengths_B + b.step, b.step + 1
-        next_RV, cache = _next_log_probs(p, params, b.cache, b.tokens_BNS.reshape(B * N, S), jnp.repeat(length_B, N))
+        rows = b.tokens_BNS.reshape(B * N, S), jnp.repeat(length_B, N), jnp.repeat(lengths_B, N)
+        next_RV, cache = _next_log_probs(p, params, b.cache, *rows)
         totals_BNV = b.log_probs_BN[..., None] + next_RV.reshape(B, N, V)
         log_probs_BC, flat_BC = lax.top_k(totals_BNV.reshape(B, N * V), C)
         parent_BC, token_BC = flat_BC // V, flat_BC % V
@@ -299,23 +304,25 @@ def _apply(
 
 
 def _next_log_probs(
-    p: _Program, params: Any, cache: Any, tokens_RS: jax.Array, lengths_R: jax.Array
+    p: _Program, params: Any, cache: Any, tokens_RS: jax.Array, lengths_R: jax.Array, prompts_R: jax.Array
 ) -> tuple[jax.Array, Any]:
     """Log-probabilities of the token after each row, float32, -inf where it would repeat an n-gram."""
     last_R1 = (lengths_R - 1)[:, None]
     logits_RTV, cache = _apply(p, params, cache, jnp.take_along_axis(tokens_RS, last_R1, 1), last_R1)
     log_probs_RV = jax.nn.log_softmax(logits_RTV[:, 0].astype(jnp.float32))
     if p.config.no_repeat_ngram:
-        repeats_RV = _repeats(tokens_RS, lengths_R, p.config.no_repeat_ngram, log_probs_RV.shape[-1])
+        since_R = jnp.zeros_like(prompts_R) if p.config.no_repeat_counts_prompt else prompts_R
+        repeats_RV = _repeats(tokens_RS, since_R, lengths_R, p.config.no_repeat_ngram, log_probs_RV.shape[-1])
         log_probs_RV = jnp.where(repeats_RV, -jnp.inf, log_probs_RV)
     return log_probs_RV, cache
 
 
-def _repeats(tokens_RS: jax.Array, lengths_R: jax.Array, n: int, vocab_size: int) -> jax.Array:
-    """Whether a token after each row would complete an n-gram that is in the row already, bool [R, V]."""
+def _repeats(tokens_RS: jax.Array, since_R: jax.Array, lengths_R: jax.Array, n: int, vocab_size: int) -> jax.Array:
+    """Whether a token after each row would complete an n-gram that the row holds from `since_R` on, bool [R, V]."""
     R, S = tokens_RS.shape
     starts = max(S - n + 1, 0)
-    found = jnp.arange(starts)[None] + n <= lengths_R[:, None]
+    at_1S = jnp.arange(starts)[None]
+    found = (at_1S >= since_R[:, None]) & (at_1S + n <= lengths_R[:, None])
     for i in range(n - 1):
         suffix_R1 = jnp.take_along_axis(tokens_RS, jnp.maximum(lengths_R - (n - 1) + i, 0)[:, None], 1)
         found &= tokens_RS[:, i : i + starts] == suffix_R1

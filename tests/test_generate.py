@@ -49,16 +49,17 @@ def repeated(row, n):
     return n > 0 and bool(grams) and grams[-1] in grams[:-1]
 
 
-def children(row, ngram):
-    """(log-probability, token) of all that may follow, best first."""
-    found = [(float(lp), token) for token, lp in enumerate(next_log_probs(row)) if not repeated((*row, token), ngram)]
+def children(row, ngram, since):
+    """(log-probability, token) of all that may follow, best first; n-grams count from `since` on."""
+    log_probs = enumerate(next_log_probs(row))
+    found = [(float(lp), token) for token, lp in log_probs if not repeated((*row[since:], token), ngram)]
     return sorted(found, key=lambda child: -child[0])
 
 
-def greedy_reference(prompt, ngram=0):
+def greedy_reference(prompt, ngram=0, counts_prompt=False):
     row, total = tuple(prompt), 0.0
     for count in range(1, MAX_NEW + 1):
-        lp, token = children(row, ngram)[0]
+        lp, token = children(row, ngram, 0 if counts_prompt else len(prompt))[0]
         total += lp
         if token == END:
             return list(row[len(prompt) :]), total, count
@@ -66,11 +67,11 @@ def greedy_reference(prompt, ngram=0):
     return list(row[len(prompt) :]), total, MAX_NEW
 
 
-def beam_reference(prompt, beams, penalty, ngram=0):
+def beam_reference(prompt, beams, penalty, ngram=0, counts_prompt=False):
     """One prompt, with lists: 2N candidates, the best N of them may finish, the best N unfinished go on."""
-    live, finished = [(0.0, tuple(prompt))], []
+    live, finished, since = [(0.0, tuple(prompt))], [], 0 if counts_prompt else len(prompt)
     for count in range(1, MAX_NEW + 1):
-        candidates = [(total + lp, (*row, t)) for total, row in live for lp, t in children(row, ngram)]
+        candidates = [(total + lp, (*row, t)) for total, row in live for lp, t in children(row, ngram, since)]
         candidates = sorted(candidates, key=lambda c: -c[0])[: 2 * beams]
         over = [row[-1] == END or count == MAX_NEW for _, row in candidates]
         finished += [
@@ -87,24 +88,28 @@ def beam_reference(prompt, beams, penalty, ngram=0):
     return (tokens[:-1] if tokens[-1] == END else tokens), score
 
 
-@pytest.mark.parametrize("ngram", [0, 2])
-def test_greedy_is_the_argmax_loop_of_the_plain_model_and_a_beam_of_one(ngram):
-    greedy = decode(no_repeat_ngram=ngram, length_penalty=0.7)
-    beam = decode(method="beam", beam_size=1, no_repeat_ngram=ngram, length_penalty=0.7)
+@pytest.mark.parametrize(("ngram", "counts_prompt"), [(0, False), (2, False), (2, True)])
+def test_greedy_is_the_argmax_loop_of_the_plain_model_and_a_beam_of_one(ngram, counts_prompt):
+    settings = {"no_repeat_ngram": ngram, "no_repeat_counts_prompt": counts_prompt, "length_penalty": 0.7}
+    greedy, beam = decode(**settings), decode(method="beam", beam_size=1, **settings)
     for prompt, a, b in zip(PROMPTS, greedy, beam, strict=True):
-        tokens, total, count = greedy_reference(prompt, ngram)
+        tokens, total, count = greedy_reference(prompt, ngram, counts_prompt)
         assert a.tokens == b.tokens == tokens
         np.testing.assert_allclose([a.log_probability, b.log_probability], total, rtol=1e-5)
         np.testing.assert_allclose([a.score, b.score], total / count**0.7, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("beams", "penalty", "ngram"), [(3, 0.8, 2), (2, 2.5, 0), (4, 2.5, 0)])
-def test_beam_search_equals_one_with_lists(beams, penalty, ngram):
+@pytest.mark.parametrize(
+    ("beams", "penalty", "ngram", "counts_prompt"),
+    [(3, 0.8, 2, False), (3, 0.8, 2, True), (2, 2.5, 0, False), (4, 2.5, 0, False)],
+)
+def test_beam_search_equals_one_with_lists(beams, penalty, ngram, counts_prompt):
     rng = np.random.default_rng(0)
     # Enough of them that some hang on the spare candidates and some on when a prompt's search stops.
     prompts = [rng.integers(0, CONFIG.vocab_size, rng.integers(1, 15)).tolist() for _ in range(16)]
-    found = decode(prompts, method="beam", beam_size=beams, length_penalty=penalty, no_repeat_ngram=ngram)
-    expected = [beam_reference(prompt, beams, penalty, ngram) for prompt in prompts]
+    settings = {"no_repeat_ngram": ngram, "no_repeat_counts_prompt": counts_prompt}
+    found = decode(prompts, method="beam", beam_size=beams, length_penalty=penalty, **settings)
+    expected = [beam_reference(prompt, beams, penalty, ngram, counts_prompt) for prompt in prompts]
     assert [g.tokens for g in found] == [tokens for tokens, _ in expected]
     np.testing.assert_allclose([g.score for g in found], [score for _, score in expected], rtol=1e-5)
 
@@ -159,48 +164,73 @@ def test_any_of_several_end_tokens_ends():
     assert decode(ends=ends)[0].tokens == tokens[: min(tokens.index(end) for end in ends)]
 
 
+@pytest.mark.parametrize("counts_prompt", [False, True])
 @pytest.mark.parametrize("method", ["sample", "beam"])
-def test_no_ngram_comes_twice(method):
+def test_no_ngram_comes_twice(method, counts_prompt):
     prompts = [[1], [1, 2, 1, 3], [0, 1, 2, 3, 4, 5, 6, 7, 8], [12, 12]]
-    for prompt, g in zip(prompts, decode(prompts, ends=(), method=method, no_repeat_ngram=2), strict=True):
-        pairs = list(itertools.pairwise(prompt + g.tokens))
+    found = decode(prompts, ends=(), method=method, no_repeat_ngram=2, no_repeat_counts_prompt=counts_prompt)
+    for prompt, g in zip(prompts, found, strict=True):
+        pairs = list(itertools.pairwise(prompt + g.tokens if counts_prompt else g.tokens))
         assert len(g.tokens) == MAX_NEW
         assert len(set(pairs)) == len(pairs)
 
 
 @pytest.mark.parametrize("method", ["greedy", "beam"])
+def test_a_copy_of_the_prompt_repeats_nothing(method):
+    """What data-to-text is: a rule over n-grams of the prompt would forbid the names that the text must hold."""
+    (free,) = decode([[1, 2, 3]], ends=(), method=method, beam_size=3)
+    context = [*free.tokens, 1, 2, 3]
+    (copied,) = decode([context], ends=(), method=method, beam_size=3)
+    (ruled,) = decode([context], ends=(), method=method, beam_size=3, no_repeat_ngram=MAX_NEW)
+    assert ruled == copied
+    prompts = [list(range(13)), [2], [2], [2]]
+    whole = decode(prompts, ends=(), method=method, beam_size=2, no_repeat_ngram=1)[0]
+    assert len(set(whole.tokens)) == MAX_NEW, "every token is in the prompt, and may still be written once"
+
+
+@pytest.mark.parametrize("method", ["greedy", "beam"])
 def test_where_every_token_would_repeat_there_is_no_continuation(method):
     prompts = [list(range(10)), [2], [2], [2]]
-    stuck, free, _, _ = decode(prompts, ends=(), method=method, beam_size=2, no_repeat_ngram=1)
+    settings = {"no_repeat_ngram": 1, "no_repeat_counts_prompt": True}
+    stuck, free, _, _ = decode(prompts, ends=(), method=method, beam_size=2, **settings)
     assert stuck == ([], -np.inf, -np.inf)
     assert len(set(free.tokens)) == MAX_NEW
 
 
 @pytest.mark.parametrize(
-    ("row", "n", "banned"),
+    ("row", "since", "n", "banned"),
     [
-        ([1, 2, 3, 1, 2], 1, {1, 2, 3}),
-        ([1, 2, 3, 1, 2], 2, {3}),
-        ([1, 2, 3, 1, 2], 3, {3}),
-        ([1, 2, 3, 1, 2], 4, set()),
-        ([1, 2, 3, 1, 2], 9, set()),
-        ([2, 2, 2], 3, {2}),
-        ([0, 4, 0, 5, 0], 2, {4, 5}),
-        ([6], 2, set()),
+        ([1, 2, 3, 1, 2], 0, 1, {1, 2, 3}),
+        ([1, 2, 3, 1, 2], 3, 1, {1, 2}),
+        ([1, 2, 3, 1, 2], 0, 2, {3}),
+        ([1, 2, 3, 1, 2], 1, 2, {3}),
+        ([1, 2, 3, 1, 2], 2, 2, set()),
+        ([1, 2, 3, 1, 2], 0, 3, {3}),
+        ([1, 2, 3, 1, 2], 1, 3, set()),
+        ([1, 2, 3, 1, 2], 0, 4, set()),
+        ([1, 2, 3, 1, 2], 0, 9, set()),
+        ([2, 2, 2], 0, 3, {2}),
+        ([2, 2, 2], 1, 3, set()),
+        ([0, 4, 0, 5, 0], 0, 2, {4, 5}),
+        ([0, 4, 0, 5, 0], 2, 2, {5}),
+        ([6], 0, 2, set()),
+        ([6], 1, 1, set()),
     ],
 )
-def test_what_would_repeat_by_hand(row, n, banned):
+def test_what_would_repeat_by_hand(row, since, n, banned):
     padded = jnp.array([[*row, *[1, 2, 3, 1, 2, 3][: 8 - len(row)]]])  # what follows the row has no say
-    found_RV = module._repeats(padded, jnp.array([len(row)]), n, 7)
+    found_RV = module._repeats(padded, jnp.array([since]), jnp.array([len(row)]), n, 7)
     assert set(np.flatnonzero(found_RV[0])) == banned
 
 
 def test_what_would_repeat_in_random_ragged_rows():
     rng = np.random.default_rng(0)
     tokens_RS, lengths_R = rng.integers(0, 3, (40, 12)), rng.integers(1, 13, 40)
+    since_R = rng.integers(0, lengths_R + 1)
     for n in (1, 2, 3, 5):
-        found_RV = jax.jit(module._repeats, static_argnums=(2, 3))(tokens_RS, lengths_R, n, 3)
-        expected = [[repeated((*row[:length], t), n) for t in range(3)] for row, length in zip(tokens_RS, lengths_R)]  # noqa: B905
+        found_RV = jax.jit(module._repeats, static_argnums=(3, 4))(tokens_RS, since_R, lengths_R, n, 3)
+        rows = [tuple(row[a:b]) for row, a, b in zip(tokens_RS, since_R, lengths_R, strict=True)]
+        expected = [[repeated((*row, t), n) for t in range(3)] for row in rows]
         np.testing.assert_array_equal(found_RV, expected)
 
 

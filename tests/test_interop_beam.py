@@ -100,7 +100,7 @@ def decode_theirs(model, prompt, end_tokens, **options):
 def test_tokens_and_scores_equal_those_of_transformers(seed, settings, options):
     model, params, prompts = ours(seed)
     reference = theirs(params)
-    config = DecodeConfig(max_new_tokens=MAX_NEW, batch_size=3, **settings)
+    config = DecodeConfig(max_new_tokens=MAX_NEW, batch_size=3, no_repeat_counts_prompt=True, **settings)
     end_tokens = [END, 20, 33] if seed == 2 else [END]
     found = generate(model, params, prompts, config, end_tokens=end_tokens)
     for prompt, mine in zip(prompts, found, strict=True):
@@ -117,7 +117,8 @@ def test_the_comparison_sees_ends_and_repeats():
         model, params, prompts = ours(seed)
         beam = {"method": "beam", "beam_size": 4, "length_penalty": 0.8, "max_new_tokens": MAX_NEW}
         free = generate(model, params, prompts, DecodeConfig(**beam), end_tokens=[END])
-        ruled = generate(model, params, prompts, DecodeConfig(**beam, no_repeat_ngram=4), end_tokens=[END])
+        rule = DecodeConfig(**beam, no_repeat_ngram=4, no_repeat_counts_prompt=True)
+        ruled = generate(model, params, prompts, rule, end_tokens=[END])
         lengths |= {len(g.tokens) for g in free}
         changed += sum(a.tokens != b.tokens for a, b in zip(free, ruled, strict=True))
     assert MAX_NEW in lengths
