@@ -2,11 +2,13 @@
 
 import contextlib
 import email
+import itertools
 import json
 import multiprocessing
 import pickle
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from itertools import islice
@@ -28,7 +30,14 @@ from spdf_jax.data import (
     validation_batches,
 )
 from spdf_jax.data.corpus import embedded_corpus, split_of, text_corpus
-from spdf_jax.data.tokenizer import _PIECE_CHARS, encode_texts, vocabulary_size
+from spdf_jax.data.tokenizer import (
+    _PIECE_CHARS,
+    _bounded_words,
+    _pieces,
+    encode_texts,
+    train_tokenizer,
+    vocabulary_size,
+)
 from spdf_jax.errors import InputError
 
 VOCAB_SIZE = 300
@@ -167,6 +176,50 @@ def test_a_long_document_encodes_as_if_in_one_piece(embedded):
     pieces = [ids for ids, _ in encode_texts(embedded.tokenizer, [text])]
     whole = embedded.tokenizer.encode(text).ids
     np.testing.assert_array_equal(np.concatenate(pieces), [*whole, embedded.tokenizer.token_to_id(END_OF_TEXT)])
+
+
+def test_cuts_change_no_id(embedded, monkeypatch):
+    monkeypatch.setattr("spdf_jax.data.tokenizer._PIECE_CHARS", 1)
+    by_hand = ["it's, don't; 'twas I'll\n(a's!'s) ½; é́;漢字。x", "a  b   c \n d\n\n e\t f ,g ,  h"]
+    for text in (*by_hand, Path(email.__file__).read_text()):
+        pieces = list(_pieces(text))
+        assert len(pieces) > 2
+        assert "".join(piece for piece, _ in pieces) == text
+        ids = [i for piece, _ in pieces for i in embedded.tokenizer.encode(piece).ids]
+        assert ids == embedded.tokenizer.encode(text).ids
+
+
+def test_training_in_pieces_gives_the_tokenizer_of_the_whole_text():
+    text = "".join(itertools.islice(embedded_corpus(0.05).read("train"), 30))
+    assert len(text) > 3 * _PIECE_CHARS
+    whole = tokenizers.ByteLevelBPETokenizer()
+    whole.train_from_iterator([text], vocab_size=1000, special_tokens=[END_OF_TEXT], show_progress=False)
+    assert train_tokenizer([text], vocab_size=1000, progress=False).to_str() == whole.to_str()
+
+
+def test_memory_of_training_does_not_grow_with_a_text():
+    """As one text these 11 MB take over a gigabyte."""
+    program = """
+import resource
+from spdf_jax.data.tokenizer import train_tokenizer
+def peak_bytes(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+text = "words and lines, one after another, 12 of them; " * 230_000
+before = peak_bytes()
+train_tokenizer([text], vocab_size=300, progress=False)
+assert peak_bytes() - before < 20 * len(text), (peak_bytes() - before) / len(text)
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+@pytest.mark.parametrize("word", [" ", "a", "7", "_", "=", "漢"])
+def test_a_word_without_end_is_trained_on_in_a_moment_and_kept_whole(word):
+    text = f"before{word * 300_000}after"
+    start = time.process_time()
+    tokenizer = train_tokenizer([text], vocab_size=300, progress=False)
+    assert time.process_time() - start < 10  # minutes as one word
+    (ids,) = [np.concatenate([ids for ids, _ in encode_texts(tokenizer, [text])])]
+    assert tokenizer.decode(ids.tolist()) == text
+    assert max(map(len, _bounded_words(text))) <= 1024 + len("before")
 
 
 def test_gpt2_format_with_a_last_special_id(embedded, text_folder, tmp_path):

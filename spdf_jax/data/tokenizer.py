@@ -13,18 +13,27 @@ from spdf_jax.errors import InputError
 END_OF_TEXT = "<|endoftext|>"
 SMALLEST_VOCAB = 257  # every byte, and end of text
 
-# A long document is encoded in pieces, which bounds memory (an encoding takes about 100 bytes a token) and uses every
-# core. At a single newline between two visible characters byte-level BPE never joins the sides: the ids stay the same.
+# A long document is encoded, and trained on, in pieces: that bounds memory (either takes about 100 bytes a character) and
+# uses every core. After a single newline between two visible characters, before a single space between them, and between
+# a letter and ASCII punctuation (but for ', which starts "'s"), byte-level BPE never joins the sides: the ids stay the same.
 _PIECE_CHARS = 1 << 16
 _PIECES_PER_CHUNK = 64
-_SAFE_CUT = re.compile(r"(?<=\S\n)(?=\S)")
+_SAFE_CUT = re.compile(r"(?<=\S\n)(?=\S)|(?<=\S)(?= \S)|(?<=[^\W\d_])(?=[!-&(-/:-@\[-^`{-~])")
+# Training takes a time that grows with the square of a word's length, a word being what merges never leave: letters, digits,
+# white space or other characters in a row.
+_LONGEST_WORD = 1024
+_ROW = re.compile(r"\S*+\s*+")
+_WORD_TO_CUT = re.compile(
+    "|".join(rf"(?<!{c}){c}{{{_LONGEST_WORD + 1},}}" for c in (r"[^\W\d_]", r"\d", r"\s", r"(?:[^\w\s]|_)"))
+)
 
 
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int, progress: bool) -> Tokenizer:
     """Trains a byte-level BPE as GPT-2's; the same texts give the same tokenizer.
 
     Args:
-        texts: The training documents.
+        texts: The training documents; taken in pieces, so that memory does not grow with their length. A word of more
+            than 1024 characters counts as several.
         vocab_size: Ids to end with, at least 257; a tiny corpus ends with fewer.
         progress: Show a bar on standard error.
 
@@ -32,7 +41,8 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int, progress: bool) ->
         A tokenizer that encodes any text without loss; `<|endoftext|>` is id 0.
     """
     bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator(iter(texts), vocab_size=vocab_size, special_tokens=[END_OF_TEXT], show_progress=progress)
+    pieces = (part for text in texts for piece, _ in _pieces(text) for part in _bounded_words(piece))
+    bpe.train_from_iterator(pieces, vocab_size=vocab_size, special_tokens=[END_OF_TEXT], show_progress=progress)
     return Tokenizer.from_str(bpe.to_str())
 
 
@@ -127,3 +137,14 @@ def _pieces(text: str) -> Iterator[tuple[str, bool]]:
         yield text[start : cut.start()], False
         start = cut.start()
     yield text[start:], True
+
+
+def _bounded_words(text: str) -> Iterator[str]:
+    """The text in pieces that hold no word longer than `_LONGEST_WORD`."""
+    start = 0
+    rows = max(map(len, _ROW.findall(text)))  # a quick look, which nearly all texts pass
+    for word in _WORD_TO_CUT.finditer(text) if rows > _LONGEST_WORD else ():
+        for cut in range(word.start() + _LONGEST_WORD, word.end(), _LONGEST_WORD):
+            yield text[start:cut]
+            start = cut
+    yield text[start:]
