@@ -5,6 +5,7 @@ import email
 import itertools
 import json
 import multiprocessing
+import os
 import pickle
 import shutil
 import signal
@@ -282,28 +283,94 @@ def test_a_second_start_reads_the_cache_and_changed_text_does_not(text_folder, t
     assert prepare(config, progress=False).fingerprint != first.fingerprint
 
 
-@pytest.mark.parametrize("damage", ["truncated", "odd", "no meta", "bad meta", "no tokenizer", "empty folder"])
-def test_a_damaged_cache_is_built_again(damage, text_folder, tmp_path):
-    config = config_of(text_folder, tmp_path)
-    first = prepare(config, progress=False)
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def more_vocabulary(file: Path) -> None:
+    file.write_text(file.read_text().replace('"vocab_size": ', '"vocab_size": 1'))
+
+
+CACHED = ("train.bin", "val.bin", "tokenizer.json", "meta.json")
+DAMAGES = {
+    "cut": lambda file: file.write_bytes(file.read_bytes()[:-2]),
+    "cut to an odd length": lambda file: file.write_bytes(file.read_bytes()[:-1]),
+    "zeroed": lambda file: file.write_bytes(bytes(file.stat().st_size)),
+    "emptied": lambda file: file.write_bytes(b""),
+    "a bit": flip,
+    "gone": Path.unlink,
+    "another's": lambda file: shutil.copy(next(file.parents[2].glob(f"other/*/{file.name}")), file),
+    "deep": lambda file: file.write_text("[" * 100_000),
+}
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> tuple[DataConfig, TokenData]:
+    """A cache that was built, and beside it, as `other`, one of another text."""
+    root = tmp_path_factory.mktemp("built")
+    (root / "text").mkdir()
+    configs = config_of(root / "text", root, cache_dir=str(root / "other")), config_of(root / "text", root)
+    for config, word in zip(configs, ("ab", "cdefg"), strict=True):
+        for n in range(10):
+            (root / f"text/{n}.txt").write_text(f"{word} and {n} more")
+        data = prepare(config, progress=False)
+    return configs[1], data
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [*itertools.product(CACHED, DAMAGES), ("meta.json", "vocabulary"), ("", "empty folder"), ("", "another's folder")],
+)
+def test_a_damaged_cache_is_built_again(name, damage, built):
+    config, first = built
     expected = cached_files(config.cache_dir)
-    folder = Path(first.train.filename).parent
-    if damage == "truncated":
-        (folder / "train.bin").write_bytes((folder / "train.bin").read_bytes()[:-2])
-    elif damage == "odd":
-        (folder / "val.bin").write_bytes((folder / "val.bin").read_bytes()[:-1])
-    elif damage == "no meta":
-        (folder / "meta.json").unlink()
-    elif damage == "bad meta":
-        (folder / "meta.json").write_text("[1, 2")
-    elif damage == "no tokenizer":
-        (folder / "tokenizer.json").unlink()
+    folder = Path(config.cache_dir, next(iter(expected))).parent
+    if name:
+        (DAMAGES | {"vocabulary": more_vocabulary})[damage](folder / name)
     else:
         shutil.rmtree(folder)
         folder.mkdir()
+        if damage == "another's folder":
+            shutil.copytree(next(folder.parents[1].glob("other/*/")), folder, dirs_exist_ok=True)
+    assert cached_files(config.cache_dir) != expected
     again = prepare(config, progress=False)
-    assert again.fingerprint == first.fingerprint
+    np.testing.assert_array_equal(again.train, first.train)
+    np.testing.assert_array_equal(again.validation, first.validation)
+    assert (again.vocab_size, again.fingerprint) == (first.vocab_size, first.fingerprint)
+    assert again.tokenizer.to_str() == first.tokenizer.to_str()
     assert cached_files(config.cache_dir) == expected
+
+
+def test_of_a_large_cache_file_samples_are_checked(text_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("spdf_jax.data.token_files._FULL_HASH_BYTES", 100)
+    first = prepare(config_of(text_folder, tmp_path), progress=False)
+    file = next(Path(tmp_path).glob("cache/*/train.bin"))
+    expected = file.read_bytes()
+    file.write_bytes(bytes(len(expected)))
+    assert prepare(config_of(text_folder, tmp_path), progress=False).fingerprint == first.fingerprint
+    assert file.read_bytes() == expected
+
+
+def test_what_is_published_is_on_the_disk_before(text_folder, tmp_path, monkeypatch):
+    synced, fsync, replace = set(), os.fsync, os.replace
+
+    def recording(descriptor):
+        synced.add(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    def publish(draft, folder):
+        assert {path.stat().st_ino for path in (draft, *draft.iterdir())} <= synced
+        assert len(list(draft.iterdir())) == len(CACHED)
+        replace(draft, folder)
+        synced.clear()
+
+    monkeypatch.setattr(os, "fsync", recording)
+    monkeypatch.setattr(os, "replace", publish)
+    config = config_of(text_folder, tmp_path)
+    prepare(config, progress=False)
+    assert synced == {Path(config.cache_dir).stat().st_ino}
 
 
 def _prepare_slowly(config, started):

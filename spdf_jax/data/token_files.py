@@ -78,7 +78,7 @@ def open_token_files(path: str, tokenizer_path: str) -> TokenData:
             f"data.path={path!r}: holds token id {vocab_size - 1}, but {tokenizer_path!r} ends at "
             f"{vocabulary_size(tokenizer) - 1}; give the tokenizer these files were made with"
         )
-    fingerprint = combined_fingerprint(_content_hash(folder / "train.bin"), _content_hash(folder / "val.bin"))
+    fingerprint = combined_fingerprint(content_hash(folder / "train.bin"), content_hash(folder / "val.bin"))
     return TokenData(train, validation, tokenizer, vocab_size, fingerprint, validation_bytes=None)
 
 
@@ -127,7 +127,7 @@ def _other_format(file: Path, size_bytes: int) -> str | None:
     return None if any(byte < 32 and byte not in _TEXT_CONTROLS for byte in head) else "text"
 
 
-def _content_hash(file: Path) -> str:
+def content_hash(file: Path) -> str:
     """SHA-256 of a file's size and content; of a large file, of evenly spaced samples."""
     size_bytes = file.stat().st_size
     digest = hashlib.sha256(str(size_bytes).encode())
@@ -136,6 +136,6 @@ def _content_hash(file: Path) -> str:
             digest.update(stream.read())
         else:
             for sample in range(_SAMPLES):
-                stream.seek(sample * (size_bytes - _SAMPLE_BYTES) // (_SAMPLES - 1))
+                stream.seek(max(0, sample * (size_bytes - _SAMPLE_BYTES) // (_SAMPLES - 1)))
                 digest.update(stream.read(_SAMPLE_BYTES))
     return digest.hexdigest()

@@ -1,8 +1,10 @@
 """From a config to tokens: find the corpus, train or load the tokenizer, encode once, keep the result in a cache.
 
 The cache is `<cache_dir>/<key>/` with `tokenizer.json`, `train.bin`, `val.bin` and `meta.json`; `key` is a hash of the
-documents and the tokenizer. A folder appears there whole, by one rename, or not at all: a run killed half-way leaves
-only an `unfinished-*` folder, which is safe to delete. Of runs and processes at once, one builds and the others wait for it.
+documents and the tokenizer. A folder appears there whole, by one rename after all is on the disk, or not at all: a run
+killed half-way leaves only an `unfinished-*` folder, which is safe to delete. Every start checks each file against its
+hash in `meta.json`, a large one by samples, and builds a folder that is not sound anew. Of runs and processes at once, one
+builds and the others wait for it.
 """
 
 import contextlib
@@ -14,13 +16,14 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from spdf_jax.data.corpus import Corpus, Split, embedded_corpus, text_corpus, tfds_corpus
-from spdf_jax.data.token_files import TokenData, combined_fingerprint, open_token_files
+from spdf_jax.data.token_files import TokenData, combined_fingerprint, content_hash, open_token_files
 from spdf_jax.data.tokenizer import SMALLEST_VOCAB, encode_texts, load_tokenizer, train_tokenizer, vocabulary_size
 from spdf_jax.errors import InputError
 
@@ -77,7 +80,7 @@ def prepare(config: DataConfig, *, progress: bool = True) -> TokenData:
     corpus = _corpus(config)
     key = hashlib.sha256(json.dumps([_FORMAT_VERSION, corpus.identity, recipe]).encode()).hexdigest()[:32]
     folder = cache_folder(config) / key
-    return _open(folder) or _build(folder, corpus, tokenizer, config, progress)
+    return _open(folder, key) or _build(folder, corpus, tokenizer, config, progress)
 
 
 def _check(config: DataConfig) -> None:
@@ -114,10 +117,14 @@ def cache_folder(config: DataConfig) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "spdf_jax"
 
 
-def _open(folder: Path) -> TokenData | None:
-    """What the cache holds at `folder`, or None where it is missing or damaged in any way."""
+def _open(folder: Path, key: str) -> TokenData | None:
+    """What the cache holds at `folder` for `key`, or None where that is missing or damaged in any way."""
     try:
-        meta = json.loads((folder / "meta.json").read_text())
+        sealed = json.loads((folder / "meta.json").read_text())
+        meta = sealed["meta"]
+        hashes = {name: content_hash(folder / name) for name in meta["content"]}
+        if sealed["sha256"] != _seal(meta) or meta["key"] != key or meta["content"] != hashes:
+            return None
         tokens = {}
         for split, name in _FILES.items():
             tokens[split] = np.memmap(folder / name, dtype=meta["dtype"], mode="r")
@@ -131,8 +138,12 @@ def _open(folder: Path) -> TokenData | None:
             fingerprint=combined_fingerprint(meta["sha256"]["train"], meta["sha256"]["validation"]),
             validation_bytes=meta["validation_bytes"],
         )
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
+
+
+def _seal(meta: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
 
 
 def _build(folder: Path, corpus: Corpus, tokenizer: Tokenizer | None, config: DataConfig, progress: bool) -> TokenData:
@@ -145,20 +156,20 @@ def _build(folder: Path, corpus: Corpus, tokenizer: Tokenizer | None, config: Da
                 prefix="unfinished-", dir=folder.parent, ignore_cleanup_errors=True
             ) as temporary,
         ):
-            if built := _open(folder):  # by another process, while this one waited for its turn
+            if built := _open(folder, folder.name):  # by another process, while this one waited for its turn
                 return built
             if tokenizer is None:
                 vocab_size = config.tokenizer_vocab_size
                 tokenizer = train_tokenizer(corpus.read("train"), vocab_size=vocab_size, progress=progress)
             draft = Path(temporary, "data")
             draft.mkdir()
-            _write(draft, corpus, tokenizer, progress)
+            _write(draft, folder.name, corpus, tokenizer, progress)
             # Mapped before the rename: should another run move `folder` right after it, these maps stay valid.
-            data = _open(draft)
+            data = _open(draft, folder.name)
             if data is None:
                 raise InputError(f"{folder.parent}: tokens just written do not read back; check that disk")
             _publish(draft, folder)
-            return _open(folder) or data
+            return _open(folder, folder.name) or data
     except OSError as error:
         message = f"{folder.parent}: cannot keep tokens there ({error}); free space or set data.cache_dir elsewhere"
         raise InputError(message) from error
@@ -173,7 +184,7 @@ def _turn_to_build(folder: Path) -> Iterator[None]:
         yield
 
 
-def _write(draft: Path, corpus: Corpus, tokenizer: Tokenizer, progress: bool) -> None:
+def _write(draft: Path, key: str, corpus: Corpus, tokenizer: Tokenizer, progress: bool) -> None:
     """Writes all files of one cache folder."""
     tokenizer.save(str(draft / "tokenizer.json"))
     # A document that spells the end-of-text token is text about it, not the end of a document.
@@ -198,21 +209,38 @@ def _write(draft: Path, corpus: Corpus, tokenizer: Tokenizer, progress: bool) ->
             with (draft / name).open("rb") as stream:
                 sha256[split] = hashlib.file_digest(stream, "sha256").hexdigest()
     meta = {
+        "key": key,
+        "content": {name: content_hash(draft / name) for name in ("tokenizer.json", *_FILES.values())},
         "dtype": dtype,
         "vocab_size": vocab_size,
         "tokens": tokens,
         "sha256": sha256,
         "validation_bytes": text_bytes["validation"],
     }
-    (draft / "meta.json").write_text(json.dumps(meta, indent=1))
+    (draft / "meta.json").write_text(json.dumps({"sha256": _seal(meta), "meta": meta}, indent=1))
+    for path in (*draft.iterdir(), draft):
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    """Waits until a file, or the list of names in a folder, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        if not path.is_dir():  # some file systems cannot do this for folders, and need not
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def _publish(draft: Path, folder: Path) -> None:
     """Renames `draft` to `folder`, unless a sound one came to stand there meanwhile; a damaged one makes way."""
-    if folder.exists() and _open(folder) is None:
+    if folder.exists() and _open(folder, folder.name) is None:
         os.replace(folder, draft.with_name("damaged"))
     try:
         os.replace(draft, folder)
     except OSError:
         if not folder.exists():
             raise
+    _sync(folder.parent)
