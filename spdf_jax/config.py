@@ -7,12 +7,14 @@ dataclasses' own defaults are the only defaults there are.
 import dataclasses
 import difflib
 import json
+import math
 import re
+import sys
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 from ml_collections import ConfigDict, FieldReference
 
@@ -20,6 +22,7 @@ from spdf_jax.data import DataConfig, TaskConfig
 from spdf_jax.errors import InputError
 from spdf_jax.evals.exams import MODES
 from spdf_jax.evals.task_data import TASKS
+from spdf_jax.fields import LARGEST, Count, CountOrZero, Line, OneOf, Range, Text, check_fields
 from spdf_jax.generate import DecodeConfig
 from spdf_jax.gpt_config import GPTConfig
 from spdf_jax.optim import OptimizerConfig
@@ -44,16 +47,19 @@ class PhaseConfig:
       optimizer, sparsity: see there.
     """
 
-    steps: int = 600
-    batch_size: int = 16
-    seq_len: int = 0
-    grad_accumulation_steps: int = 1
+    steps: Count = 600
+    batch_size: Count = 16
+    seq_len: CountOrZero = 0
+    grad_accumulation_steps: Count = 1
     reset_optimizer: bool = True
     task: TaskConfig = field(default_factory=TaskConfig)
-    epochs: int = 0
-    patience_evaluations: int = 0
+    epochs: CountOrZero = 0
+    patience_evaluations: CountOrZero = 0
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     sparsity: SparsityConfig = field(default_factory=SparsityConfig)
+
+    def __post_init__(self) -> None:
+        check_fields(self, "phase")
 
 
 @dataclass(frozen=True)
@@ -70,24 +76,21 @@ class LoopConfig:
       profile_steps: ``A:B`` leaves a profile of the steps after step A, up to step B, in ``profile/``; "" does not.
     """
 
-    log_every_steps: int = 10
-    eval_every_steps: int = 100
-    checkpoint_every_steps: int = 200
-    eval_batch_size: int = 32
-    keep_checkpoints: int = 2
-    watchdog_seconds: int = 600
-    profile_steps: str = ""
+    log_every_steps: Count = 10
+    eval_every_steps: Count = 100
+    checkpoint_every_steps: Count = 200
+    eval_batch_size: Count = 32
+    keep_checkpoints: Count = 2
+    watchdog_seconds: CountOrZero = 600
+    profile_steps: Line = ""
 
     def __post_init__(self) -> None:
-        intervals = ("log_every_steps", "eval_every_steps", "checkpoint_every_steps")
-        for name in (*intervals, "eval_batch_size", "keep_checkpoints"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name}: {getattr(self, name)} must be at least 1")
-        if self.watchdog_seconds < 0:
-            raise InputError(f"watchdog_seconds: {self.watchdog_seconds} must not be negative; 0 turns it off")
+        check_fields(self, "loop")
         first, _, last = self.profile_steps.partition(":")
         if self.profile_steps and not (first.isdecimal() and last.isdecimal() and int(first) < int(last)):
-            raise InputError(f"profile_steps: {self.profile_steps!r} must be A:B with 0 <= A < B, for example 100:105")
+            raise InputError(
+                f"loop.profile_steps: {self.profile_steps!r} must be A:B with 0 <= A < B, for example 100:105"
+            )
 
     @property
     def profiled_steps(self) -> range:
@@ -109,23 +112,17 @@ class EvaluationConfig:
       exam_mode: how choices are scored, ``length`` or ``letter``, see `spdf_jax.evals.exams.take_exams`.
     """
 
-    tasks: tuple[str, ...] = ()
-    data_dir: str = ""
-    num_fewshot: int = -1
+    tasks: Annotated[tuple[str, ...], OneOf(TASKS)] = ()
+    data_dir: Line = ""
+    num_fewshot: Annotated[int, Range(least=0, most=LARGEST, special=-1)] = -1
     exams: bool = False
-    exam_questions: str = ""
-    exam_mode: str = "length"
+    exam_questions: Line = ""
+    exam_mode: Annotated[str, OneOf(MODES)] = "length"
 
     def __post_init__(self) -> None:
-        for name in self.tasks:
-            if name not in TASKS:
-                raise InputError(f"tasks: {name!r} is unknown: use some of {', '.join(TASKS)}")
+        check_fields(self, "evaluation")
         if self.tasks and not self.data_dir:
-            raise InputError(f"data_dir: '' must name the folder with the files of {', '.join(self.tasks)}")
-        if self.num_fewshot < -1:
-            raise InputError(f"num_fewshot: {self.num_fewshot} must be at least 0, or -1 for as many as each task says")
-        if self.exam_mode not in MODES:
-            raise InputError(f"exam_mode: {self.exam_mode!r} is unknown: use one of {', '.join(MODES)}")
+            raise InputError(f"evaluation.data_dir: '' must name the folder with the files of {', '.join(self.tasks)}")
 
 
 @dataclass(frozen=True)
@@ -141,11 +138,11 @@ class RunConfig:
       model, data, mesh, loop, decode, evaluation: see there.
     """
 
-    experiment: str
-    variant: str
-    variants: tuple[str, ...]
-    seed: int
-    init_from: str
+    experiment: Line
+    variant: Line
+    variants: Annotated[tuple[str, ...], Text()]
+    seed: CountOrZero
+    init_from: Line
     model: GPTConfig
     data: DataConfig
     mesh: MeshConfig
@@ -153,6 +150,9 @@ class RunConfig:
     decode: DecodeConfig
     evaluation: EvaluationConfig
     phases: Mapping[str, PhaseConfig]
+
+    def __post_init__(self) -> None:
+        check_fields(self, "config")
 
     def seq_len(self, phase: PhaseConfig) -> int:
         """Tokens a sequence in `phase`."""
@@ -394,8 +394,9 @@ def resolve(config: ConfigDict) -> RunConfig:
     for name in (*_SECTIONS, *phases):
         if not isinstance(values.get(name), dict):
             raise InputError(f"config.{name}: the section is missing")
+    hints = typing.get_type_hints(RunConfig)
     run = RunConfig(
-        **{name: _typed(f"config.{name}", type(default), values[name]) for name, default in _SCALARS.items()},
+        **{name: _typed(f"config.{name}", hints[name], values[name]) for name in _SCALARS},
         **{name: _build(f"config.{name}", cls, values[name]) for name, cls in _SECTIONS.items()},
         phases={name: _build(f"config.{name}", PhaseConfig, values[name]) for name in phases},
     )
@@ -442,10 +443,6 @@ def _as_of_today(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_phase(run: RunConfig, name: str, phase: PhaseConfig) -> None:
-    if phase.steps < 1 or phase.batch_size < 1 or phase.grad_accumulation_steps < 1:
-        raise InputError(f"config.{name}: steps, batch_size and grad_accumulation_steps must be at least 1")
-    if phase.epochs < 0 or phase.patience_evaluations < 0:
-        raise InputError(f"config.{name}: epochs and patience_evaluations must not be negative")
     if phase.epochs and not phase.task.name:
         raise InputError(
             f"config.{name}.epochs: {phase.epochs} epochs of what? Set config.{name}.task.name, or steps instead"
@@ -531,7 +528,10 @@ def _build(where: str, cls: type, values: Mapping[str, Any]) -> Any:
     try:
         return cls(**fields)
     except InputError as error:
-        raise InputError(f"{where}: {error}") from None
+        # It names its section, as it would outside of a config: the place says more.
+        head, dot, rest = str(error).partition(".")
+        said = f".{rest}" if dot and head in (where.rpartition(".")[2], "phase") else f": {error}"
+        raise InputError(where + said) from None
 
 
 def _typed(where: str, hint: Any, value: Any) -> Any:
@@ -539,11 +539,14 @@ def _typed(where: str, hint: Any, value: Any) -> Any:
         if not isinstance(value, Mapping):
             raise InputError(f"{where}: expected a section, got {value!r}")
         return _build(where, typing.cast(type, hint), value)
-    origin = typing.get_origin(hint)
-    if hint is tuple or origin is tuple:
-        return tuple(tuple(item) if isinstance(item, list | tuple) else item for item in value)
+    if typing.get_origin(hint) is tuple:
+        items = typing.get_args(hint)
+        items = items[:1] * len(value) if items[-1] is Ellipsis and isinstance(value, list | tuple) else items
+        if not isinstance(value, list | tuple) or len(items) != len(value):
+            raise InputError(f"{where}: expected {hint}, got {value!r}")
+        return tuple(_typed(f"{where}[{i}]", *pair) for i, pair in enumerate(zip(items, value, strict=True)))
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        return float(value) if abs(value) < sys.float_info.max else math.inf * (1 if value > 0 else -1)
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         raise InputError(f"{where}: expected {hint.__name__}, got {value!r}")
     return value

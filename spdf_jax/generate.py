@@ -9,7 +9,7 @@ import functools
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from jax import lax
 from jax.sharding import Mesh
 
 from spdf_jax.errors import InputError
+from spdf_jax.fields import Count, CountOrZero, OneOf, Range, check_fields
 from spdf_jax.gpt_config import GPTConfig
 from spdf_jax.model import GPT
 from spdf_jax.primer import TAPS
@@ -46,35 +47,19 @@ class DecodeConfig:
       seed: for ``sample``.
     """
 
-    method: str = "greedy"
-    max_new_tokens: int = 64
-    beam_size: int = 10
-    length_penalty: float = 0.9
-    no_repeat_ngram: int = 0
+    method: Annotated[str, OneOf(METHODS)] = "greedy"
+    max_new_tokens: Count = 64
+    beam_size: Count = 10
+    length_penalty: Annotated[float, Range()] = 0.9
+    no_repeat_ngram: CountOrZero = 0
     no_repeat_counts_prompt: bool = False
-    temperature: float = 1.0
-    top_p: float = 1.0
-    batch_size: int = 16
-    seed: int = 0
+    temperature: Annotated[float, Range(above=0)] = 1.0
+    top_p: Annotated[float, Range(above=0, most=1)] = 1.0
+    batch_size: Count = 16
+    seed: CountOrZero = 0
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise InputError(f"decode.method: {self.method!r} is unknown: use one of {', '.join(METHODS)}")
-        for name, least in {
-            "max_new_tokens": 1,
-            "beam_size": 1,
-            "no_repeat_ngram": 0,
-            "batch_size": 1,
-            "seed": 0,
-        }.items():
-            if getattr(self, name) < least:
-                raise InputError(f"decode.{name}: {getattr(self, name)} must be at least {least}")
-        if not math.isfinite(self.length_penalty):
-            raise InputError(f"decode.length_penalty: {self.length_penalty} must be finite")
-        if not 0 < self.temperature < math.inf:
-            raise InputError(f"decode.temperature: {self.temperature} must be above 0; use decode.method=greedy for 0")
-        if not 0 < self.top_p <= 1:
-            raise InputError(f"decode.top_p: {self.top_p} is outside (0, 1]")
+        check_fields(self, "decode")
 
 
 class Generation(NamedTuple):

@@ -1,10 +1,10 @@
 """What a GPT is: its architecture as data, and the published sizes."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from spdf_jax.errors import InputError
-from spdf_jax.sparsity.mupar import mup_scales
+from spdf_jax.fields import Count, CountOrZero, OneOf, Range, check_fields
 
 
 @dataclass(frozen=True)
@@ -38,45 +38,31 @@ class GPTConfig:
     256
     """
 
-    n_layer: int = 4
-    n_head: int = 4
-    d_model: int = 256
-    d_ff: int = 0
-    vocab_size: int = 4096
-    context: int = 256
+    n_layer: Count = 4
+    n_head: Count = 4
+    d_model: Count = 256
+    d_ff: CountOrZero = 0
+    vocab_size: Count = 4096
+    context: Count = 256
     tied_head: bool = True
     use_bias: bool = True
-    activation: str = "gelu"
+    activation: Annotated[str, OneOf(("gelu", "squared_relu"))] = "gelu"
     dconv: bool = False
     shared_qk: bool = False
-    mlp_norm: str = "pre"
-    dropout: float = 0.0
-    dtype: str = "float32"
-    layer_norm_eps: float = 1e-5
-    init_std: float = 0.02
-    remat: str = "none"
-    mup_base_width: int = 0
-    mup_density: float = 1.0
-    mup_alpha: float = 1.0
+    mlp_norm: Annotated[str, OneOf(("pre", "post"))] = "pre"
+    dropout: Annotated[float, Range(least=0, below=1)] = 0.0
+    dtype: Annotated[str, OneOf(("float32", "bfloat16"))] = "float32"
+    layer_norm_eps: Annotated[float, Range(above=0, most=1)] = 1e-5
+    init_std: Annotated[float, Range(above=0, most=1)] = 0.02
+    remat: Annotated[str, OneOf(("none", "dots", "mlp", "block"))] = "none"
+    mup_base_width: CountOrZero = 0
+    mup_density: Annotated[float, Range(above=0, most=1)] = 1.0
+    mup_alpha: Annotated[float, Range(above=0)] = 1.0
 
     def __post_init__(self) -> None:
+        check_fields(self, "model")
         if self.d_model % self.n_head:
             raise InputError(f"model.d_model: {self.d_model} is not divisible by model.n_head {self.n_head}")
-        if not 0 <= self.dropout < 1:
-            raise InputError(f"model.dropout: {self.dropout} is outside [0, 1)")
-        choices = {
-            "dtype": ("float32", "bfloat16"),
-            "activation": ("gelu", "squared_relu"),
-            "mlp_norm": ("pre", "post"),
-            "remat": ("none", "dots", "mlp", "block"),
-        }
-        for name, known in choices.items():
-            if getattr(self, name) not in known:
-                raise InputError(f"model.{name}: {getattr(self, name)!r} is not {' or '.join(map(repr, known))}")
-        for name in ("n_layer", "n_head", "d_model", "vocab_size", "context"):
-            if getattr(self, name) < 1:
-                raise InputError(f"model.{name}: {getattr(self, name)} must be at least 1")
-        mup_scales(self)  # raises where they are wrong
 
     @property
     def mlp_width(self) -> int:

@@ -2,13 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from spdf_jax.errors import InputError
+from spdf_jax.fields import Count, CountOrZero, OneOf, Range, Share, check_fields
 from spdf_jax.sparsity.mupar import scale_by_mup
 from spdf_jax.sparsity.regrowth import scale_by_density, scale_by_smet_adam
 from spdf_jax.sparsity.transforms import sparse
@@ -33,30 +33,21 @@ class OptimizerConfig:
       density_exponent: learning rate of a sparse tensor x ``1 / density ** exponent``.
     """
 
-    peak_learning_rate: float = 6e-4
-    final_fraction: float = 0.1
-    warmup_steps: int = 100
-    schedule: str = "cosine"
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.1
-    clip_norm: float = 1.0
-    regrowth: str = "reset"
-    regrowth_warmup_steps: int = 100
-    density_exponent: float = 0.0
+    peak_learning_rate: Annotated[float, Range(above=0)] = 6e-4
+    final_fraction: Share = 0.1
+    warmup_steps: CountOrZero = 100
+    schedule: Annotated[str, OneOf(("cosine", "linear", "constant"))] = "cosine"
+    beta1: Annotated[float, Range(least=0, below=1)] = 0.9
+    beta2: Annotated[float, Range(least=0, below=1)] = 0.95
+    eps: Annotated[float, Range(above=0)] = 1e-8
+    weight_decay: Annotated[float, Range(least=0)] = 0.1
+    clip_norm: Annotated[float, Range(least=0)] = 1.0
+    regrowth: Annotated[str, OneOf(("reset", "keep", "smet"))] = "reset"
+    regrowth_warmup_steps: Count = 100
+    density_exponent: Annotated[float, Range(least=0)] = 0.0
 
     def __post_init__(self) -> None:
-        choices = {"schedule": ("cosine", "linear", "constant"), "regrowth": ("reset", "keep", "smet")}
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise InputError(f"optimizer.{name}: {getattr(self, name)!r} is not one of {allowed}")
-        if self.regrowth_warmup_steps < 1:
-            raise InputError(f"optimizer.regrowth_warmup_steps: {self.regrowth_warmup_steps} must be at least 1")
-        if self.density_exponent < 0:
-            raise InputError(f"optimizer.density_exponent: {self.density_exponent} must not be negative")
-        if self.peak_learning_rate <= 0:
-            raise InputError(f"optimizer.peak_learning_rate: {self.peak_learning_rate} must be positive")
+        check_fields(self, "optimizer")
 
 
 def learning_rate_schedule(config: OptimizerConfig, total_steps: int) -> Callable[[jax.Array], jax.Array]:

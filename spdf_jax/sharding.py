@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import numpy as np
@@ -16,6 +16,7 @@ import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from spdf_jax.errors import InputError
+from spdf_jax.fields import LARGEST, Range, check_fields
 from spdf_jax.tree import along_state, map_named
 
 #: Leaf name -> logical axes, first match wins; leaves matched by nothing are replicated.
@@ -31,6 +32,9 @@ PARAMETER_AXES: Sequence[tuple[str, tuple[str, ...]]] = (
 LOGICAL_TO_MESH = {"layers": None, "block": None, "embed": "fsdp", "wide": "tensor"}
 
 
+Devices = Annotated[int, Range(least=1, most=LARGEST, special=-1)]
+
+
 @dataclass(frozen=True)
 class MeshConfig:
     """Devices along each axis; one of them may be -1: all that are left.
@@ -41,9 +45,14 @@ class MeshConfig:
       tensor: splits heads, MLP width and vocabulary.
     """
 
-    data: int = -1
-    fsdp: int = 1
-    tensor: int = 1
+    data: Devices = -1
+    fsdp: Devices = 1
+    tensor: Devices = 1
+
+    def __post_init__(self) -> None:
+        check_fields(self, "mesh")
+        if [self.data, self.fsdp, self.tensor].count(-1) > 1:
+            raise InputError(f"mesh: at most one of its sizes may be -1, all devices that are left, got {self}")
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -54,8 +63,6 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     """
     devices = jax.devices() if devices is None else devices
     sizes = [config.data, config.fsdp, config.tensor]
-    if sizes.count(-1) > 1 or any(s == 0 or s < -1 for s in sizes):
-        raise InputError(f"mesh: sizes must be positive and at most one of them -1, got {config}")
     if -1 in sizes:
         fixed = -int(np.prod(sizes))
         if len(devices) % fixed:

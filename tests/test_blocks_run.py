@@ -186,7 +186,7 @@ def test_masks_are_not_dropped_from_blocks_by_hand():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"sparse_compute": "sparse"}, r"sparsity.sparse_compute: 'sparse' is not one of \('masked', 'blocks'\)"),
+        ({"sparse_compute": "sparse"}, "sparsity.sparse_compute: 'sparse' is not one of 'masked', 'blocks'"),
         ({"pattern": "unstructured"}, "sparsity.pattern: sparse_compute 'blocks' needs blocks such as 'block64'"),
         (
             {"distribution": "erk"},

@@ -46,10 +46,10 @@ def changed(path, value):
         ("model", 3, "config.model: the section is missing"),
         ("phases", (), "at least one phase"),
         ("one.steps", 0, "must be at least 1"),
-        ("one.sparsity.sparsity", -0.1, r"outside \[0, 1\)"),
+        ("one.sparsity.sparsity", -0.1, "must be at least 0 and below 1"),
         ("one.sparsity.schedule", "quadratic", "'quadratic' is not one of"),
         ("one.optimizer.schedule", "exp", "'exp' is not"),
-        ("one.optimizer.peak_learning_rate", 0.0, "must be positive"),
+        ("one.optimizer.peak_learning_rate", 0.0, "must be above 0"),
     ],
 )
 def test_bad_values_are_named(path, value, message):

@@ -564,7 +564,7 @@ def test_real_ids_are_not_taken_for_another_type(vocab_size, seed, tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"source": "web"}, r"data\.source='web'.*embedded, text"),
+        ({"source": "web"}, "data.source: 'web' is not one of 'embedded', 'text'"),
         ({"path": ""}, r"data\.path is empty"),
         ({"source": "token_files", "path": ""}, r"data\.path is empty"),
         ({"source": "token_files", "path": "nowhere"}, "no such folder"),

@@ -87,11 +87,11 @@ def test_the_exams_are_our_own_by_default_in_the_mode_asked_for(trained, monkeyp
 BAD = {
     "unknown task": (
         {"tasks": ("lambda",), "data_dir": "."},
-        r"config\.evaluation: tasks: 'lambda' is unknown: use some",
+        r"config\.evaluation\.tasks: 'lambda' is not one of .*; did you mean 'lambada'",
     ),
-    "tasks of nowhere": ({"tasks": ("ptb",)}, r"config\.evaluation: data_dir: '' must name the folder with .* ptb"),
-    "examples": ({"num_fewshot": -2}, r"config\.evaluation: num_fewshot: -2 must be at least 0"),
-    "mode": ({"exam_mode": "word"}, r"config\.evaluation: exam_mode: 'word' is unknown: use one of length, letter"),
+    "tasks of nowhere": ({"tasks": ("ptb",)}, r"config\.evaluation\.data_dir: '' must name the folder with .* ptb"),
+    "examples": ({"num_fewshot": -2}, r"config\.evaluation\.num_fewshot: -2 must be -1, or at least 0"),
+    "mode": ({"exam_mode": "word"}, r"config\.evaluation\.exam_mode: 'word' is not one of 'length', 'letter'"),
     "no folder": ({"tasks": ("ptb",), "data_dir": "{tmp}/none"}, r"data_dir .*none: is not a folder"),
     "no file": ({"tasks": ("ptb",), "data_dir": "{tmp}"}, r"neither ptb\.jsonl nor ptb\.txt is there"),
     "no exams": ({"exams": True, "exam_questions": "{tmp}/none"}, r"exams .*none: cannot be read"),

@@ -379,7 +379,7 @@ def test_a_profile_holds_the_steps_that_were_asked_for(text, tmp_path):
 def test_a_profile_of_nothing_is_refused(value, text):
     c = short(text)
     c.loop.profile_steps = value
-    with pytest.raises(spdf.InputError, match=r"config\.loop: profile_steps: .* must be A:B with 0 <= A < B"):
+    with pytest.raises(spdf.InputError, match=r"config\.loop\.profile_steps: .* must be A:B with 0 <= A < B"):
         spdf.resolve(c)
 
 
@@ -387,5 +387,5 @@ def test_loop_numbers_that_cannot_be_are_refused(text):
     for name, value in (("watchdog_seconds", -1), ("log_every_steps", 0), ("checkpoint_every_steps", 0)):
         c = short(text)
         c.loop[name] = value
-        with pytest.raises(spdf.InputError, match=rf"config\.loop: {name}: {value} must"):
+        with pytest.raises(spdf.InputError, match=rf"config\.loop\.{name}: {value} must"):
             spdf.resolve(c)

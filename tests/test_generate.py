@@ -322,16 +322,16 @@ def test_no_prompts_no_generations():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"method": "beams"}, "decode.method: 'beams' is unknown: use one of greedy, sample, beam"),
+        ({"method": "beams"}, "decode.method: 'beams' is not one of 'greedy', 'sample', 'beam'; did you mean 'beam'"),
         ({"max_new_tokens": 0}, "decode.max_new_tokens: 0 must be at least 1"),
         ({"beam_size": 0}, "decode.beam_size: 0 must be at least 1"),
         ({"no_repeat_ngram": -1}, "decode.no_repeat_ngram: -1 must be at least 0"),
         ({"batch_size": 0}, "decode.batch_size: 0 must be at least 1"),
         ({"seed": -1}, "decode.seed: -1 must be at least 0"),
-        ({"length_penalty": float("nan")}, "decode.length_penalty: nan must be finite"),
+        ({"length_penalty": float("nan")}, "decode.length_penalty: nan must be a finite number"),
         ({"temperature": 0.0}, "decode.temperature: 0.0 must be above 0"),
         ({"temperature": float("nan")}, "decode.temperature: nan"),
-        ({"top_p": 0.0}, r"decode.top_p: 0.0 is outside \(0, 1\]"),
+        ({"top_p": 0.0}, "decode.top_p: 0.0 must be above 0 and at most 1"),
         ({"top_p": 1.1}, "decode.top_p: 1.1"),
     ],
 )

@@ -8,7 +8,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "spdf_jax"
 FLOORS = [
-    ["errors", "tree"],
+    ["errors", "tree", "fields"],
     [
         "sparsity.select",
         "sparsity.patterns",
@@ -54,6 +54,7 @@ FLOORS = [
 # Within a floor that lists both, the left may be used by the right.
 SAME_FLOOR = {
     ("errors", "tree"),
+    ("errors", "fields"),
     ("attention_patterns", "attention_backends"),
     ("attention_patterns", "attention_cached"),
     ("attention_patterns", "attention"),

@@ -45,7 +45,7 @@ BAD_COMMANDS = {
     "unknown job": (["--config", MST, "--job", "tain"], "value should be one of"),
     "unknown flag": (["--config", MST, "--wrkdir", "x"], "Unknown command line flag 'wrkdir'"),
     "stray word": (["--config", MST, "train"], "'train' is no flag"),
-    "sparsity": (["--config", MST, "--config.pretrain.sparsity.sparsity=1.0"], "1.0 is outside [0, 1)"),
+    "sparsity": (["--config", MST, "--config.pretrain.sparsity.sparsity=1.0"], "1.0 must be at least 0 and below 1"),
     "rule": (["--config", MST, "--config.pretrain.sparsity.rule=mts"], "'mts' is not one of"),
     "sequence length": (["--config", MST, "--config.pretrain.seq_len=512"], "512 exceeds config.model.context 256"),
     "accumulation": (["--config", MST, "--config.pretrain.grad_accumulation_steps=3"], "16 is not divisible by"),

@@ -129,8 +129,8 @@ def test_residual_projections_start_smaller():
         ({"dropout": 1.0}, "dropout: 1.0"),
         ({"dtype": "float16"}, "dtype: 'float16'"),
         ({"n_layer": 0}, "n_layer: 0"),
-        ({"activation": "relu"}, "activation: 'relu' is not 'gelu' or 'squared_relu'"),
-        ({"mlp_norm": "both"}, "mlp_norm: 'both' is not 'pre' or 'post'"),
+        ({"activation": "relu"}, "activation: 'relu' is not one of 'gelu', 'squared_relu'"),
+        ({"mlp_norm": "both"}, "mlp_norm: 'both' is not one of 'pre', 'post'"),
     ],
 )
 def test_impossible_architectures_are_refused(changes, message):

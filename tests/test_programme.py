@@ -206,7 +206,7 @@ def test_a_dense_phase_has_nothing_to_count():
         ({"rule": "static", "schedule": "cubic"}, "'static' cannot follow 'cubic'"),
         ({"rule": "gmp", "sparsity": 0.5}, "'gmp' cannot follow 'constant'; use 'cubic' or 'table'"),
         ({"rule": "acdc", "schedule": "table"}, "'acdc' cannot follow"),
-        ({"rule": "acdc", "schedule": "alternate", "cycles": 0}, "cycles 0"),
+        ({"rule": "acdc", "schedule": "alternate", "cycles": 0}, "cycles: 0 must be at least 1"),
         ({"rule": "mst", "schedule": "three_phases", "sparsity": 0.5, "pattern": "2:4"}, "pattern 2:4.*cannot follow"),
         ({"rule": "rigl", "sparsity": 0.8, "pattern": "2:4"}, "2:4 has sparsity 0.5 .*not 0.8"),
         ({"rule": "gmp", "schedule": "table", "table": ((0.0, 0.0), (0.5, 0.4)), "pattern": "2:4"}, "not 0.4"),

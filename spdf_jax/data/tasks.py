@@ -3,14 +3,16 @@
 import functools
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from spdf_jax.data.examples import Style, Task
 from spdf_jax.data.restaurant import restaurant_task
 from spdf_jax.data.task_files import RELEASES, read_task_files
 from spdf_jax.data.tfds_tasks import read_tfds, write_tfds
 from spdf_jax.errors import InputError
+from spdf_jax.fields import CountOrZero, Line, OneOf, Range, check_fields
 
-_MOST_EXAMPLES = 100_000  # of `restaurant`, far under the number of different inputs
+_Examples = Annotated[int, Range(least=1, most=100_000)]  # of `restaurant`, far under the number of different inputs
 _STYLES: dict[str, Style] = {"restaurant": "e2e", **{name: release.style for name, release in RELEASES.items()}}
 
 
@@ -27,24 +29,17 @@ class TaskConfig:
         seed: restaurant: of the examples.
     """
 
-    name: str = ""
-    path: str = ""
-    train_examples: int = 2000
-    validation_examples: int = 200
-    test_examples: int = 200
-    seed: int = 0
+    name: Annotated[str, OneOf(("", *_STYLES, "tfds"))] = ""
+    path: Line = ""
+    train_examples: _Examples = 2000
+    validation_examples: _Examples = 200
+    test_examples: _Examples = 200
+    seed: CountOrZero = 0
 
     def __post_init__(self) -> None:
-        names = ("", *_STYLES, "tfds")
-        if self.name not in names:
-            raise InputError(f"task.name={self.name!r}: no such task; choose one of {', '.join(map(repr, names))}")
+        check_fields(self, "task")
         if self.name not in ("", "restaurant") and not self.path:
             raise InputError(f"task.path is empty: task.name={self.name!r} needs the place of its files there")
-        for field in ("train_examples", "validation_examples", "test_examples"):
-            if not 1 <= (size := getattr(self, field)) <= _MOST_EXAMPLES:
-                raise InputError(f"task.{field}={size}: must be from 1 to {_MOST_EXAMPLES}; try 200")
-        if self.seed < 0:
-            raise InputError(f"task.seed={self.seed}: must not be negative; try 0")
 
 
 @functools.cache

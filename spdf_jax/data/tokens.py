@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -26,6 +26,7 @@ from spdf_jax.data.corpus import Corpus, Split, embedded_corpus, text_corpus, tf
 from spdf_jax.data.token_files import TokenData, combined_fingerprint, content_hash, open_token_files
 from spdf_jax.data.tokenizer import SMALLEST_VOCAB, encode_texts, load_tokenizer, train_tokenizer, vocabulary_size
 from spdf_jax.errors import InputError
+from spdf_jax.fields import LARGEST, Line, OneOf, Range, check_fields
 
 _FORMAT_VERSION = 1  # raise it when the same documents and tokenizer give other files
 _FILES: dict[Split, str] = {"train": "train.bin", "validation": "val.bin"}
@@ -49,14 +50,17 @@ class DataConfig:
             `~/.cache/spdf_jax`.
     """
 
-    source: str = "embedded"
-    path: str = ""
-    tfds_name: str = ""
-    text_key: str = "text"
-    tokenizer: str = ""
-    tokenizer_vocab_size: int = 4096
-    validation_fraction: float = 0.02
-    cache_dir: str = ""
+    source: Annotated[str, OneOf(_SOURCES)] = "embedded"
+    path: Line = ""
+    tfds_name: Line = ""
+    text_key: Line = "text"
+    tokenizer: Line = ""
+    tokenizer_vocab_size: Annotated[int, Range(least=SMALLEST_VOCAB, most=LARGEST)] = 4096
+    validation_fraction: Annotated[float, Range(above=0, below=1)] = 0.02
+    cache_dir: Line = ""
+
+    def __post_init__(self) -> None:
+        check_fields(self, "data")
 
 
 def prepare(config: DataConfig, *, progress: bool = True) -> TokenData:
@@ -84,21 +88,10 @@ def prepare(config: DataConfig, *, progress: bool = True) -> TokenData:
 
 
 def _check(config: DataConfig) -> None:
-    if config.source not in _SOURCES:
-        raise InputError(f"data.source={config.source!r}: no such source; choose one of {', '.join(_SOURCES)}")
     if config.source in ("text", "token_files") and not config.path:
         raise InputError(f"data.path is empty: data.source={config.source!r} needs the place of its files there")
     if config.source == "tfds" and not config.tfds_name:
         raise InputError("data.tfds_name is empty: data.source='tfds' needs a dataset, such as 'wikipedia/20230601.en'")
-    if not 0 < config.validation_fraction < 1:
-        raise InputError(
-            f"data.validation_fraction={config.validation_fraction}: must be between 0 and 1, both excluded; try 0.05"
-        )
-    if config.tokenizer_vocab_size < SMALLEST_VOCAB:
-        raise InputError(
-            f"data.tokenizer_vocab_size={config.tokenizer_vocab_size}: a byte-level BPE needs at least "
-            f"{SMALLEST_VOCAB}, every byte and end of text; raise it"
-        )
 
 
 def _corpus(config: DataConfig) -> Corpus:

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import optax
 
-from spdf_jax.errors import InputError
 from spdf_jax.tree import LINEAR_KERNELS, Filter, check_same_structure, map_named, match_filter
 
 
@@ -56,20 +55,11 @@ def mup_scales(config: MuParConfig) -> MuParScales:
     Returns:
       `MuParScales`.
 
-    Raises:
-      InputError: a negative base width, a density outside (0, 1], or an alpha that is not positive.
-
     >>> import spdf_jax as spdf
     >>> config = spdf.GPTConfig(d_model=256, n_head=4, mup_base_width=64, mup_density=0.25)
     >>> mup_scales(config)
     MuParScales(init=1.0, query=0.125, logits=0.25, learning_rate=1.0)
     """
-    if config.mup_base_width < 0:
-        raise InputError(f"model.mup_base_width: {config.mup_base_width} must be a width, or 0 for off")
-    if not 0 < config.mup_density <= 1:
-        raise InputError(f"model.mup_density: {config.mup_density} is outside (0, 1]")
-    if config.mup_alpha <= 0:
-        raise InputError(f"model.mup_alpha: {config.mup_alpha} must be positive")
     if not config.mup_base_width:
         return MuParScales()
     width = config.d_model / config.mup_base_width

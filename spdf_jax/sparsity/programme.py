@@ -8,12 +8,14 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
+from spdf_jax import attention_patterns
 from spdf_jax.errors import InputError
+from spdf_jax.fields import Count, Line, OneOf, Range, Share, check_fields
 from spdf_jax.sparsity import schedules
 from spdf_jax.sparsity.blocks import block_grid
-from spdf_jax.sparsity.distributions import DISTRIBUTIONS, MatrixGroup, check_sparsity, target_counts
+from spdf_jax.sparsity.distributions import DISTRIBUTIONS, MatrixGroup, target_counts
 from spdf_jax.sparsity.patterns import parse_pattern
 from spdf_jax.sparsity.rules import RULES, Rule
 from spdf_jax.sparsity.topkast import TOPKAST
@@ -48,39 +50,30 @@ class SparsityConfig:
         [attention_start, attention_end); causal outside.
     """
 
-    rule: str = "dense"
-    sparsity: float = 0.0
-    distribution: str = "uniform"
-    pattern: str = "unstructured"
-    sparse_compute: str = "masked"
-    schedule: str = "constant"
-    ramp_end: float = 0.1
-    ultra_end: float = 0.75
-    restoration_end: float = 0.9
-    cycles: int = 5
-    table: tuple[tuple[float, float], ...] = ()
-    update_every_steps: int = 100
-    stop_fraction: float = 1.0
-    drop_fraction: float = -1.0
-    exploration: float = -1.0
+    rule: Annotated[str, OneOf(RULES, ("dense",))] = "dense"
+    sparsity: Annotated[float, Range(least=0, below=1)] = 0.0
+    distribution: Annotated[str, OneOf(DISTRIBUTIONS)] = "uniform"
+    pattern: Line = "unstructured"
+    sparse_compute: Annotated[str, OneOf(("masked", "blocks"))] = "masked"
+    schedule: Annotated[str, OneOf(SCHEDULES)] = "constant"
+    ramp_end: Share = 0.1
+    ultra_end: Share = 0.75
+    restoration_end: Share = 0.9
+    cycles: Count = 5
+    table: Annotated[tuple[tuple[float, float], ...], Range(least=0, most=1)] = ()
+    update_every_steps: Count = 100
+    stop_fraction: Share = 1.0
+    drop_fraction: Annotated[float, Range(least=0, most=1, special=-1)] = -1.0
+    exploration: Annotated[float, Range(least=0, most=1, special=-1)] = -1.0
     sparsify_head: bool = False
-    init: str = "random"
-    attention_pattern: str = "causal"
-    attention_width: int = 128
-    attention_start: float = 0.0
-    attention_end: float = 0.0
+    init: Annotated[str, OneOf(("random", "magnitude"))] = "random"
+    attention_pattern: Annotated[str, OneOf(attention_patterns.PATTERNS)] = "causal"
+    attention_width: Count = 128
+    attention_start: Share = 0.0
+    attention_end: Share = 0.0
 
     def __post_init__(self) -> None:
-        check_sparsity(self.sparsity, "sparsity.sparsity")
-        for name, allowed in (
-            ("rule", ("dense", *RULES)),
-            ("schedule", SCHEDULES),
-            ("distribution", DISTRIBUTIONS),
-            ("init", ("random", "magnitude")),
-            ("sparse_compute", ("masked", "blocks")),
-        ):
-            if getattr(self, name) not in allowed:
-                raise InputError(f"sparsity.{name}: {getattr(self, name)!r} is not one of {allowed}")
+        check_fields(self, "sparsity")
         follows = self.topology_rule.schedules
         if not self.dense and follows and self.schedule not in follows:
             raise InputError(
@@ -94,8 +87,6 @@ class SparsityConfig:
             )
         for stage in self.curve.stages:
             target_counts({}, self.curve(stage), self.distribution, self.pattern)  # refuses what cannot be
-        if self.update_every_steps < 1:
-            raise InputError(f"sparsity.update_every_steps: {self.update_every_steps} must be at least 1")
         if self.blocks:
             self._check_blocks()
 

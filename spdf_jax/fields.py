@@ -1,0 +1,139 @@
+"""What each field of a config section may hold: said once, beside the field's type, and held to in one place.
+
+>>> from dataclasses import dataclass
+>>> from typing import Annotated
+>>> @dataclass(frozen=True)
+... class Example:
+...     rate: Annotated[float, Range(above=0)] = 0.1
+...     width: Annotated[int, Range(least=8, special=0)] = 0
+...     schedule: Annotated[str, OneOf(("cosine", "linear"))] = "cosine"
+...
+...     def __post_init__(self) -> None:
+...         check_fields(self, "example")
+>>> Example(rate=float("nan"))
+Traceback (most recent call last):
+    ...
+spdf_jax.errors.InputError: example.rate: nan must be a number above 0; the default is 0.1
+"""
+
+import dataclasses
+import difflib
+import math
+import typing
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Protocol
+
+from spdf_jax.errors import InputError
+
+#: The largest count: steps and seeds are 32-bit integers on devices.
+LARGEST = 2**31 - 1
+
+
+class Requirement(Protocol):
+    """What a field's values must be."""
+
+    def holds(self, value: Any) -> bool: ...
+    def said_of(self, value: Any) -> str:
+        """What is wrong with a value for which `holds` is False, to be read after the value."""
+        ...
+
+
+@dataclass(frozen=True)
+class Range:
+    """Finite numbers between limits.
+
+    Attributes:
+      least, above: below which, or at which and below, a number is too small.
+      most, below: the same for too large.
+      special: one more number, with a meaning of its own.
+    """
+
+    least: float = -math.inf
+    above: float = -math.inf
+    most: float = math.inf
+    below: float = math.inf
+    special: int | None = None
+
+    def holds(self, value: Any) -> bool:
+        return value == self.special or (self.least <= value <= self.most and self.above < value < self.below)
+
+    def said_of(self, value: Any) -> str:
+        limits = {"at least": self.least, "above": self.above, "at most": self.most, "below": self.below}
+        said = {
+            word: limit for word, limit in limits.items() if math.isfinite(limit) and (limit < LARGEST or value > limit)
+        }
+        words = " and ".join(f"{word} {limit}" for word, limit in said.items())
+        kind = "" if words and abs(value) < math.inf else "a number " if words else "a finite number"
+        return f"must be {'' if self.special is None else f'{self.special}, or '}{kind}{words}"
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """One of some words.
+
+    Attributes:
+      words: those; of a mapping its keys, as they are when a config is made.
+      more: others.
+    """
+
+    words: Collection[str]
+    more: tuple[str, ...] = ()
+
+    def holds(self, value: Any) -> bool:
+        return value in self.more or value in self.words
+
+    def said_of(self, value: Any) -> str:
+        known = [*self.more, *self.words]
+        close = difflib.get_close_matches(value, known, n=1, cutoff=0.6)
+        return f"is not one of {', '.join(map(repr, known))}" + (f"; did you mean {close[0]!r}" if close else "")
+
+
+@dataclass(frozen=True)
+class Text:
+    """Any text in one line, since names and paths stand in messages, reports and commands."""
+
+    def holds(self, value: Any) -> bool:
+        return not any(ord(character) < 32 or ord(character) == 127 for character in value)
+
+    def said_of(self, value: Any) -> str:
+        return "must hold no control characters"
+
+
+Count = Annotated[int, Range(least=1, most=LARGEST)]
+CountOrZero = Annotated[int, Range(least=0, most=LARGEST)]
+Share = Annotated[float, Range(least=0, most=1)]
+Line = Annotated[str, Text()]
+
+
+def requirements(section: type) -> Mapping[str, Requirement]:
+    """The requirement of each field of a dataclass that has one."""
+    hints = typing.get_type_hints(section, include_extras=True)
+    return {
+        name: next(extra for extra in hint.__metadata__ if hasattr(extra, "holds"))
+        for name, hint in hints.items()
+        if hasattr(hint, "__metadata__")
+    }
+
+
+def check_fields(config: Any, section: str) -> None:
+    """Raises `InputError` unless every field of a dataclass is what its `Annotated` type requires; of a tuple, all its parts.
+
+    Args:
+      config: a section's dataclass.
+      section: its name in messages.
+    """
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    for name, requirement in requirements(type(config)).items():
+        for value in _parts(getattr(config, name)):
+            if not requirement.holds(value):
+                default = "" if defaults[name] is dataclasses.MISSING else f"; the default is {defaults[name]!r}"
+                raise InputError(f"{section}.{name}: {value!r} {requirement.said_of(value)}{default}")
+
+
+def _parts(value: Any) -> Iterator[Any]:
+    if isinstance(value, tuple):
+        for part in value:
+            yield from _parts(part)
+    else:
+        yield value
