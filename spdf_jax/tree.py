@@ -5,7 +5,9 @@ order with `re.search` on the leaf's path; the first match wins. The decisions a
 
 * ``"dense"``: never masked;
 * ``"matrix"``: one weight tensor, masked as a whole;
-* ``"stack"``: the leading axis counts layers, each slice is a weight matrix masked by itself (layer-scanned models).
+* ``"stack"``: the leading axis counts layers, each slice is a weight matrix masked by itself (layer-scanned models);
+* ``"matrices"``: a stack where there are three axes or more and the layers are not in a list (no index in the path, such as
+  ``blocks/0/kernel``), else one matrix: what a filter for layers of either kind says.
 """
 
 import re
@@ -19,11 +21,14 @@ import optax
 from spdf_jax.errors import InputError
 
 Filter = Sequence[tuple[str, str]]
-DECISIONS = ("dense", "matrix", "stack")
+DECISIONS = ("dense", "matrix", "stack", "matrices")
 
 #: Every linear kernel inside the transformer blocks of `spdf_jax.GPT`; embeddings, norms, biases and head stay dense
-#: (SPDF, section 2; arXiv 2303.10464).
-LINEAR_KERNELS: Filter = ((r"^blocks/.*kernel$", "stack"), (r".*", "dense"))
+#: (SPDF, section 2; arXiv 2303.10464). Matrices of another model that it does not name are refused, not left dense.
+LINEAR_KERNELS: Filter = (
+    (r"^blocks/.*kernel$", "matrices"),
+    (r"^(wte|wpe)/embedding$|^head/kernel$|(^|/)(bias|scale|taps)$", "dense"),
+)
 #: The same and the output head, tied (``wte/embedding``) or not: what the MST code does (hupihe/Mixed-Sparsity-Training).
 LINEAR_KERNELS_AND_TIED_HEAD: Filter = ((r"^wte/embedding$", "matrix"), *LINEAR_KERNELS)
 LINEAR_KERNELS_AND_HEAD: Filter = ((r"^head/kernel$", "matrix"), *LINEAR_KERNELS)
@@ -57,7 +62,7 @@ def match_filter(filter: Filter, params: Any) -> dict[str, str]:
       params: any pytree of arrays (or of shapes).
 
     Returns:
-      ``{leaf name: decision}`` in tree order.
+      ``{leaf name: "dense" | "matrix" | "stack"}`` in tree order.
 
     Raises:
       InputError: an unknown decision; a pattern that matches no leaf; a leaf of two or more dimensions that no pattern
@@ -74,17 +79,22 @@ def match_filter(filter: Filter, params: Any) -> dict[str, str]:
             raise InputError(f"filter: decision {decision!r} of pattern {pattern!r} is not one of {DECISIONS}")
         if not any(re.search(pattern, name) for name in names):
             raise InputError(f"filter: pattern {pattern!r} matches no leaf; the leaves are {', '.join(names)}")
-    decisions = {}
+    decisions, unnamed = {}, []
     for name, leaf in leaves:
+        shape = tuple(leaf.shape)
         found = next((decision for pattern, decision in filter if re.search(pattern, name)), None)
-        if found is None and len(leaf.shape) >= 2:
-            raise InputError(
-                f"filter: no pattern matches leaf {name!r} of shape {tuple(leaf.shape)}; "
-                f"say 'matrix', 'stack' or 'dense' for it, or end the filter with ('.*', 'dense')"
-            )
-        if found == "stack" and len(leaf.shape) < 2:
-            raise InputError(f"filter: leaf {name!r} of shape {tuple(leaf.shape)} has no layers to stack; use 'matrix'")
+        if found is None and len(shape) >= 2:
+            unnamed.append(f"{name!r} of shape {shape}")
+        if found in ("stack", "matrices") and len(shape) < 2:
+            raise InputError(f"filter: leaf {name!r} of shape {shape} has no layers to stack; use 'matrix'")
+        if found == "matrices":
+            found = "stack" if len(shape) >= 3 and not re.search(r"(^|/)\d+/", name) else "matrix"
         decisions[name] = found or "dense"
+    if unnamed:
+        raise InputError(
+            f"filter: no pattern matches leaf {', '.join(unnamed)}; say 'matrix', 'stack' or 'dense' for each, or end the "
+            f"filter with ('.*', 'dense')"
+        )
     return decisions
 
 

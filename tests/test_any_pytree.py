@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 import spdf_jax as spdf
+from spdf_jax.errors import InputError
 from spdf_jax.tree import named_leaves
 
 KEY = jax.random.key(0)
@@ -38,6 +39,39 @@ def linen():
     model = LinenModel()
     params = model.init(KEY, X)["params"]
     return params, lambda params: model.apply({"params": params}, X), ["Dense_0/kernel", "Dense_1/kernel"]
+
+
+class NnxBlocks(nnx.Module):
+    """Layers of its own in a list named as the stacked layers of `spdf_jax.GPT`."""
+
+    def __init__(self, rngs):
+        attention = nnx.MultiHeadAttention(2, 8, decode=False, rngs=rngs)
+        self.blocks = nnx.List([nnx.Linear(8, 64, rngs=rngs), nnx.Linear(64, 8, rngs=rngs), attention])
+
+
+def test_the_default_filter_masks_the_matrices_of_a_list_whole():
+    params = nnx.state(NnxBlocks(nnx.Rngs(0)), nnx.Param)
+    masks = spdf.init_masks(KEY, params, sparsity=0.9)
+    rows = {row.name: row for row in spdf.mask_report(masks).rows}
+    assert {name: (row.shape, row.active) for name, row in rows.items()} == {
+        "blocks/0/kernel": ((8, 64), 51),
+        "blocks/1/kernel": ((64, 8), 51),
+        **{f"blocks/2/{name}/kernel": ((8, 2, 4), 6) for name in ("key", "query", "value")},
+        "blocks/2/out/kernel": ((2, 4, 8), 6),
+    }
+    # Drawn over the whole matrix: the rows of one differ in their counts.
+    assert len(set(np.asarray(masks["blocks"][0]["kernel"].get_value()).sum(1).tolist())) > 1
+
+
+def test_the_default_filter_says_which_matrices_of_a_foreign_model_it_does_not_know():
+    class Foreign(NnxBlocks):
+        def __init__(self, rngs):
+            super().__init__(rngs)
+            self.up, self.down = nnx.Linear(8, 16, rngs=rngs), nnx.Linear(16, 8, rngs=rngs)
+
+    params = nnx.state(Foreign(nnx.Rngs(0)), nnx.Param)
+    with pytest.raises(InputError, match=r"leaf 'down/kernel' of shape \(16, 8\), 'up/kernel' of shape \(8, 16\); say"):
+        spdf.init_masks(KEY, params, sparsity=0.9)
 
 
 class NnxModel(nnx.Module):
