@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from spdf_jax.errors import InputError
+from spdf_jax.sparsity.distributions import MatrixGroup, target_counts
 from spdf_jax.sparsity.masks import init_masks
-from spdf_jax.sparsity.patterns import PATTERNS, parse_pattern
-from spdf_jax.sparsity.rules import prune_and_grow
+from spdf_jax.sparsity.patterns import CONTRACTION_AXES, PATTERNS, parse_pattern
+from spdf_jax.sparsity.rules import RULES, prune_and_grow, prune_and_grow_tree
 
 QUICK = settings(deadline=None, derandomize=True, max_examples=25)
 KEY = jax.random.key(0)
@@ -157,6 +158,75 @@ def test_leading_axes_are_layers_of_the_pattern_too():
     w = jax.random.normal(KEY, (3, 8, 4))
     new = step(KEY, w, w, w > 9, target_nnz=48, drop_fraction=0.0, gradient_share=1.0, pattern="2:4")
     assert (new.reshape(3, 2, 4, 4).sum(2) == 2).all()
+
+
+# Shapes of leaves as models lay them out, and the axis that a product sums over, counted from the last.
+LAYOUTS = {
+    "blocks/mlp_up/kernel": ("stack", (3, 8, 6), -2),  # spdf_jax.GPT: [layer, in, out]
+    "layers/0/kernel": ("matrix", (8, 6), -2),
+    "head/kernel": ("matrix", (8, 7), -2),  # untied head [in, vocabulary]
+    "wte/embedding": ("matrix", (7, 8), -1),  # tied head [vocabulary, in]
+    "layers/0/weight": ("matrix", (6, 8), -1),  # Equinox [out, in]
+    "layers/weight": ("stack", (3, 6, 8), -1),
+    "attention/query/kernel": ("matrix", (8, 3, 2), -3),  # Flax [in, heads, width]
+    "blocks/attention/key/kernel": ("stack", (2, 8, 3, 5), -3),
+    "attention/out/kernel": ("matrix", (3, 4, 5), -2),  # Flax [heads, width, out]
+    "one/kernel": ("stack", (1, 8, 6), -2),  # a stack of one layer
+}
+
+
+@pytest.mark.parametrize("method", ["random", "magnitude"])
+def test_the_groups_of_every_layout_lie_along_the_axis_that_is_summed_over(method):
+    rng = np.random.default_rng(0)
+    params, grads = (
+        {name: rng.normal(size=shape).astype(np.float32) for name, (_, shape, _) in LAYOUTS.items()} for _ in range(2)
+    )
+    filter = [(f"^{name}$", decision) for name, (decision, _, _) in LAYOUTS.items()]
+    masks = init_masks(KEY, params, sparsity=0.5, filter=filter, method=method, pattern="2:4")
+
+    def groups(mask, axis):
+        """Sizes of groups of four along an axis, for all others."""
+        moved = np.moveaxis(np.asarray(mask), axis, -1)
+        return moved.reshape(*moved.shape[:-1], -1, 4).sum(-1)
+
+    # Dense for a while, back to 2:4 by rule, then on.
+    counts = {name: np.asarray(mask).reshape(len(mask), -1).sum(1) for name, mask in masks.items()}
+    targets = {
+        name: counts[name].astype(np.int32) if LAYOUTS[name][0] == "stack" else counts[name].sum(keepdims=True)
+        for name in LAYOUTS
+    }
+    rule = RULES["mst"]._replace(pattern="2:4")
+    step = jax.jit(prune_and_grow_tree, static_argnames="rule")
+    full = {name: np.ones_like(params[name], bool) for name in LAYOUTS}
+    back = step(KEY, params, grads, full, target_nnz=targets, drop_fraction=0.0, rule=rule)
+    kept = {name: np.where(mask, params[name], 0) for name, mask in masks.items()}
+    moved = step(KEY, kept, grads, masks, target_nnz=targets, drop_fraction=0.5, rule=rule)
+    for name, (_, _, axis) in LAYOUTS.items():
+        for mask in (masks[name], back[name], moved[name]):
+            assert (groups(mask, axis) == 2).all(), name
+        assert (np.asarray(moved[name]) != np.asarray(masks[name])).any()
+
+
+def test_axes_that_no_name_gives_away_are_asked_for_and_can_be_said():
+    params = {"mixer/kernel": jnp.ones((8, 3, 5))}
+    how = {"sparsity": 0.5, "filter": [("kernel", "matrix")], "pattern": "2:4"}
+    with pytest.raises(InputError, match=r"mixer/kernel with shape \(8, 3, 5\): which axis.*CONTRACTION_AXES"):
+        init_masks(KEY, params, **how)
+    CONTRACTION_AXES.insert(0, ("mixer/kernel", -3))
+    try:
+        mask = init_masks(KEY, params, **how)["mixer/kernel"]
+    finally:
+        del CONTRACTION_AXES[0]
+    assert (np.asarray(mask).reshape(2, 4, 15).sum(1) == 2).all()
+
+
+def test_a_tied_head_is_refused_by_its_width_and_not_by_its_vocabulary():
+    tied = {"wte/embedding": MatrixGroup(1, (50257, 768))}
+    assert target_counts(tied, 0.5, "uniform", "2:4") == {"wte/embedding": 50257 * 384}
+    with pytest.raises(InputError, match=r"wte/embedding of shape \(48, 50\).* axis -1 must be a multiple of 4\."):
+        target_counts({"wte/embedding": MatrixGroup(1, (48, 50))}, 0.5, "uniform", "2:4")
+    with pytest.raises(InputError, match=r"head/kernel of shape \(50, 48\).* axis -2 must be a multiple of 4\."):
+        target_counts({"head/kernel": MatrixGroup(1, (50, 48))}, 0.5, "uniform", "2:4")
 
 
 @pytest.mark.parametrize("name", PATTERNS)

@@ -66,7 +66,7 @@ def target_counts(
             f"distribution: pattern {pattern} gives every matrix one density; use 'uniform', not {distribution!r}"
         )
     for name, group in groups.items():
-        parsed.check_shape(group.shape, name)
+        parsed.check_shape(group.shape, name, parsed.axis(name, group.shape))
     units = {name: group.size // parsed.unit_size for name, group in groups.items()}
     if distribution == "uniform":
         return {name: (n - round(sparsity * n)) * parsed.unit_size for name, n in units.items()}

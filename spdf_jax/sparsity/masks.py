@@ -89,7 +89,9 @@ def init_masks(
             scores = jax.random.bits(leaf_key, (count, *p.unit_shape(shape)), jnp.uint32)
         else:
             scores = p.pool(jnp.abs(leaf).reshape(count, *shape))
-        return jax.vmap(choose)(scores).reshape(leaf.shape)
+        axis = p.axis(name, shape)
+        chosen = jax.vmap(choose)(jnp.swapaxes(scores, axis, -2))
+        return jnp.swapaxes(chosen, axis, -2).reshape(leaf.shape)
 
     return map_named(make, params)
 

@@ -3,8 +3,9 @@
 A pattern says what is counted and where there is room, never how the largest are found:
 
 * ``unstructured``: every weight by itself;
-* ``N:M`` (``2:4``): of M neighbours along the contraction axis (axis -2 of a kernel ``[in, out]``) exactly N are active,
-  so the density of every matrix is N/M, or 1 while it is dense (Mishra et al. 2021, arXiv 2104.08378);
+* ``N:M`` (``2:4``): of M neighbours along the contraction axis (axis -2 of a kernel ``[in, out]``; of a whole leaf, see
+  `contraction_axis`) exactly N are active, so the density of every matrix is N/M, or 1 while it is dense (Mishra et al.
+  2021, arXiv 2104.08378);
 * ``blockB`` (``block32``): squares of B x B over the last two axes come and go together; the score of a block is the sum
   of the squares of its scores.
 """
@@ -24,6 +25,41 @@ from spdf_jax.sparsity.select import order_keys, select_top_k
 PATTERNS = ("unstructured", "2:4", "1:4", "block32", "block64", "block128")
 
 
+#: Where the contraction axis of a leaf is not that of ``[in, out]``, by its name; the first that fits counts. A model of
+#: another layout adds its own at the front.
+CONTRACTION_AXES: list[tuple[str, int]] = [
+    (r"(^|/)embedding$", -1),  # a tied head: logits are x @ embedding.T
+    (r"(^|/)weight$", -1),  # Equinox, PyTorch: [out, in]
+    (r"(^|/)(query|key|value)/kernel$", -3),  # Flax's attention: [in, heads, width]
+    (r"(^|/)out/kernel$", -2),  # its output: [heads, width, out]
+]
+
+
+def contraction_axis(name: str, shape: tuple[int, ...]) -> int:
+    """The axis of a weight matrix that a product sums over, counted from the last: where N:M has its groups.
+
+    Args:
+      name: of the leaf.
+      shape: of one of its matrices, the axis that counts layers left out.
+
+    Returns:
+      A negative axis; -2 unless `CONTRACTION_AXES` has another one for the name.
+
+    Raises:
+      InputError: more than two axes, and no entry that says which one it is.
+
+    >>> contraction_axis("head/kernel", (768, 50257)), contraction_axis("wte/embedding", (50257, 768))
+    (-2, -1)
+    """
+    found = next((axis for pattern, axis in CONTRACTION_AXES if re.search(pattern, name) and -axis <= len(shape)), None)
+    if found is None and math.prod(shape[:-2]) > 1:
+        raise InputError(
+            f"pattern: N:M of {name} with shape {shape}: which axis is summed over? Say it by an entry at the front of "
+            f"spdf_jax.sparsity.patterns.CONTRACTION_AXES, such as ({name!r}, -2), or leave it dense by the filter"
+        )
+    return found or -2
+
+
 class Pattern(NamedTuple):
     """A parsed pattern; *units* are what it selects: weights, or blocks.
 
@@ -41,13 +77,18 @@ class Pattern(NamedTuple):
         """Weights in one unit."""
         return self.block**2
 
-    def check_shape(self, shape: tuple[int, ...], where: str) -> None:
-        """Raises `InputError` unless matrices of `shape` divide into whole blocks or groups."""
-        rows, columns = (self.m, 1) if self.m > 1 else (self.block, self.block)
-        if rows > 1 and (len(shape) < 2 or shape[-2] % rows or shape[-1] % columns):
+    def axis(self, name: str, shape: tuple[int, ...]) -> int:
+        """The axis of a leaf's matrices to bring to -2 for the other methods; blocks and single weights stay as they are."""
+        return contraction_axis(name, shape) if self.m > 1 else -2
+
+    def check_shape(self, shape: tuple[int, ...], where: str, axis: int = -2) -> None:
+        """Raises `InputError` unless matrices of `shape` divide into whole blocks, or groups along `axis`."""
+        sides = {axis: self.m} if self.m > 1 else {-2: self.block, -1: self.block} if self.block > 1 else {}
+        if sides and (len(shape) < 2 or any(shape[i] % side for i, side in sides.items())):
+            wanted = " and ".join(f"axis {i} must be a multiple of {side}" for i, side in sides.items())
             raise InputError(
-                f"pattern: {where} of shape {tuple(shape)} does not divide into {self}; its last two axes must be multiples "
-                f"of {rows} and {columns}. Leave it dense by the filter, or use another pattern"
+                f"pattern: {where} of shape {tuple(shape)} does not divide into {self}; {wanted}. Leave it dense by the "
+                f"filter, or use another pattern"
             )
 
     def check_sparsity(self, sparsity: float) -> None:

@@ -221,6 +221,13 @@ def prune_and_grow_tree(
         targets = target_nnz[name]
         keys = jax.random.split(jax.random.fold_in(key, zlib.crc32(name.encode())), targets.shape[0])
         stacked = w.shape if targets.shape[0] > 1 else (1, *w.shape)
+        p = parse_pattern(rule.pattern)
+        axis = p.axis(name, stacked[1:])
+        p.check_shape(stacked[1:], name, axis)
+
+        def lay_out(x: jax.Array) -> jax.Array:
+            return jnp.swapaxes(x.reshape(stacked), axis, -2)
+
         # One matrix at a time: keys, scores and random bits of a whole stack would take several times its room.
         new = jax.lax.map(
             lambda matrix: prune_and_grow(
@@ -231,9 +238,9 @@ def prune_and_grow_tree(
                 drop_score=rule.drop_score,
                 pattern=rule.pattern,
             ),
-            (keys, w.reshape(stacked), g.reshape(stacked), mask.reshape(stacked), targets),
+            (keys, lay_out(w), lay_out(g), lay_out(mask), targets),
         )
-        return new.reshape(mask.shape)
+        return jnp.swapaxes(new, axis, -2).reshape(mask.shape)
 
     leaves = [
         mask if mask.ndim == 0 else update(name, w, g, mask)
