@@ -12,6 +12,7 @@ import optax
 from spdf_jax.attention_backends import attention_backend, target_platform
 from spdf_jax.config import PhaseConfig, RunConfig
 from spdf_jax.data import load_task, steps_per_epoch
+from spdf_jax.errors import InputError
 from spdf_jax.flops import head_size, linear_size, parameter_count, step_flops
 from spdf_jax.gpt_config import GPTConfig
 from spdf_jax.model import GPT
@@ -80,7 +81,10 @@ def make_plan(config: RunConfig) -> list[PhasePlan]:
             epoch_steps = steps_per_epoch(pairs, phase.batch_size)
             phase = dataclasses.replace(phase, steps=phase.epochs * epoch_steps)
         filter = sparse_filter(phase.sparsity, config.model.tied_head)
-        programme = Programme(phase.sparsity, matrix_groups(params, filter), phase.steps)
+        try:
+            programme = Programme(phase.sparsity, matrix_groups(params, filter), phase.steps)
+        except InputError as error:
+            raise InputError(f"config.{name}: {error}") from None
         plans.append(
             PhasePlan(
                 name=name,

@@ -1,6 +1,7 @@
 """A phase's plan against a walk through all of its steps that applies every topology target."""
 
 from fractions import Fraction
+from itertools import groupby, pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -29,8 +30,18 @@ def share(value: float) -> Fraction:
     return Fraction(repr(value))
 
 
-def expected_counts(config, step, total_steps):
-    return dict(target_counts(GROUPS, config.curve(step / total_steps), config.distribution))
+def expected_counts(config, progress):
+    return dict(target_counts(GROUPS, config.curve(progress), config.distribution))
+
+
+def turning_steps(config, total_steps):
+    """The steps that a schedule needs whatever the interval, by the definition; None where the phase has no room for them."""
+    at = {p: min(-(-share(p) * total_steps // 1), total_steps - 1) for p in (0.0, *config.curve.turns)}
+    ramps = [(at[start], at[end]) for start, end in config.curve.ramps]
+    if sorted(set(at.values())) != list(at.values()) or any(last - first < 2 for first, last in ramps):
+        return None
+    short = [(first, last) for first, last in ramps if last - first < 2 * config.update_every_steps]
+    return ({*at.values()} | {first + n * (last - first) // 4 for first, last in short for n in (1, 2, 3)}) - {0}
 
 
 @QUICK
@@ -38,13 +49,15 @@ def expected_counts(config, step, total_steps):
     rule=st.sampled_from(["set", "rigl", "mst"]),
     curve=CURVES,
     distribution=st.sampled_from(["uniform", "er"]),
-    total_steps=st.integers(1, 130) | st.just(100),
+    total_steps=st.integers(12, 130) | st.just(100),
     every=st.integers(1, 12),
     stop_fraction=HUNDREDTHS | st.just(1.0),
 )
 def test_counts_and_topology_steps_equal_a_walk_through_the_phase(
     rule, curve, distribution, total_steps, every, stop_fraction
 ):
+    if curve["schedule"] != "constant":
+        stop_fraction = max(stop_fraction, 0.9)
     config = SparsityConfig(
         rule=rule,
         sparsity=0.8,
@@ -53,9 +66,17 @@ def test_counts_and_topology_steps_equal_a_walk_through_the_phase(
         stop_fraction=stop_fraction,
         **curve,
     )
+    turning = turning_steps(config, total_steps)
+    none = not turning and Fraction(every, total_steps) > min(
+        share(stop_fraction), Fraction(total_steps - 1, total_steps)
+    )
+    if turning is None or none:
+        with pytest.raises(InputError, match="has no room" if turning is None else "would never change a mask"):
+            Programme(config, GROUPS, total_steps)
+        return
     programme = Programme(config, GROUPS, total_steps)
     full = {name: g.size for name, g in GROUPS.items()}
-    now = expected_counts(config, 0, total_steps)
+    now = expected_counts(config, 0.0)
     for step in range(total_steps):
         assert dict(programme.counts(step)) == now
         assert programme.active(step) == {name: n * GROUPS[name].count for name, n in now.items()}
@@ -63,25 +84,156 @@ def test_counts_and_topology_steps_equal_a_walk_through_the_phase(
             1 - sum(programme.active(step).values()) / sum(g.count * g.size for g in GROUPS.values())
         )
         due = step > 0 and step % every == 0 and Fraction(step, total_steps) <= share(stop_fraction)
-        aim = expected_counts(config, step, total_steps)
+        aim = expected_counts(config, step / total_steps)
         target = programme.topology(step)
-        assert (target is not None) == (due and not (now == full and aim == full))
+        assert (target is not None) == ((due or step in turning) and not (now == full and aim == full))
         if target is not None:
             assert dict(target.counts) == aim
             assert 0 <= target.drop_fraction <= RULES[rule].drop_fraction
             now = aim
-    assert dict(programme.counts(total_steps)) == now
+    assert dict(programme.counts(total_steps)) == now == expected_counts(config, 1.0)
+
+
+SETTINGS = st.sampled_from(
+    [
+        *[
+            (rule, s)
+            for rule in ("set", "rigl", "mst", "mest", "topkast")
+            for s in ("constant", "cubic", "three_phases")
+        ],
+        *[(rule, "table") for rule in ("gmp", "mst", "topkast")],
+        ("gmp", "cubic"),
+        ("acdc", "alternate"),
+    ]
+)
+
+
+@settings(deadline=None, derandomize=True, max_examples=300)
+@given(
+    setting=SETTINGS,
+    total_steps=st.integers(1, 700),
+    every=st.integers(1, 800),
+    boundaries=st.lists(HUNDREDTHS, min_size=3, max_size=3, unique=True).map(sorted),
+    cycles=st.integers(1, 6),
+)
+def test_a_programme_goes_where_its_schedule_says_or_is_refused(setting, total_steps, every, boundaries, cycles):
+    (rule, schedule), (first, second, third) = setting, boundaries
+    table = {"table": ((0.0, 0.25), (first or 0.01, 0.5), (second or 0.01, 0.9), (third or 0.01, 0.0))}
+    config = SparsityConfig(
+        rule=rule,
+        sparsity=0.8,
+        schedule=schedule,
+        ramp_end=first,
+        ultra_end=second,
+        restoration_end=third,
+        cycles=cycles,
+        update_every_steps=every,
+        **(table if schedule == "table" else {}),
+    )
+    refusal = ""
+    try:
+        programme = Programme(config, {"w": MatrixGroup(1, (100, 100))}, total_steps)
+    except InputError as error:
+        refusal = str(error)
+    turns = (0.0, *config.curve.turns)
+    if "has no room" in refusal:
+        assert turns[-1] > 0
+        assert any((b - a) * total_steps < 4 for a, b in pairwise((*turns, 1.0)))
+        return
+    if refusal:
+        assert "would never change a mask" in refusal
+        assert turns[-1] == 0
+        assert every >= total_steps
+        return
+    levels = [round(programme.sparsity(step), 3) for step in range(total_steps + 1)]
+    stairs = [level for level, _ in groupby(levels)]
+    moves = [step for step in range(total_steps) if programme.topology(step)]
+    if schedule == "constant":
+        assert stairs == [0.8]
+        assert moves
+        assert max(moves) > 0
+    elif schedule == "cubic":
+        assert stairs[-1] == 0.8
+        assert stairs == sorted(stairs)
+        assert len(stairs) >= 4 or first * total_steps < 8  # it climbs, where there is room for heights between
+    elif schedule == "three_phases":
+        assert stairs[-1] == 0.0
+        assert max(stairs) == 0.8
+        assert len(stairs) >= 7 or first * total_steps < 8 or (third - second) * total_steps < 8
+    elif schedule == "table":
+        assert stairs == [s for s, _ in groupby(s for _, s in sorted(dict(table["table"]).items()))]
+    else:
+        assert stairs == ([] if first == 0 else [0.0]) + [0.8, 0.0] * cycles + [0.8]
+
+
+def stairs(total_steps=600, **settings):
+    """``{topology step: sparsity after it}`` of a phase with the config's other defaults."""
+    programme = Programme(SparsityConfig(sparsity=0.9, **settings), {"w": MatrixGroup(1, (100, 100))}, total_steps)
+    return {step: round(programme.sparsity(step + 1), 3) for step in range(total_steps) if programme.topology(step)}
+
+
+def test_the_defaults_reach_their_ends():
+    mst = stairs(rule="mst", schedule="three_phases")
+    assert list(mst) == [15, 30, 45, 60, 100, 200, 300, 400, 450, 472, 495, 500, 517, 540]
+    assert mst[60] == mst[450] == 0.9
+    assert mst[540] == 0.0
+    assert mst[30] == 0.787  # half of the warm-up: 7/8
+    assert stairs(rule="gmp", schedule="cubic") == {15: 0.52, 30: 0.787, 45: 0.886, 60: 0.9}
+    acdc = stairs(rule="acdc", schedule="alternate")
+    assert list(acdc) == [60, 99, 138, 177, 216, 255, 294, 333, 372, 411, 450]
+    assert list(acdc.values()) == [0.9, 0.0] * 5 + [0.9]
+
+
+def test_a_turn_at_the_very_end_is_made_at_the_last_step():
+    assert stairs(rule="gmp", schedule="cubic", ramp_end=1.0, total_steps=400) == {
+        100: 0.52,
+        200: 0.787,
+        300: 0.886,
+        399: 0.9,
+    }
+
+
+def test_turns_on_the_interval_add_no_step():
+    settings = {"rule": "mst", "schedule": "three_phases", "update_every_steps": 10}
+    assert list(stairs(400, **settings)) == list(range(10, 361, 10))
+
+
+@pytest.mark.parametrize(
+    ("total_steps", "settings", "message"),
+    [
+        (60, {"rule": "rigl"}, "'rigl' would never change a mask in 60 steps with update_every_steps 100"),
+        (600, {"rule": "rigl", "stop_fraction": 0.1}, "'rigl' would never change a mask .*stop_fraction 0.1"),
+        (600, {"rule": "set", "drop_fraction": 0.0}, "'set' would never change a mask .*drop_fraction 0 "),
+        (100, {"rule": "topkast"}, "'topkast' would never change a mask in 100 steps"),
+        (600, {"rule": "gmp", "schedule": "table", "table": ((0.0, 0.5),)}, "'gmp' would never change a mask"),
+        (
+            5,
+            {"rule": "mst", "schedule": "three_phases"},
+            "'three_phases' has no room from 0.75 to 0.9 of a phase of 5 steps",
+        ),
+        (
+            600,
+            {"rule": "acdc", "schedule": "alternate", "cycles": 300},
+            "'alternate' has no room from 0.102167 to 0.10325",
+        ),
+        (
+            600,
+            {"rule": "mst", "schedule": "three_phases", "stop_fraction": 0.75},
+            "stop_fraction: 0.75 ends the topology steps before schedule 'three_phases' has arrived, at 0.9",
+        ),
+    ],
+)
+def test_a_programme_that_would_stand_still_or_miss_its_end_is_refused(total_steps, settings, message):
+    with pytest.raises(InputError, match=message):
+        stairs(total_steps, **settings)
 
 
 @pytest.mark.parametrize("stop_fraction", [0.29, 0.57, 0.58])  # 100 times these falls short of an integer in floats
 def test_the_last_topology_step_counts_when_the_stop_falls_on_it(stop_fraction):
-    config = SparsityConfig(
-        rule="set", sparsity=0.9, schedule="cubic", ramp_end=1.0, update_every_steps=1, stop_fraction=stop_fraction
-    )
+    config = SparsityConfig(rule="set", sparsity=0.9, update_every_steps=1, stop_fraction=stop_fraction)
     programme = Programme(config, GROUPS, 100)
     last = round(stop_fraction * 100)
-    assert dict(programme.counts(99)) == dict(programme.topology(last).counts) == expected_counts(config, last, 100)
-    assert programme.topology(last + 1) is None
+    assert [step for step in range(100) if programme.topology(step)] == list(range(1, last + 1))
 
 
 @QUICK
@@ -142,8 +294,6 @@ def test_the_config_s_drop_fraction_goes_before_the_rule_s(drop_fraction, expect
 
 
 def test_a_step_that_would_exchange_nothing_is_an_ordinary_one():
-    frozen = Programme(SparsityConfig(rule="set", sparsity=0.5, drop_fraction=0.0), GROUPS, 1000)
-    assert [frozen.topology(step) for step in range(1000)] == [None] * 1000
     gmp = SparsityConfig(rule="gmp", sparsity=0.8, schedule="cubic", ramp_end=0.5)
     programme = Programme(gmp, GROUPS, 1000)
     steps = [step for step in range(1000) if programme.topology(step)]

@@ -60,7 +60,7 @@ def test_restoration_is_the_mirror_image_of_the_warmup(x, lengths):
 
 def test_three_phases_may_leave_out_warmup_or_restoration():
     curve = schedules.three_phases(0.9, 0.0, 0.5, 0.5)
-    assert [curve(p) for p in (0.0, 0.25, 0.5, 0.51, 1.0)] == [0.9, 0.9, 0.9, 0.0, 0.0]
+    assert [curve(p) for p in (0.0, 0.25, 0.49, 0.5, 1.0)] == [0.9, 0.9, 0.9, 0.0, 0.0]
     assert curve.stages == (0.0, 0.5)
 
 
@@ -111,6 +111,7 @@ def test_drop_fraction_is_flat_outside_its_stage_and_zero_in_an_empty_one():
         (lambda: schedules.cubic(0.5, 0.0, 1.1), "rise"),
         (lambda: schedules.three_phases(0.5, 0.5, 0.4, 0.9), "rise"),
         (lambda: schedules.three_phases(0.5, 0.1, 0.4, 1.9), "rise"),
+        (lambda: schedules.alternate(0.5, 0.4, 0.4, 2), "no turn has room"),
         (lambda: schedules.step_table({}), "progress 0"),
         (lambda: schedules.step_table({0.1: 0.5}), "progress 0"),
         (lambda: schedules.step_table({0.0: 0.5, 1.5: 0.0}), "rise"),

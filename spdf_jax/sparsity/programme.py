@@ -4,10 +4,13 @@ Everything here is integer arithmetic on the host and depends on the config alon
 steps are topology steps, what they aim for, and what every step costs. A resumed run needs no schedule state but its step.
 """
 
+import bisect
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import chain, pairwise
 from typing import Annotated, Any, NamedTuple
 
 from spdf_jax import attention_patterns
@@ -40,8 +43,9 @@ class SparsityConfig:
       ultra_end, restoration_end: progress at which MST's other two phases end; ``alternate`` stays sparse from `ultra_end`.
       cycles: pairs of a sparse and a dense turn of ``alternate``.
       table: ``((progress, sparsity), ...)`` for ``table``.
-      update_every_steps: topology step interval.
-      stop_fraction: no topology steps past this progress (RigL: 0.75).
+      update_every_steps: topology step interval. There is a topology step at every turn of the schedule besides, and at the
+        quarters of a ramp that is shorter than two intervals.
+      stop_fraction: no topology steps past this progress (RigL: 0.75), which the schedule's last turn must not be.
       drop_fraction: initial share exchanged; -1 takes the rule's.
       exploration: share of the weights that get gradients without being active (Top-KAST); -1 takes the rule's.
       sparsify_head: whether the output head (tied to the embedding or not) is sparse too.
@@ -87,6 +91,11 @@ class SparsityConfig:
             )
         for stage in self.curve.stages:
             target_counts({}, self.curve(stage), self.distribution, self.pattern)  # refuses what cannot be
+        if not self.dense and self.curve.turns and self.curve.turns[-1] > self.stop_fraction:
+            raise InputError(
+                f"sparsity.stop_fraction: {self.stop_fraction:g} ends the topology steps before schedule {self.schedule!r} "
+                f"has arrived, at {self.curve.turns[-1]:g}; use at least that, or shorten the schedule"
+            )
         if self.blocks:
             self._check_blocks()
 
@@ -151,7 +160,16 @@ class Programme:
     """`SparsityConfig` over a phase of `total_steps` on the leaves `groups` (empty for a dense phase).
 
     Step t of the phase, counted from 0, starts from the masks that `counts(t)` describes; if `topology(t)` is not None it
-    is a topology step, and step t + 1 starts from its target.
+    is a topology step, and step t + 1 starts from its target. After the last step the sparsity is what the schedule ends with.
+
+    Raises:
+      InputError: a phase too short for the turns of its schedule, or for any topology step of a rule that lives by them; a
+        matrix that does not divide into the pattern.
+
+    >>> config = SparsityConfig("gmp", 0.8, schedule="cubic", ramp_end=0.5, update_every_steps=100)
+    >>> programme = Programme(config, {"w": MatrixGroup(1, (10, 100))}, total_steps=250)
+    >>> {step: programme.counts(step + 1)["w"] for step in range(250) if programme.topology(step)}
+    {31: 540, 62: 302, 93: 213, 100: 206, 125: 200}
     """
 
     def __init__(self, config: SparsityConfig, groups: Mapping[str, MatrixGroup], total_steps: int) -> None:
@@ -161,6 +179,13 @@ class Programme:
         # Counts depend on the sparsity aimed at alone, and a run of 600,000 steps aims at a few thousand values.
         self.counts_for = lru_cache(maxsize=None)(self._solve)
         self.alike = lru_cache(maxsize=None)(self._alike)
+        self.turning_steps = [] if config.dense else self._turning_steps()
+        self._turning = frozenset(self.turning_steps)
+        self._aim = lru_cache(maxsize=None)(lambda step: config.curve(self._progress(step)))
+        stop = round(config.stop_fraction * total_steps)
+        self.last_step = stop - (stop / total_steps > config.stop_fraction)  # of those at intervals
+        if config.topology_rule.evolves:
+            self._check_moves()
         counts = self.counts(0)  # raises where a matrix does not divide into the pattern
         if config.blocks:
             for name, group in self.groups.items():
@@ -168,13 +193,12 @@ class Programme:
 
     def level(self, step: int) -> float:
         """The sparsity last aimed at before `step`: that of the last topology step, or of the initial masks."""
-        last = step - 1 - (step - 1) % self.config.update_every_steps if step > 0 else 0
-        if not self.config.topology_rule.evolves or last <= 0:
+        if not self.config.topology_rule.evolves or step <= 0:
             return self.config.curve(0.0)
-        stop = round(self.config.stop_fraction * self.total_steps)
-        stop -= stop / self.total_steps > self.config.stop_fraction  # the very comparison that `topology` makes
-        last = min(last, stop - stop % self.config.update_every_steps)
-        return self.config.curve(last / self.total_steps)
+        last = min(step - 1, self.last_step)
+        last -= last % self.config.update_every_steps
+        turns = bisect.bisect_left(self.turning_steps, step)
+        return self._aim(max(last, self.turning_steps[turns - 1] if turns else 0))
 
     def counts(self, step: int) -> Mapping[str, int]:
         """Active weights of one matrix of every sparse leaf at the start of `step`."""
@@ -183,12 +207,10 @@ class Programme:
     def topology(self, step: int) -> TopologyTarget | None:
         """The target if `step` is a topology step. Masks that would not change by it (dense, or no exchange) need none."""
         config, rule = self.config, self.config.topology_rule
-        progress = step / self.total_steps
         own = rule.evolve is not None
-        due = rule.evolves and step % config.update_every_steps == 0 and (step > 0 or own)
-        if not due or progress > config.stop_fraction:
+        if not rule.evolves or not self._due(step) or (step == 0 and not own):
             return None
-        target = self.counts_for(config.curve(progress))
+        target, progress = self.counts_for(self._aim(step)), self._progress(step)
         dense = all(n == self.groups[name].size for name, n in target.items())
         if target == self.counts(step) and (dense or (rule.drop_fraction == 0 and not own)):
             return None
@@ -215,6 +237,55 @@ class Programme:
     def active(self, step: int) -> dict[str, int]:
         """Active weights by leaf, all its matrices together, at the start of `step`."""
         return {name: n * self.groups[name].count for name, n in self.counts(step).items()}
+
+    def _due(self, step: int) -> bool:
+        on_interval = step % self.config.update_every_steps == 0 and step <= self.last_step
+        return on_interval or step in self._turning
+
+    def _progress(self, step: int) -> float:
+        # A turn after the last step is made at it.
+        beyond = step == self.total_steps - 1 and any(
+            turn > step / self.total_steps for turn in self.config.curve.turns
+        )
+        return 1.0 if beyond else step / self.total_steps
+
+    def _turning_steps(self) -> list[int]:
+        """Where the schedule turns, in steps, and the quarters of ramps that the interval would make jumps of."""
+        config, steps = self.config, self.total_steps
+        at = {0.0: 0}
+        for turn in config.curve.turns:
+            near = math.ceil(turn * steps)  # which the product's rounding may put one off
+            at[turn] = min(steps - 1, next(t for t in (near - 1, near, near + 1) if t / steps >= turn))
+        crowded = [(p, q) for p, q in pairwise(at) if at[q] <= at[p]]
+        crowded += [(p, q) for p, q in config.curve.ramps if at[q] < at[p] + 2]
+        for p, q in crowded:
+            raise InputError(
+                f"sparsity.schedule: {config.schedule!r} has no room from {p:g} to {q:g} of a phase of {steps} steps; make the "
+                f"phase longer, or its turns fewer or further apart"
+            )
+        quarters = {
+            at[p] + n * (at[q] - at[p]) // 4
+            for p, q in config.curve.ramps
+            if at[q] - at[p] < 2 * config.update_every_steps
+            for n in (1, 2, 3)
+        }
+        return sorted({*at.values(), *quarters} - {0})
+
+    def _check_moves(self) -> None:
+        """Raises `InputError` where no topology step would change a mask."""
+        config, rule = self.config, self.config.topology_rule
+        exchanges = rule.drop_fraction > 0 or rule.evolve is not None
+        every = config.update_every_steps
+        for step in chain(self.turning_steps, range(every, self.total_steps, every)):
+            level = self._aim(step)
+            if self._due(step) and (level != self.level(step) or (exchanges and level > 0)):
+                return
+        most = max(config.curve(turn) for turn in (0.0, *config.curve.turns))
+        raise InputError(
+            f"sparsity.rule: {config.rule!r} would never change a mask in {self.total_steps} steps with update_every_steps "
+            f"{every}, stop_fraction {config.stop_fraction:g}, drop_fraction {rule.drop_fraction:g} and at most {most:g} "
+            f"sparsity; change these, or use rule 'static' or 'dense'"
+        )
 
     def _solve(self, sparsity: float) -> Mapping[str, int]:
         config = self.config

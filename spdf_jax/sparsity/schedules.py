@@ -9,13 +9,23 @@ from spdf_jax.sparsity.distributions import check_sparsity
 
 
 class Curve(NamedTuple):
-    """Sparsity as a function of progress, and where its stages start (the drop fraction restarts there)."""
+    """Sparsity as a function of progress; where its stages start (the drop fraction restarts there); and what lies in slopes.
+
+    >>> three_phases(0.9, 0.1, 0.75, 0.9).turns
+    (0.1, 0.75, 0.9)
+    """
 
     value: Callable[[float], float]
     stages: tuple[float, ...] = (0.0,)
+    ramps: tuple[tuple[float, float], ...] = ()
 
     def __call__(self, progress: float) -> float:
         return self.value(progress)
+
+    @property
+    def turns(self) -> tuple[float, ...]:
+        """Where the curve jumps or bends, besides 0; it is constant after the last one."""
+        return tuple(sorted({*self.stages, *(end for ramp in self.ramps for end in ramp)} - {0.0}))
 
     def stage(self, progress: float) -> tuple[float, float]:
         """Start and end of the stage that holds `progress`."""
@@ -33,11 +43,13 @@ def cubic(sparsity: float, start: float = 0.0, end: float = 1.0) -> Curve:
     """Gradual magnitude pruning's ramp: ``s (1 - (1 - (p - start)/(end - start))^3)`` (Zhu & Gupta, arXiv 1710.01878)."""
     check_sparsity(sparsity)
     _check_order("cubic", (0.0, start, end, 1.0))
-    return Curve(lambda p: sparsity * _cubic_in(p, start, end))
+    return Curve(lambda p: sparsity * _cubic_in(p, start, end), ramps=_slopes((start, end)))
 
 
 def three_phases(sparsity: float, warmup_end: float, ultra_end: float, restoration_end: float) -> Curve:
     """MST: cubic rise from 0 on [0, warmup_end], hold to ultra_end, its mirror image down to 0 at restoration_end.
+
+    A warm-up or a restoration without length is a jump; whatever the boundaries, it ends dense.
 
     Source: Hu et al., TMLR 2025 (arXiv 2408.11746), abstract; the paper's own values are not public, so these are ours.
     """
@@ -45,12 +57,15 @@ def three_phases(sparsity: float, warmup_end: float, ultra_end: float, restorati
     _check_order("three_phases", (0.0, warmup_end, ultra_end, restoration_end, 1.0))
 
     def value(p: float) -> float:
+        if p >= restoration_end:
+            return 0.0
         if p <= ultra_end:
             return sparsity * _cubic_in(p, 0.0, warmup_end)
         # Mirror image in time: slow to leave ultra-sparsity is what a reversed cubic_in gives.
         return sparsity * _cubic_in(ultra_end + restoration_end - p, ultra_end, restoration_end)
 
-    return Curve(value, tuple(dict.fromkeys((0.0, warmup_end, ultra_end, restoration_end))))
+    stages = tuple(dict.fromkeys((0.0, warmup_end, ultra_end, restoration_end)))
+    return Curve(value, stages, _slopes((0.0, warmup_end), (ultra_end, restoration_end)))
 
 
 def step_table(table: Mapping[float, float]) -> Curve:
@@ -77,6 +92,8 @@ def alternate(sparsity: float, warmup_end: float, alternation_end: float, cycles
     _check_order("alternate", (0.0, warmup_end, alternation_end, 1.0))
     if cycles < 1:
         raise InputError(f"alternate: cycles {cycles} must be at least 1")
+    if warmup_end == alternation_end:
+        raise InputError(f"alternate: from {warmup_end:g} to {alternation_end:g} no turn has room; let it end later")
     turn = (alternation_end - warmup_end) / (2 * cycles)
     # Rounded, so that 0.2 + 0.1 is the 0.3 that a step divided by all steps gives.
     turns = {round(warmup_end + i * turn, 12): 0.0 if i % 2 else sparsity for i in range(2 * cycles)}
@@ -94,6 +111,10 @@ def _cubic_in(p: float, start: float, end: float) -> float:
     if p >= end:
         return 1.0
     return 1 - (1 - (p - start) / (end - start)) ** 3 if p > start else 0.0
+
+
+def _slopes(*ramps: tuple[float, float]) -> tuple[tuple[float, float], ...]:
+    return tuple((start, end) for start, end in ramps if start < end)
 
 
 def _check_order(where: str, points: tuple[float, ...]) -> None:
