@@ -152,6 +152,80 @@ def test_nist_brevity_penalty_is_a_half_at_two_thirds_of_the_mean_length():
     assert nist([["a"]], [[[]]]) == 0
 
 
+@pytest.mark.parametrize(
+    ("hypotheses", "references", "score"),
+    [
+        pytest.param(
+            ["the mill is a cheap pub by the river", "it serves french food"],
+            [
+                [
+                    "the mill is a cheap pub by water",
+                    "the mill pub by the river is cheap",
+                    "a cheap pub by the river called mill",
+                ],
+                ["it serves french food of high quality and is rated five out of five there"],
+            ],
+            2.6548,
+            id="three short references and a long one",
+        ),
+        pytest.param(
+            ["the mill", "a pub by the river", "food"],
+            [
+                ["the mill is cheap"],
+                ["a pub by the river side", "by the river there is a pub"],
+                ["french food", "it serves food", "there is food in the pub by the river"],
+            ],
+            0.7145,
+            id="one, two and three references",
+        ),
+        pytest.param(
+            ["the mill is a cheap pub", "", "it serves french food"],
+            [
+                ["the mill is a cheap pub", "the mill is cheap"],
+                ["nothing to say"],
+                ["it serves french food", "french food is served", "food from france"],
+            ],
+            4.0052,
+            id="an empty hypothesis",
+        ),
+        pytest.param(
+            ["the mill is a cheap pub", "it serves food"],
+            [
+                ["the mill is a cheap pub by the river", "the mill pub is cheap"],
+                ["it serves french food", "french food is served here"],
+            ],
+            3.5105,
+            id="equal counts",
+        ),
+        pytest.param(
+            ["mill", "it"],
+            [
+                ["the mill is a cheap pub by the river"],
+                ["it serves french food", "french food is what it serves", "food"],
+            ],
+            0.0001,
+            id="short hypotheses",
+        ),
+        pytest.param(
+            ["the mill is a cheap pub by the river and it is cheap", "it serves french food and french food"],
+            [["the mill is a cheap pub"], ["it serves french food", "french food is what it serves"]],
+            1.9236,
+            id="long hypotheses",
+        ),
+        pytest.param(["the mill"], [["the mill is", ""]], 0.7925, id="an empty reference"),
+        pytest.param(
+            ["it is 0 point 5 and 0 more", "it is 1"], [["it is 0 point 5", "0 more or less"], ["1"]], 2.7613, id="a 0"
+        ),
+        pytest.param(HYPOTHESES, REFERENCES, 4.8838, id="the texts above"),
+    ],
+)
+def test_nist_equals_mteval(hypotheses, references, score):
+    """As printed, to four digits, by the E2E challenge's Perl script: in tuetschek/e2e-metrics at 1b9c4d8, on files as its
+    ``create_mteval_file`` writes them, ``perl mteval/mteval-v13a-sig.pl -r ref.sgm -s src.sgm -t sys.sgm -f log``.
+    """
+    assert score_texts(hypotheses, references, style="e2e")["nist"].value == pytest.approx(score, abs=6e-5)
+
+
 def test_rouge_l_by_hand():
     """Precision 2/2 from the second reference, recall 1/1 from the first; and 2/3 with 2/4, beta 1.2."""
     assert rouge_l([["a", "b"]], [[["a"], ["x", "a", "y", "b"]]]) == pytest.approx(1)

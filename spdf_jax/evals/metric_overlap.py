@@ -21,7 +21,8 @@ def nist(hypotheses: Sequence[Tokens], references: Sequence[Sequence[Tokens]], l
 
     Source: Doddington, 2002, as in mteval-v13a (moses-smt/mosesdecoder, scripts/generic/mteval-v13a.pl). A hypothesis' n-gram
     counts at most as often as it is in the reference that has it most often; information is estimated from all references; the
-    brevity penalty compares with the mean length of an instance's references and is 0.5 at two thirds of it.
+    brevity penalty compares the mean length of the hypotheses with that of all references that are not empty, and is 0.5 at two
+    thirds of it.
 
     Args:
       hypotheses: tokens of one text an instance.
@@ -44,11 +45,13 @@ def nist(hypotheses: Sequence[Tokens], references: Sequence[Sequence[Tokens]], l
         for ngram, count in Counter(_ngrams(hypothesis, longest)).items():
             total[len(ngram) - 1] += count
             if matches := min(count, most[ngram]):
-                bits[len(ngram) - 1] += matches * math.log2(counts[ngram[:-1]] / counts[ngram])
-    mean_reference_length = sum(sum(map(len, refs)) / len(refs) for refs in references)
-    if not total[0] or not mean_reference_length:
+                # To the Perl script a "0" alone before the last word is false: as if no word were before it.
+                before = () if ngram[:-1] == ("0",) else ngram[:-1]
+                bits[len(ngram) - 1] += matches * math.log2(counts[before] / counts[ngram])
+    if not total[0] or not counts[()]:
         return 0.0
-    short = min(1.0, total[0] / mean_reference_length)
+    filled = sum(bool(ref) for refs in references for ref in refs)
+    short = min(1.0, total[0] / len(hypotheses) / (counts[()] / filled))
     penalty = math.exp(math.log(0.5) * (math.log(short) / math.log(1.5)) ** 2)
     return penalty * sum(b / t for b, t in zip(bits, total, strict=True) if t)
 
