@@ -423,7 +423,7 @@ def load_config(path: Path) -> RunConfig:
 
 #: What a run did before a field was there, by the field's place (``phase`` stands for every phase), where that is not the
 #: field's default. Absent fields not listed here are at their defaults. Runs of every release stay usable.
-BEFORE: dict[str, Any] = {"evaluation": {}, "decode.no_repeat_counts_prompt": True}
+BEFORE: dict[str, Any] = {"data.split_by": "name", "evaluation": {}, "decode.no_repeat_counts_prompt": True}
 
 
 def _as_of_today(values: Mapping[str, Any]) -> dict[str, Any]:

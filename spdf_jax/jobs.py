@@ -191,9 +191,10 @@ def load_data(config: RunConfig, workdir: Path, progress: bool) -> tuple[TokenDa
     tokenizer = tokens.tokenizer if tokens else load_tokenizer(data.tokenizer)
     size = tokens.vocab_size if tokens else vocabulary_size(tokenizer) if tokenizer else 0
     if size > config.model.vocab_size:
+        read_as = f", or config.data.token_dtype if these are no {tokens.train.dtype} ids" if tokens else ""
         raise InputError(
             f"config.data: token id {size - 1} is at or over config.model.vocab_size {config.model.vocab_size}; "
-            f"set config.model.vocab_size to at least {size}"
+            f"set config.model.vocab_size to at least {size}{read_as if data.source == 'token_files' else ''}"
         )
     if tokenizer is None and any(phase.task.name for phase in config.phases.values()):
         raise InputError(

@@ -338,7 +338,8 @@ def test_a_token_over_the_vocabulary_of_the_model_is_named(text, tmp_path):
     with pytest.raises(spdf.InputError) as caught:
         jobs.train(spdf.resolve(c), tmp_path / "run", progress=False)
     assert str(caught.value) == (
-        "config.data: token id 306 is at or over config.model.vocab_size 300; set config.model.vocab_size to at least 307"
+        "config.data: token id 306 is at or over config.model.vocab_size 300; set config.model.vocab_size to at least 307, "
+        "or config.data.token_dtype if these are no uint16 ids"
     )
 
 

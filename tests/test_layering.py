@@ -78,6 +78,7 @@ ROOMS = {
     "grain": {"data"},
     "tensorflow_datasets": {"data"},
     "tokenizers": {"data", "huggingface"},
+    "pyarrow": {"data"},
     "orbax": {"checkpoint"},
     "ml_collections": {"config", "main", "recipes"},
     "absl": {"main"},

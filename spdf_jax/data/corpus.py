@@ -1,25 +1,23 @@
 """Where documents come from: the embedded corpus, text files, TensorFlow Datasets. Nothing here downloads.
 
-A document belongs to one split, by a stable hash of its name, so adding a document never moves another one.
+A document belongs to one split, by where it lies or a stable hash of itself, so adding a document never moves another one.
 """
 
+import dataclasses
 import hashlib
 import json
-import os
 import re
 import sysconfig
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
+from spdf_jax.data.layout import Split, find_files, walk
+from spdf_jax.data.text_files import file_documents
 from spdf_jax.errors import InputError
 
-Split = Literal["train", "validation"]
-
 _NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
-_NAMED_SPLITS: dict[str, Split] = {"train": "train", "validation": "validation", "val": "validation"}
-_SNIFF_BYTES = 8192
 
 
 class Document(NamedTuple):
@@ -39,16 +37,18 @@ class Corpus:
         identity: Changes when a document, a name or the split changes.
         total_bytes: UTF-8 bytes of all documents, or None where counting would mean reading everything.
         read: Yields the texts of one split, in a fixed order.
+        remark: What was left out on purpose, for the user to know; "" if nothing was.
     """
 
     where: str
     identity: str
     total_bytes: int | None
     read: Callable[[Split], Iterator[str]]
+    remark: str = ""
 
 
 def split_of(name: str, validation_fraction: float) -> Split:
-    """The split of a document, from its name alone: the top `validation_fraction` of the hash range is validation."""
+    """The split of a document, from its name (or text) alone: the top `validation_fraction` of the hash range is validation."""
     digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()
     return "validation" if int.from_bytes(digest[:8], "big") / 2**64 >= 1 - validation_fraction else "train"
 
@@ -71,7 +71,7 @@ def embedded_corpus(validation_fraction: float) -> Corpus:
     root = Path(sysconfig.get_path("stdlib"))
 
     def documents() -> Iterator[Document]:
-        for file in _walk(root, skip=_NOT_LIBRARY):
+        for file in walk(root, skip=_NOT_LIBRARY):
             if file.suffix == ".py":
                 name = file.relative_to(root).as_posix()
                 try:
@@ -83,54 +83,66 @@ def embedded_corpus(validation_fraction: float) -> Corpus:
     return _scanned(f"the standard library's source in {root} (data.source='embedded')", documents)
 
 
-def text_corpus(path: str, *, text_key: str, validation_fraction: float) -> Corpus:
-    """Documents from a text file or a folder of them, read as UTF-8.
+def text_corpus(
+    path: str,
+    *,
+    text_key: str,
+    validation_fraction: float,
+    train_files: str = "",
+    validation_files: str = "",
+    split_by: str = "text",
+) -> Corpus:
+    """Documents from a file or a folder of them: text, JSON lines, JSON, CSV, Parquet, Arrow, as they are or packed.
 
-    A file is a document, a line of a `.jsonl` file is a document. How they are split:
+    A file of plain text is a document, and so is a row of any other. How they are split:
 
-    - a folder with files named `train.*` and `validation.*` (or `val.*`) at its top: by those names; its other files
-      are not read;
-    - a single file of plain text, given or alone in its folder: its last `validation_fraction`, from the start of a
-      line, validates (as nanoGPT `data/shakespeare_char/prepare.py`);
-    - else: by a hash of the path relative to the folder, with the line number for `.jsonl`.
-
-    In a folder, hidden files and binary ones (a zero byte near the start, git's rule) are not read.
+    - by `train_files` and `validation_files`, where given;
+    - else, where names in a folder say it, as Hugging Face's do (`spdf_jax.data.layout`): by those; test files are not
+      read, and where none is for validation, the training documents are split as below;
+    - a single file of plain text: its last `validation_fraction`, from the start of a line, validates (as nanoGPT
+      `data/shakespeare_char/prepare.py`);
+    - else: by a hash of the text, so that the same text twice is in one split.
 
     Args:
-        path: The file or folder.
-        text_key: The key of the text in a line of a `.jsonl` file.
+        path: The file or folder; what is hidden in it, or in a `__pycache__`, is not looked at.
+        text_key: Key or column of the text, where a file has such.
         validation_fraction: Share of the documents (or of the single file) that validates.
+        train_files, validation_files: Patterns of names, see `DataConfig`.
+        split_by: `name` hashes a document's file and line instead of its text.
 
     Returns:
         The corpus.
 
     Raises:
-        InputError: Nothing at `path`, no text in it, a file that is not UTF-8 text, or a line without `text_key`.
+        InputError: Nothing at `path`, no text in it, a file that cannot be read, or a row without `text_key`.
     """
-    root = Path(path)
-    files = _text_files(root)
+    sources, left_out = find_files(path, train_files, validation_files)
+    undecided = [source for source in sources if source.split is None]
+    in_two = undecided[0] if len(undecided) == 1 and undecided[0].file.kind == "text" else None
 
     def documents() -> Iterator[Document]:
-        for file, split in files:
-            name = file.name if file == root else file.relative_to(root).as_posix()
-            if file.suffix.lower() == ".jsonl":
-                for line_number, text in _json_lines(file, text_key):
-                    line_name = f"{name}:{line_number}"
-                    yield Document(line_name, text, split or split_of(line_name, validation_fraction))
-            elif split is None and len(files) == 1:
-                head, tail = _cut_at_line(_read_text(file), 1 - validation_fraction)
-                yield Document(name, head, "train")
-                yield Document(name, tail, "validation")
-            else:
-                yield Document(name, _read_text(file), split or split_of(name, validation_fraction))
+        for source in sources:
+            for which, text in file_documents(source.file, text_key):
+                name = source.name + which
+                if source is in_two:
+                    head, tail = _cut_at_line(text, 1 - validation_fraction)
+                    yield Document(name, head, "train")
+                    yield Document(name, tail, "validation")
+                else:
+                    yield Document(
+                        name, text, source.split or split_of(text if split_by == "text" else name, validation_fraction)
+                    )
 
-    return _scanned(f"data.path={path!r}", documents)
+    corpus = _scanned(f"data.path={path!r}", documents)
+    return dataclasses.replace(corpus, remark=f"{path}: not read: {', '.join(left_out)}" if left_out else "")
 
 
-def tfds_corpus(name: str, *, data_dir: str, text_key: str, validation_fraction: float) -> Corpus:
+def tfds_corpus(
+    name: str, *, data_dir: str, text_key: str, validation_fraction: float, split_by: str = "text"
+) -> Corpus:
     """Documents of a prepared TensorFlow Dataset, an example a document; needs no TensorFlow.
 
-    Validation is the dataset's `validation` split, or where it has none, a hash split of `train` by example index.
+    Validation is the dataset's `validation` split, or where it has none, a hash split of `train`.
 
     Args:
         name: As in `tfds.builder`: `dataset/config:version`. Only files are read: no dataset code runs, nothing is
@@ -138,6 +150,7 @@ def tfds_corpus(name: str, *, data_dir: str, text_key: str, validation_fraction:
         data_dir: Where the dataset was prepared; "" is the TFDS default.
         text_key: The text feature.
         validation_fraction: Share of `train` held out where there is no `validation` split.
+        split_by: What that is decided by: the example's `text`, or its `name`, which is its index.
 
     Returns:
         The corpus.
@@ -172,8 +185,6 @@ def tfds_corpus(name: str, *, data_dir: str, text_key: str, validation_fraction:
     def read(split: Split) -> Iterator[str]:
         held_out = "validation" not in sources
         for index, example in enumerate(sources["train" if held_out else split]):
-            if held_out and split_of(f"train:{index}", validation_fraction) != split:
-                continue
             try:
                 text = example[text_key].decode()
             except (AttributeError, UnicodeDecodeError) as error:
@@ -181,12 +192,13 @@ def tfds_corpus(name: str, *, data_dir: str, text_key: str, validation_fraction:
                     f"{where}: data.text_key={text_key!r} of example {index} is not UTF-8 text; choose another key"
                 )
                 raise InputError(message) from error
-            if text.strip():
+            hashed = text if split_by == "text" else f"train:{index}"
+            if text.strip() and not (held_out and split_of(hashed, validation_fraction) != split):
                 yield text
 
     # Reading a whole dataset at each start would take minutes; its own record of what it holds stands in.
     record = [[split, splits[split].num_bytes, splits[split].shard_lengths] for split in used]
-    identity = json.dumps(["tfds", builder.info.full_name, record, text_key, validation_fraction])
+    identity = json.dumps(["tfds", builder.info.full_name, record, text_key, validation_fraction, split_by])
     return Corpus(where, identity, total_bytes=None, read=read)
 
 
@@ -230,79 +242,6 @@ def _scanned(where: str, documents: Callable[[], Iterator[Document]]) -> Corpus:
         return (document.text for document in written() if document.split == split)
 
     return Corpus(where, digest.hexdigest(), total_bytes, read)
-
-
-def _walk(root: Path, *, skip: set[str]) -> list[Path]:
-    """Every file under `root`, not in hidden folders or those named in `skip`, sorted by relative path."""
-    found = []
-    for folder, folders, files in os.walk(root):
-        folders[:] = [name for name in folders if name not in skip and not name.startswith(".")]
-        found += [Path(folder, name) for name in files if not name.startswith(".")]
-    return sorted(filter(Path.is_file, found), key=lambda file: file.relative_to(root).as_posix())
-
-
-def _text_files(root: Path) -> list[tuple[Path, Split | None]]:
-    """The files to read, each with the split its name says, or None."""
-    if root.is_file():
-        return _all_text([(root, None)])
-    if not root.is_dir():
-        raise InputError(f"data.path={str(root)!r}: no such file or folder; give a text file or a folder of them")
-    named: list[tuple[Path, Split | None]] = [
-        (file, _NAMED_SPLITS[file.stem])
-        for file in sorted(root.iterdir())
-        if file.is_file() and file.suffix and file.stem in _NAMED_SPLITS
-    ]
-    if {split for _, split in named} == {"train", "validation"}:
-        return _all_text(named)
-    return [(file, None) for file in _walk(root, skip=set()) if not _is_binary(file)]
-
-
-def _all_text(files: list[tuple[Path, Split | None]]) -> list[tuple[Path, Split | None]]:
-    """The files as they are, each one text: a file that was asked for by name is never skipped."""
-    for file, _ in files:
-        if _is_binary(file):
-            raise InputError(f"{file}: holds zero bytes, so it is not text; convert it to UTF-8 text or move it away")
-    return files
-
-
-def _is_binary(file: Path) -> bool:
-    try:
-        with file.open("rb") as stream:
-            return b"\0" in stream.read(_SNIFF_BYTES)
-    except OSError as error:
-        raise InputError(f"{file}: cannot be read ({error.strerror}); fix its permissions or move it away") from error
-
-
-def _decode(raw: bytes, where: str) -> str:
-    """UTF-8 text without its byte order mark."""
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{where}: not UTF-8 (byte {error.start}); convert it to UTF-8 or move it away") from error
-
-
-def _read_text(file: Path) -> str:
-    return _decode(file.read_bytes(), str(file))
-
-
-def _json_lines(file: Path, text_key: str) -> Iterator[tuple[int, str]]:
-    """Line number, from 1, and text of every line of a `.jsonl` file that is not blank."""
-    with file.open("rb") as stream:
-        for line_number, raw in enumerate(stream, start=1):
-            where = f"{file}:{line_number}"
-            line = _decode(raw, where)
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise InputError(f"{where}: not a line of JSON ({error}); mend or remove the line") from error
-            text = row[text_key] if isinstance(row, dict) and text_key in row else None
-            if not isinstance(text, str):
-                keys = sorted(row) if isinstance(row, dict) else type(row).__name__
-                raise InputError(f"{where}: no text under data.text_key={text_key!r}, found {keys}; set data.text_key")
-            # JSON can spell half of a surrogate pair, which no UTF-8 text can hold.
-            yield line_number, text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _cut_at_line(text: str, fraction: float) -> tuple[str, str]:

@@ -23,7 +23,7 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from spdf_jax.data.corpus import Corpus, Split, embedded_corpus, text_corpus, tfds_corpus
-from spdf_jax.data.token_files import TokenData, combined_fingerprint, content_hash, open_token_files
+from spdf_jax.data.token_files import TOKEN_DTYPES, TokenData, combined_fingerprint, content_hash, open_token_files
 from spdf_jax.data.tokenizer import SMALLEST_VOCAB, encode_texts, load_tokenizer, train_tokenizer, vocabulary_size
 from spdf_jax.errors import InputError
 from spdf_jax.fields import LARGEST, Line, OneOf, Range, check_fields
@@ -39,10 +39,15 @@ class DataConfig:
 
     Attributes:
         source: `embedded` (the Python standard library's text), `text`, `token_files` or `tfds`.
-        path: text: a file or a folder of text files; token_files: a folder with nanoGPT's `train.bin` and `val.bin`;
+        path: text: a file or a folder of files; token_files: a folder of `train.bin` and `val.bin`, see there;
             tfds: the data folder, "" for the TFDS default.
         tfds_name: The dataset, as `name/config:version`.
-        text_key: Key of the text in a `.jsonl` line or a dataset example.
+        text_key: Key or column of the text in JSON, CSV, Parquet or a dataset example.
+        train_files, validation_files: text: which files of the folder to read, where their names do not say it right:
+            patterns with commas between, of paths in the folder, in which `*` is any part of a path (`*.parquet`,
+            `train/*`). "" for train_files: all others; for validation_files: held out from the training files.
+        split_by: What a document is held out by, where files do not say it: `text`, a hash of itself, or `name`, one of
+            its file and line (as before this setting).
         tokenizer: A local Hugging Face `tokenizer.json`; "" trains a byte-level BPE on the training documents.
         tokenizer_vocab_size: Ids of the tokenizer to train.
         validation_fraction: Share of the documents held out where the source has no validation split of its own.
@@ -54,6 +59,10 @@ class DataConfig:
     path: Line = ""
     tfds_name: Line = ""
     text_key: Line = "text"
+    train_files: Line = ""
+    validation_files: Line = ""
+    split_by: Annotated[str, OneOf(("text", "name"))] = "text"
+    token_dtype: Annotated[str, OneOf(("", *TOKEN_DTYPES))] = ""
     tokenizer: Line = ""
     tokenizer_vocab_size: Annotated[int, Range(least=SMALLEST_VOCAB, most=LARGEST)] = 4096
     validation_fraction: Annotated[float, Range(above=0, below=1)] = 0.02
@@ -78,10 +87,12 @@ def prepare(config: DataConfig, *, progress: bool = True) -> TokenData:
     """
     _check(config)
     if config.source == "token_files":
-        return open_token_files(config.path, config.tokenizer)
+        return open_token_files(config.path, config.tokenizer, config.token_dtype)
     tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else None
     recipe = hashlib.sha256(tokenizer.to_str().encode()).hexdigest() if tokenizer else config.tokenizer_vocab_size
     corpus = _corpus(config)
+    if corpus.remark and progress:
+        print(corpus.remark, flush=True)
     key = hashlib.sha256(json.dumps([_FORMAT_VERSION, corpus.identity, recipe]).encode()).hexdigest()[:32]
     folder = cache_folder(config) / key
     return _open(folder, key) or _build(folder, corpus, tokenizer, config, progress)
@@ -92,15 +103,23 @@ def _check(config: DataConfig) -> None:
         raise InputError(f"data.path is empty: data.source={config.source!r} needs the place of its files there")
     if config.source == "tfds" and not config.tfds_name:
         raise InputError("data.tfds_name is empty: data.source='tfds' needs a dataset, such as 'wikipedia/20230601.en'")
+    for name in ("train_files", "validation_files"):
+        if (value := getattr(config, name)) and config.source != "text":
+            raise InputError(f"data.{name}={value!r}: is for data.source='text', not {config.source!r}; set it to ''")
+    if config.token_dtype and config.source != "token_files":
+        raise InputError(
+            f"data.token_dtype={config.token_dtype!r}: is for data.source='token_files', not {config.source!r}; set it to ''"
+        )
 
 
 def _corpus(config: DataConfig) -> Corpus:
     held_out = config.validation_fraction
     if config.source == "embedded":
         return embedded_corpus(held_out)
+    how: dict[str, Any] = {"text_key": config.text_key, "validation_fraction": held_out, "split_by": config.split_by}
     if config.source == "text":
-        return text_corpus(config.path, text_key=config.text_key, validation_fraction=held_out)
-    return tfds_corpus(config.tfds_name, data_dir=config.path, text_key=config.text_key, validation_fraction=held_out)
+        return text_corpus(config.path, train_files=config.train_files, validation_files=config.validation_files, **how)
+    return tfds_corpus(config.tfds_name, data_dir=config.path, **how)
 
 
 def cache_folder(config: DataConfig) -> Path:
