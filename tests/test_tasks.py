@@ -34,6 +34,7 @@ def write(folder, **files) -> str:
     """Writes files, named with two underscores for the dot."""
     for name, content in files.items():
         file = Path(folder, name.replace("__", "."))
+        file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(content if isinstance(content, bytes) else content.encode())
     return str(folder)
 
@@ -240,6 +241,51 @@ def test_webnlg_reads_good_texts_of_the_modified_triples(tmp_path):
     assert seen_categories(task) == {"City"}
 
 
+@pytest.mark.parametrize("release", [2, 3])
+def test_webnlg_is_read_as_released(release, tmp_path):
+    """Version 3 and the challenge's own: a folder a split, one a number of triples; of the test files that with texts."""
+    files = {
+        f"{split}/{n}triples/{category}.xml": xml(entry_xml([f"{split}{n} | in | {category}"], ["A.", "B."], category))
+        for split in ("train", "dev")
+        for n in (1, 2)
+        for category in ("Airport", "Food")
+    }
+    unmarked = xml(entry_xml(["t | in | Food"], ["Text."], "Food", comment=""))
+    inputs_only = xml(entry_xml(["t | in | Food"], [], "Food"))
+    if release == 3:
+        files["test/rdf-to-text-generation-test-data-with-refs-en.xml"] = unmarked
+        files["test/rdf-to-text-generation-test-data-without-refs-en.xml"] = inputs_only
+        files["test/semantic-parsing-test-data-with-refs-en.xml"] = inputs_only
+    else:
+        files["test/testdata_with_lex.xml"] = unmarked
+        files["test/testdata_no_lex.xml"] = inputs_only
+    task = load_task(TaskConfig("webnlg", write(tmp_path, **files)))
+    for split, examples in (("train", task.train), ("dev", task.validation)):
+        expected = {f"{split}{n} : in : {category}" for n in (1, 2) for category in ("Airport", "Food")}
+        assert inputs(examples) == expected
+        assert {example.references for example in examples} == {("A.", "B.")}
+    assert task.test == (Example("t : in : Food", ("Text.",), "Food"),)
+
+
+def test_webnlg_takes_the_english_texts(tmp_path):
+    both = entry_xml(["a | b | c"], ["Text."]).replace("</entry>", '<lex comment="good" lang="ru">Текст.</lex></entry>')
+    other = xml(entry_xml(["d | b | c"], ["D."]))
+    task = load_task(TaskConfig("webnlg", write(tmp_path, train__xml=xml(both), dev__xml=other, test__xml=other)))
+    assert task.train == (Example("a : b : c", ("Text.",), "City"),)
+
+
+@pytest.mark.parametrize("marks", [(".no-ol", ".no-ol"), ("", ""), (".no-ol", "")])
+def test_cleaned_e2e_is_read_as_released(marks, tmp_path):
+    header = ("mr", "ref", "fixed", "orig_mr")
+    files = {
+        f"{name}.csv": rows_csv([(f"name[{name}]", "A.", "1", "old")], header)
+        for name in ("train-fixed", "devel-fixed", f"train-fixed{marks[0]}", f"devel-fixed{marks[1]}", "test-fixed")
+    }
+    task = load_task(TaskConfig("e2e", write(tmp_path, **files)))
+    read = [split[0].context for split in task[:3]]
+    assert read == [f"name[train-fixed{marks[0]}]", f"name[devel-fixed{marks[1]}]", "name[test-fixed]"]
+
+
 @needs_shared
 def test_real_webnlg_has_every_good_text_of_train():
     task = load_task(TaskConfig("webnlg", str(SHARED / "webnlg")))
@@ -321,6 +367,16 @@ GOOD_JSON = json.dumps([{"tripleset": [["a", "b", "c"]], "annotations": [{"text"
     ("name", "files", "message"),
     [
         ("e2e", {}, r"none of the released files is there; expected trainset\*\.csv, devset\*\.csv, testset"),
+        (
+            "e2e",
+            {"trainset.csv": "", "devset.csv": "", "test-fixed.csv": ""},
+            r"trainset\.csv and test-fixed\.csv are of two releases; keep the files of one there",
+        ),
+        (
+            "webnlg",
+            {"train.xml": "", "train/1triples/Food.xml": ""},
+            r"train\.xml and train/1triples/Food\.xml are of two",
+        ),
         ("webnlg", {"train.csv": "x"}, r"none of the released files is there; expected train\*\.xml"),
         (
             "e2e",

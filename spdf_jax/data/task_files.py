@@ -19,11 +19,14 @@ _HALVES: dict[TaskSplit, float] = {"validation": 0.5, "test": 0.5}
 
 
 class _Release(NamedTuple):
-    """How a data set is published: its file names by split, the first pattern that matches counts."""
+    """How a data set is published: its layouts, in each the file names by split; the first pattern that matches counts.
+
+    What a pattern with ``**/`` matches is read whole; any other is of one file.
+    """
 
     style: Style
     read: Callable[[Path], Iterator[Example]]
-    files: dict[TaskSplit, tuple[str, ...]]
+    layouts: tuple[dict[TaskSplit, tuple[str, ...]], ...]
 
 
 def read_task_files(name: str, path: str) -> Task:
@@ -40,8 +43,10 @@ def read_task_files(name: str, path: str) -> Task:
         InputError: No such file, no name that fits, or a malformed one: with its line, and what to do.
     """
     release, where = RELEASES[name], f"task.path={path!r}"
-    files = _files(release, Path(path), where)
-    examples = {split: list(release.read(file)) for split, file in files.items()}
+    examples = {
+        split: [example for file in files for example in release.read(file)]
+        for split, files in _files(release, Path(path), where).items()
+    }
     if len(examples) == 1:
         (alone,) = examples.values()
         examples = _split(alone, THREE_WAYS)
@@ -57,31 +62,42 @@ def _split(examples: list[Example], shares: dict[TaskSplit, float]) -> dict[Task
     return split_examples
 
 
-def _files(release: _Release, root: Path, where: str) -> dict[TaskSplit, Path]:
-    """The file of every split that has one."""
+def _files(release: _Release, root: Path, where: str) -> dict[TaskSplit, list[Path]]:
+    """The files of every split that has some."""
     if root.is_file():
-        return {"train": root}
+        return {"train": [root]}
     if not root.is_dir():
         raise InputError(f"{where}: no such file or folder; put the released files there")
-    found: dict[TaskSplit, Path] = {}
-    for split, patterns in release.files.items():
-        matches = next(filter(None, (sorted(root.glob(pattern)) for pattern in patterns)), [])
-        if len(matches) > 1:
-            names = ", ".join(file.name for file in matches)
-            raise InputError(f"{where}: more than one file for {split} ({names}); keep one of them there")
-        if matches:
-            found[split] = matches[0]
-    expected = ", ".join(pattern for split in TASK_SPLITS for pattern in release.files.get(split, ()))
-    if not found:
+    expected = " or ".join(
+        ", ".join(pattern for split in TASK_SPLITS for pattern in layout.get(split, ())) for layout in release.layouts
+    )
+    there = [found for layout in release.layouts if (found := _found(layout, root, where))]
+    if not there:
         raise InputError(f"{where}: none of the released files is there; expected {expected}")
+    if len(there) > 1:
+        names = " and ".join(str(next(iter(found.values()))[0].relative_to(root)) for found in there)
+        raise InputError(f"{where}: {names} are of two releases; keep the files of one there")
+    (found,) = there
     if len(found) > 1 and not {"train", "validation"} <= found.keys():
-        names = ", ".join(file.name for file in found.values())
+        names = ", ".join(str(file.relative_to(root)) for files in found.values() for file in files)
         raise InputError(f"{where}: only {names}; add the training and development files of {expected}")
     return found
 
 
+def _found(layout: dict[TaskSplit, tuple[str, ...]], root: Path, where: str) -> dict[TaskSplit, list[Path]]:
+    found: dict[TaskSplit, list[Path]] = {}
+    for split, patterns in layout.items():
+        pattern = next((pattern for pattern in patterns if any(root.glob(pattern))), None)
+        if pattern is not None:
+            found[split] = sorted(root.glob(pattern))
+            if len(found[split]) > 1 and "**" not in pattern:
+                names = ", ".join(file.name for file in found[split])
+                raise InputError(f"{where}: more than one file for {split} ({names}); keep one of them there")
+    return found
+
+
 def _read_e2e(file: Path) -> Iterator[Example]:
-    """The E2E challenge's CSV: https://github.com/tuetschek/e2e-dataset."""
+    """The E2E challenge's CSV: https://github.com/tuetschek/e2e-dataset; cleaned: https://github.com/tuetschek/e2e-cleaning."""
     for line, (context, reference) in _csv_rows(file, ("mr", "ref")):
         if not (context and reference):
             raise InputError(f"{file}:{line}: an empty mr or ref; mend or remove the row")
@@ -116,7 +132,7 @@ def _read_dart(file: Path) -> Iterator[Example]:
 
 
 def _read_webnlg(file: Path) -> Iterator[Example]:
-    """The WebNLG challenge's XML: https://gitlab.com/shimorina/webnlg-dataset; texts marked good only."""
+    """The WebNLG challenge's XML: https://gitlab.com/shimorina/webnlg-dataset; English texts marked good, or not at all."""
     text = _text(file)
     # Entities can only be declared in a DOCTYPE, and as `text` is not decoded again none can hide in an encoding.
     if "<!DOCTYPE" in text:
@@ -133,7 +149,11 @@ def _read_webnlg(file: Path) -> Iterator[Example]:
         triples = [_split_triple(triple.text or "", where) for triple in entry.iterfind("modifiedtripleset/mtriple")]
         if not triples:
             raise InputError(f"{where}: no modifiedtripleset/mtriple; mend or remove the entry")
-        good = (_clean("".join(lex.itertext())) for lex in entry.iterfind("lex") if lex.get("comment") == "good")
+        good = (
+            _clean("".join(lex.itertext()))
+            for lex in entry.iterfind("lex")
+            if lex.get("comment", "") in ("good", "") and lex.get("lang", "en") in ("en", "")
+        )
         yield Example(_linearised(triples), tuple(filter(None, good)), entry.get("category") or "")
 
 
@@ -190,18 +210,35 @@ RELEASES: dict[str, _Release] = {
     "e2e": _Release(
         "e2e",
         _read_e2e,
-        {
-            "train": ("trainset*.csv",),
-            "validation": ("devset*.csv",),
-            # The challenge's testset.csv has inputs only.
-            "test": ("testset_w_refs*.csv", "testset*.csv"),
-        },
+        (
+            {
+                "train": ("trainset*.csv",),
+                "validation": ("devset*.csv",),
+                # The challenge's testset.csv has inputs only.
+                "test": ("testset_w_refs*.csv", "testset*.csv"),
+            },
+            {  # cleaned; no-ol: without what overlaps with the test set
+                "train": ("train-fixed.no-ol.csv", "train-fixed.csv"),
+                "validation": ("devel-fixed.no-ol.csv", "devel-fixed.csv"),
+                "test": ("test-fixed.csv",),
+            },
+        ),
     ),
     "webnlg": _Release(
-        "webnlg", _read_webnlg, {"train": ("train*.xml",), "validation": ("dev*.xml",), "test": ("test*.xml",)}
+        "webnlg",
+        _read_webnlg,
+        (
+            {"train": ("train*.xml",), "validation": ("dev*.xml",), "test": ("test*.xml",)},
+            {
+                "train": ("train/**/*.xml",),
+                "validation": ("dev/**/*.xml",),
+                # Beside these lie their inputs alone, parts of them, and tests of semantic parsing.
+                "test": ("test/rdf-to-text-*-with-refs-en.xml", "test/testdata_with_lex.xml", "test/*triples/**/*.xml"),
+            },
+        ),
     ),
     "dart": _Release(
-        "dart", _read_dart, {"train": ("*train*.json",), "validation": ("*dev*.json",), "test": ("*test*.json",)}
+        "dart", _read_dart, ({"train": ("*train*.json",), "validation": ("*dev*.json",), "test": ("*test*.json",)},)
     ),
-    "curation": _Release("perplexity", _read_curation, {"train": ("*.csv",)}),
+    "curation": _Release("perplexity", _read_curation, ({"train": ("*.csv",)},)),
 }
