@@ -25,7 +25,8 @@ class GPTConfig:
       dropout: rate on the embedding and on both residual branches, in [0, 1).
       dtype: compute dtype, ``float32`` or ``bfloat16``; parameters are float32.
       layer_norm_eps: epsilon.
-      init_std: truncated normal; residual output projections get ``init_std / sqrt(2 n_layer)``.
+      init_std: of the normal distribution that embeddings, positions and matrices are drawn from, as in GPT-2 and in MST's code;
+        residual output projections get ``init_std / sqrt(2 n_layer)``.
       remat: what the backward pass computes again instead of finding it stored. ``none``: nothing; ``dots``: all of a block
         but its matrix products and splash attention; ``mlp``: all but the MLP's hidden layer and splash attention; ``block``:
         all of it. Fewer bytes, more FLOPs, same values.

@@ -25,7 +25,6 @@ from spdf_jax.sparsity.mupar import mup_scales
 
 # Computed again for the backward pass from what it is given: storing all between costs more than the arithmetic.
 _ACTIVATIONS = {"gelu": jax.checkpoint(nn.gelu, prevent_cse=False), "squared_relu": squared_relu}
-_truncated = nn.initializers.truncated_normal
 _policies = jax.checkpoint_policies
 # What the backward pass finds stored of a block, by `GPTConfig.remat`.
 _STORED = {
@@ -131,11 +130,13 @@ class GPT(nn.Module):
             raise InputError(f"sequence length {tokens_BT.shape[1]} exceeds model.context {c.context}")
         if positions_BT is not None and ("cache" not in self.variables or segments_BT is not None):
             raise InputError("positions_BT: they need empty_cache(...) as the variables' 'cache', and no segments_BT")
-        embed = nn.Embed(c.vocab_size, c.d_model, dtype=c.dtype, embedding_init=_truncated(c.init_std), name="wte")
-        positions = nn.Embed(c.context, c.d_model, dtype=c.dtype, embedding_init=_truncated(c.init_std), name="wpe")
+        # Rounded after the look-up, so that a frequent token's gradient is summed in float32, as every sum over tokens is.
+        normal = nn.initializers.normal(c.init_std)
+        embed = nn.Embed(c.vocab_size, c.d_model, embedding_init=normal, name="wte")
+        positions = nn.Embed(c.context, c.d_model, embedding_init=normal, name="wpe")
         x_BTD = embed(tokens_BT)
         x_BTD += positions(jnp.arange(tokens_BT.shape[1]))[None] if positions_BT is None else positions(positions_BT)
-        x_BTD = nn.Dropout(c.dropout, deterministic=deterministic)(x_BTD)
+        x_BTD = nn.Dropout(c.dropout, deterministic=deterministic)(x_BTD.astype(c.dtype))
         block = Block if c.remat == "none" else nn.remat(Block, prevent_cse=False, policy=_STORED[c.remat])
         lift: Any = {
             "variable_axes": {"params": 0, "topology": 0, "cache": 0},
@@ -146,7 +147,7 @@ class GPT(nn.Module):
         x_BTD = LayerNorm(c.layer_norm_eps, c.use_bias, c.dtype, name="ln_f")(x_BTD) * mup_scales(c).logits
         if c.tied_head:
             return split_wide(dense_linear(x_BTD, embed.embedding.astype(c.dtype).T))
-        head = Linear(c.vocab_size, use_bias=False, dtype=c.dtype, kernel_init=_truncated(c.init_std), name="head")
+        head = Linear(c.vocab_size, use_bias=False, dtype=c.dtype, kernel_init=normal, name="head")
         return split_wide(head(x_BTD))
 
 
@@ -178,4 +179,4 @@ def forward(model: nn.Module, params: Any, tokens_BT: jax.Array, *, masks: Any, 
 
 def _linear(c: GPTConfig, features: int, name: str, *, residual: bool = False) -> Linear:
     std = c.init_std * mup_scales(c).init / ((2 * c.n_layer) ** 0.5 if residual else 1)
-    return Linear(features, use_bias=c.use_bias, dtype=c.dtype, kernel_init=_truncated(std), name=name)
+    return Linear(features, use_bias=c.use_bias, dtype=c.dtype, kernel_init=nn.initializers.normal(std), name=name)

@@ -7,6 +7,8 @@ Its norm, (x - mu) / sqrt(mean(x (x - mu)) + eps), needs no code: mean(mu (x - m
 Shape legend: B batch, T tokens, S = T and the tokens before them, D channels; 2 and 3 are counts.
 """
 
+from functools import partial
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -54,8 +56,8 @@ class DConv(nn.Module):
         Returns:
           y_BTD in the compute dtype.
         """
-        B, T, D = x_BTD.shape
-        taps_3D = self.param("taps", _init, (TAPS, D)).astype(self.dtype)
+        B, _, D = x_BTD.shape
+        taps_3D = self.param("taps", _init, (TAPS, D))
         last_B2D = jnp.zeros((B, TAPS - 1, D), x_BTD.dtype)
         if positions_BT is not None:
             last_B2D = self.get_variable("cache", "last")
@@ -64,13 +66,21 @@ class DConv(nn.Module):
             # Padding is on the right: the last two of a row lie just before it.
             count_B = jnp.sum(positions_BT >= 0, 1)
             self.put_variable("cache", "last", jax.vmap(_two_from)(x_BSD, count_B))
-        y_BTD = taps_3D[0][None, None] * x_BTD
-        for distance in range(1, TAPS):
-            before_BTD = x_BSD[:, TAPS - 1 - distance :][:, :T]
-            if segments_BT is not None:
-                before_BTD = jnp.where(_same(segments_BT, distance)[..., None], before_BTD, 0)
-            y_BTD += taps_3D[distance][None, None] * before_BTD
-        return y_BTD
+        return _convolved(taps_3D, x_BSD, segments_BT).astype(self.dtype)
+
+
+# In float32 or wider, in which the taps' gradients are sums over tokens; computed again for the backward pass from x_BSD.
+@partial(jax.checkpoint, prevent_cse=False)
+def _convolved(taps_3D: jax.Array, x_BSD: jax.Array, segments_BT: jax.Array | None) -> jax.Array:
+    x_BSD = x_BSD.astype(taps_3D.dtype)
+    T = x_BSD.shape[1] - (TAPS - 1)
+    y_BTD = taps_3D[0][None, None] * x_BSD[:, TAPS - 1 :]
+    for distance in range(1, TAPS):
+        before_BTD = x_BSD[:, TAPS - 1 - distance :][:, :T]
+        if segments_BT is not None:
+            before_BTD = jnp.where(_same(segments_BT, distance)[..., None], before_BTD, 0)
+        y_BTD += taps_3D[distance][None, None] * before_BTD
+    return y_BTD
 
 
 def _init(key: jax.Array, shape: tuple[int, int]) -> jax.Array:
