@@ -18,15 +18,15 @@ class GPTConfig:
       context: longest sequence (learned positions).
       tied_head: output head shares the embedding.
       use_bias: biases in linear layers and norms.
-      activation: of the MLP, ``gelu`` or ``squared_relu``.
+      activation: of the MLP, ``gelu`` (GPT-2's tanh approximation), ``gelu_exact`` (Cerebras-GPT) or ``squared_relu``.
       dconv: convolve queries, keys and values over three positions, see `spdf_jax.primer`; with squared ReLU, Primer-EZ.
       shared_qk: queries are a projection of the (convolved) keys instead of the input. With all of these, Primer.
       mlp_norm: ``pre``: x + mlp(norm(x)); ``post``: x + norm(mlp(x)), as in Primer.
       dropout: rate on the embedding and on both residual branches, in [0, 1).
       dtype: compute dtype, ``float32`` or ``bfloat16``; parameters are float32.
       layer_norm_eps: epsilon.
-      init_std: of the normal distribution that embeddings, positions and matrices are drawn from, as in GPT-2 and in MST's code;
-        residual output projections get ``init_std / sqrt(2 n_layer)``.
+      init_std: standard deviation of the normal distribution, not truncated, that embeddings and matrices are drawn from, as in
+        GPT-2 and in MST's code; residual output projections get ``init_std / sqrt(2 n_layer)``.
       remat: what the backward pass computes again instead of finding it stored. ``none``: nothing; ``dots``: all of a block
         but its matrix products and splash attention; ``mlp``: all but the MLP's hidden layer and splash attention; ``block``:
         all of it. Fewer bytes, more FLOPs, same values.
@@ -47,7 +47,7 @@ class GPTConfig:
     context: Count = 256
     tied_head: bool = True
     use_bias: bool = True
-    activation: Annotated[str, OneOf(("gelu", "squared_relu"))] = "gelu"
+    activation: Annotated[str, OneOf(("gelu", "gelu_exact", "squared_relu"))] = "gelu"
     dconv: bool = False
     shared_qk: bool = False
     mlp_norm: Annotated[str, OneOf(("pre", "post"))] = "pre"

@@ -51,17 +51,22 @@ _COUNTS = {
 }
 _RATES = {"dropout": "resid_pdrop", "layer_norm_eps": "layer_norm_epsilon", "init_std": "initializer_range"}
 
+#: Transformers' names for our activations: the first is written, all are read.
+_ACTIVATIONS = {
+    "gelu": ("gelu_new", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_fast", "gelu_accurate"),
+    "gelu_exact": ("gelu", "gelu_python"),
+}
+
 #: What a config.json may leave out, with transformers' defaults, and what our GPT computes, which must be so.
 _DEFAULTS = {
     "n_inner": None,
+    "activation_function": "gelu_new",
     "resid_pdrop": 0.1,
-    "embd_pdrop": 0.1,
     "layer_norm_epsilon": 1e-5,
     "initializer_range": 0.02,
     "tie_word_embeddings": True,
 }
 _COMPUTED = {
-    "activation_function": "gelu_new",  # the tanh approximation, as `flax.linen.gelu`
     "scale_attn_weights": True,
     "scale_attn_by_inverse_layer_idx": False,
     "add_cross_attention": False,
@@ -134,9 +139,9 @@ def load_gpt2(folder: str | PathLike[str]) -> tuple[GPTConfig, Any]:
         `spdf_jax.data.load_tokenizer`.
 
     Returns:
-      The config, with biases, float32 compute and GPT-2's residual dropout (ours has none on attention probabilities), and
-      float32 parameters as `spdf_jax.GPT` has them, on JAX's default device. To read a model that is larger than it, call
-      this under ``jax.default_device(jax.devices("cpu")[0])``.
+      The config, with biases, float32 compute and the rate of GPT-2's residual dropout (ours has none on attention
+      probabilities, and no rate of its own on the embedding), and float32 parameters as `spdf_jax.GPT` has them, on JAX's
+      default device. To read a model that is larger than it, call this under ``jax.default_device(jax.devices("cpu")[0])``.
 
     Raises:
       InputError: a file is missing, damaged or a pickle; the config is of another model or asks for what our GPT does not
@@ -186,7 +191,8 @@ def load_gpt2(folder: str | PathLike[str]) -> tuple[GPTConfig, Any]:
 
 def _check_expressible(config: GPTConfig) -> None:
     plain = GPTConfig()
-    other = [n for n in ("activation", "dconv", "shared_qk", "mlp_norm") if getattr(config, n) != getattr(plain, n)]
+    other = [n for n in ("dconv", "shared_qk", "mlp_norm") if getattr(config, n) != getattr(plain, n)]
+    other += ["activation"] if config.activation not in _ACTIVATIONS else []
     if other:
         found, needed = (", ".join(f"model.{n} {getattr(c, n)!r}" for n in other) for c in (config, plain))
         raise InputError(f"export: {found} cannot be said in a GPT-2 folder, only {needed}; export a model trained so")
@@ -307,8 +313,9 @@ def _json_files(
     ends = {"bos_token_id": end_of_text_id, "eos_token_id": end_of_text_id}
     model: dict[str, Any] = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "dtype": dtype}
     model |= {key: getattr(config, field) for field, key in (_COUNTS | _RATES).items()}
-    model |= {"n_inner": config.d_ff or None, "embd_pdrop": config.dropout, "attn_pdrop": 0.0}
-    model |= {"tie_word_embeddings": config.tied_head} | _COMPUTED | ends
+    model |= {"n_ctx": config.context, "n_inner": config.d_ff or None}  # n_ctx: of older readers, llama.cpp among them
+    model |= {"activation_function": _ACTIVATIONS[config.activation][0], "tie_word_embeddings": config.tied_head}
+    model |= {"embd_pdrop": config.dropout, "attn_pdrop": 0.0} | _COMPUTED | ends
     files: dict[str, Any] = {"config.json": model, "generation_config.json": ends}
     texts = {}
     if tokenizer is not None:
@@ -348,11 +355,13 @@ def _read_config(path: Path) -> GPTConfig:
             raise InputError(f"{path}: {key} is {content.get(key)!r}; only {needed!r} can be read, give such a model")
     fields: dict[str, Any] = {field: _count(path, key, content.get(key)) for field, key in _COUNTS.items()}
     fields |= {field: _rate(path, key, content[key]) for field, key in _RATES.items()}
-    if content["embd_pdrop"] != content["resid_pdrop"]:
+    ours = {theirs: name for name, names in _ACTIVATIONS.items() for theirs in names}
+    activation = content["activation_function"]
+    if not isinstance(activation, str) or activation not in ours:
         raise InputError(
-            f"{path}: embd_pdrop {content['embd_pdrop']!r} differs from resid_pdrop {content['resid_pdrop']!r}; "
-            f"our GPT has one rate for both, make them equal"
+            f"{path}: activation_function is {activation!r}; only {', '.join(ours)} can be read, give such a model"
         )
+    fields["activation"] = ours[activation]
     if not isinstance(content["tie_word_embeddings"], bool):
         raise InputError(f"{path}: tie_word_embeddings is {content['tie_word_embeddings']!r}; it must be true or false")
     fields["tied_head"] = content["tie_word_embeddings"]

@@ -4,6 +4,7 @@ Shape legend, used in every name: B batch, T tokens, S cached positions, V vocab
 L layers. Parameters of all blocks are stacked on a leading layer axis (`nn.scan`), so compile time does not grow with depth.
 """
 
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -24,7 +25,11 @@ from spdf_jax.sparsity.masks import apply_masks
 from spdf_jax.sparsity.mupar import mup_scales
 
 # Computed again for the backward pass from what it is given: storing all between costs more than the arithmetic.
-_ACTIVATIONS = {"gelu": jax.checkpoint(nn.gelu, prevent_cse=False), "squared_relu": squared_relu}
+_ACTIVATIONS = {
+    "gelu": jax.checkpoint(nn.gelu, prevent_cse=False),
+    "gelu_exact": jax.checkpoint(partial(nn.gelu, approximate=False), prevent_cse=False),
+    "squared_relu": squared_relu,
+}
 _policies = jax.checkpoint_policies
 # What the backward pass finds stored of a block, by `GPTConfig.remat`.
 _STORED = {

@@ -10,6 +10,8 @@ import pytest
 from tokenizers import normalizers, pre_tokenizers
 
 import spdf_jax as spdf
+from spdf_jax import huggingface
+from spdf_jax import model as model_module
 from spdf_jax.data.tokenizer import train_tokenizer
 from spdf_jax.huggingface import load_gpt2, save_gpt2
 
@@ -79,6 +81,7 @@ def opened(transformers, folder, **options):
         {"use_bias": False, "tied_head": False, "d_ff": 0},
         {"layer_norm_eps": 1e-2, "n_head": 1},
         {"mup_base_width": 8, "mup_density": 0.5, "mup_alpha": 2.0},
+        {"activation": "gelu_exact"},
     ],
 )
 @pytest.mark.parametrize("sparsity", [0.0, 0.75])
@@ -109,6 +112,19 @@ def test_we_compute_transformers_logits(tmp_path, torch, transformers, changes, 
     model.save_pretrained(tmp_path, **options)
     assert (tmp_path / "model.safetensors").exists() != bool(options)
     assert_same_logits(*load_gpt2(tmp_path), model, torch)
+
+
+@pytest.mark.parametrize("name", [name for names in huggingface._ACTIVATIONS.values() for name in names])
+def test_every_activation_that_is_read_is_theirs(tmp_path, torch, transformers, name):
+    model = their_model(transformers, torch, activation_function=name, n_layer=1, embd_pdrop=0.2)
+    model.save_pretrained(tmp_path)
+    config, params = load_gpt2(tmp_path)
+    assert config.activation == ("gelu_exact" if name in ("gelu", "gelu_python") else "gelu")
+    assert_same_logits(config, params, model, torch)
+    # The two forms are 5e-4 apart at most, which logits may hide.
+    x = np.linspace(-5, 5, 1001, dtype=np.float32)
+    theirs = model.transformer.h[0].mlp.act(torch.tensor(x)).detach().numpy()
+    np.testing.assert_allclose(model_module._ACTIVATIONS[config.activation](x), theirs, atol=2e-6)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
