@@ -454,12 +454,16 @@ def _check_phase(run: RunConfig, name: str, phase: PhaseConfig) -> None:
             f"config.{name}.seq_len: {phase.seq_len} exceeds config.model.context {run.model.context}; "
             f"shorten the sequences or enlarge the context"
         )
-    density = 1 - phase.sparsity.sparsity if not phase.sparsity.dense else 1.0
-    mup = run.model.mup_base_width > 0
-    if mup and (abs(run.model.mup_density - density) > 1e-9 or phase.optimizer.density_exponent):
+    if run.model.mup_base_width and phase.optimizer.density_exponent:
         raise InputError(
-            f"config.model.mup_density: {run.model.mup_density} must be the density of phase {name!r}, {density:g}, and its "
-            f"optimizer.density_exponent 0: S-muPar scales the learning rate by 1/density itself"
+            f"config.{name}.optimizer.density_exponent: {phase.optimizer.density_exponent} must be 0: S-muPar scales the "
+            f"learning rate by 1/density itself"
+        )
+    drawn = name == next(iter(run.phases)) and not run.init_from
+    if run.model.mup_base_width and drawn and abs(run.model.mup_density - phase.sparsity.density) > 1e-9:
+        raise InputError(
+            f"config.model.mup_density: {run.model.mup_density} must be the density of phase {name!r}, "
+            f"{phase.sparsity.density:g}, for which the parameters are drawn"
         )
     if phase.sparsity.topology_rule.evolve and phase.optimizer.regrowth != "keep":
         raise InputError(

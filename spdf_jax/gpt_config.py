@@ -30,7 +30,8 @@ class GPTConfig:
       remat: what the backward pass computes again instead of finding it stored. ``none``: nothing; ``dots``: all of a block
         but its matrix products and splash attention; ``mlp``: all but the MLP's hidden layer and splash attention; ``block``:
         all of it. Fewer bytes, more FLOPs, same values.
-      mup_base_width, mup_density, mup_alpha: S-muPar, see `spdf_jax.sparsity.mupar`; a base width of 0 turns it off.
+      mup_base_width, mup_density, mup_alpha: S-muPar, see `spdf_jax.sparsity.mupar`; a base width of 0 turns it off. The
+        density is the first phase's.
 
     Raises:
       InputError: a value out of its range, or a width that the heads do not divide.

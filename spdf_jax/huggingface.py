@@ -358,9 +358,7 @@ def _read_config(path: Path) -> GPTConfig:
     ours = {theirs: name for name, names in _ACTIVATIONS.items() for theirs in names}
     activation = content["activation_function"]
     if not isinstance(activation, str) or activation not in ours:
-        raise InputError(
-            f"{path}: activation_function is {activation!r}; only {', '.join(ours)} can be read, give such a model"
-        )
+        raise InputError(f"{path}: activation_function is {activation!r}; give a model with one of {', '.join(ours)}")
     fields["activation"] = ours[activation]
     if not isinstance(content["tie_word_embeddings"], bool):
         raise InputError(f"{path}: tie_word_embeddings is {content['tie_word_embeddings']!r}; it must be true or false")

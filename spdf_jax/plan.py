@@ -73,7 +73,6 @@ def make_plan(config: RunConfig) -> list[PhasePlan]:
     plans: list[PhasePlan] = []
     start = 0
     params = abstract_params(GPT(config.model))
-    multipliers = partial(mup_multipliers, config.model) if config.model.mup_base_width else None
     for index, (name, phase) in enumerate(config.phases.items()):
         epoch_steps = 0
         if phase.epochs:
@@ -95,7 +94,9 @@ def make_plan(config: RunConfig) -> list[PhasePlan]:
                 seq_len=config.seq_len(phase),
                 filter=filter,
                 programme=programme,
-                tx=make_optimizer(phase.optimizer, multipliers, programme.config.topology_rule.optimizer),
+                tx=make_optimizer(
+                    phase.optimizer, _multipliers(config, phase), programme.config.topology_rule.optimizer
+                ),
                 learning_rate=_shifted(learning_rate_schedule(phase.optimizer, phase.steps), start),
                 cost=_cost(config, phase, programme),
                 epoch_steps=epoch_steps,
@@ -104,6 +105,13 @@ def make_plan(config: RunConfig) -> list[PhasePlan]:
         )
         start += phase.steps
     return plans
+
+
+def _multipliers(config: RunConfig, phase: PhaseConfig) -> Callable[[Any], Any] | None:
+    """S-muPar's, at the phase's own density."""
+    if not config.model.mup_base_width:
+        return None
+    return partial(mup_multipliers, dataclasses.replace(config.model, mup_density=phase.sparsity.density))
 
 
 def _shifted(schedule: Callable[[jax.Array], jax.Array], start: int) -> Callable[[jax.Array], jax.Array]:

@@ -111,7 +111,7 @@ def enter_phase(state: TrainState, plan: PhasePlan, mesh: Mesh) -> TrainState:
 
 def _check_same_model(folder: Path, there: GPTConfig, here: GPTConfig) -> None:
     """Fields that change neither a parameter nor what it means may differ."""
-    free = {"dropout", "dtype", "remat", "init_std"}
+    free = {"dropout", "dtype", "remat", "init_std", "mup_density"}
     theirs, ours = (dataclasses.asdict(dataclasses.replace(c, d_ff=c.mlp_width)) for c in (there, here))
     differing = [
         f"{name} {theirs[name]} there, {ours[name]} here"

@@ -95,3 +95,28 @@ def test_s_mupar_reaches_the_optimiser_and_must_agree_with_the_sparsity():
     c.model.mup_density = 0.5
     with pytest.raises(spdf.InputError, match=r"mup_density: 0\.5 must be the density of phase 'one', 0\.25"):
         spdf.resolve(c)
+
+
+def test_s_mupar_learns_at_the_density_of_each_phase_and_starts_at_that_of_the_first():
+    """SPDF: 75 % sparse, then dense; d_model 256 over a base of 32."""
+    c = base()
+    c.one.sparsity.rule, c.one.sparsity.sparsity = "static", 0.75
+    c.model.mup_base_width, c.model.mup_density = 32, 0.25
+    ones = jax.tree.map(lambda leaf: jnp.ones(leaf.shape), abstract_params(GPT(spdf.resolve(c).model)))
+    plain = c.copy_and_resolve_references()
+    plain.model.mup_base_width = 0
+    for ours, theirs, density in zip(
+        make_plan(spdf.resolve(c)), make_plan(spdf.resolve(plain)), (0.25, 1), strict=True
+    ):
+        of = {"masks": spdf.dense_masks(ones), "learning_rate": 1.0}
+        updates, plain_updates = (plan.tx.update(ones, plan.tx.init(ones), ones, **of)[0] for plan in (ours, theirs))
+        ratio = jax.tree.map(lambda a, b: float(a.mean() / b.mean()), updates, plain_updates)
+        assert ratio["blocks"]["attn_o"]["kernel"] == pytest.approx(32 / 256 / density)
+        assert ratio["wpe"]["embedding"] == pytest.approx(1.0)
+    c.two.optimizer.density_exponent = 1.0
+    with pytest.raises(spdf.InputError, match=r"two\.optimizer\.density_exponent: 1\.0 must be 0: S-muPar"):
+        spdf.resolve(c)
+    c.two.optimizer.density_exponent = 0.0
+    c.init_from = "runs/sparse"  # nothing is drawn
+    c.model.mup_density = 0.5
+    assert spdf.resolve(c)

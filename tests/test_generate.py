@@ -16,7 +16,7 @@ from spdf_jax.sharding import MeshConfig, make_mesh
 
 CONFIG = spdf.GPTConfig(n_layer=2, n_head=2, d_model=16, vocab_size=13, context=40, init_std=0.35)
 MODEL = spdf.GPT(CONFIG)
-PARAMS = jax.jit(MODEL.init)(jax.random.key(3), jnp.zeros((1, 4), int))["params"]
+PARAMS = jax.jit(MODEL.init)(jax.random.key(6), jnp.zeros((1, 4), int))["params"]
 PROMPTS = [[4], [1, 2, 3], [7, 7, 5, 0, 2, 11, 6], [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9]]
 END = 5
 MAX_NEW = 10

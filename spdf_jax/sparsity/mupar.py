@@ -4,6 +4,10 @@ Source: Dey et al. 2024 (arXiv 2405.15743). With ``m_d = d_model / base width`` 
 ``sigma / sqrt(m_d rho)`` and learn with ``eta / (m_d rho)``, logits are multiplied by ``alpha / m_d``, attention scores are
 scaled by ``1 / head width`` instead of its root. Embeddings, norms and biases stay as they are. Derived for random static masks
 of one density in every matrix. Off unless `mup_base_width` is set in `spdf_jax.GPTConfig`.
+
+Where the masks drop (SPDF), the network is the same function: factors on logits and queries follow the width alone, and stay.
+Hidden matrices then learn with ``eta / m_d``, as a dense matrix does: every phase takes rho from its own sparsity, and
+`mup_density` is that of the first phase, for which the parameters are drawn.
 """
 
 from collections.abc import Callable

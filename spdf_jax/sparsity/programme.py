@@ -105,6 +105,11 @@ class SparsityConfig:
         return self.rule == "dense"
 
     @property
+    def density(self) -> float:
+        """Share of weights that `sparsity` leaves: constant, final or lowest; 1 without masks."""
+        return 1.0 if self.dense else 1 - self.sparsity
+
+    @property
     def blocks(self) -> bool:
         """Whether live blocks alone are stored and computed."""
         return not self.dense and self.sparse_compute == "blocks"
