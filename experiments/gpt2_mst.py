@@ -6,6 +6,7 @@ Source  set-up and topology step: hupihe/Mixed-Sparsity-Training; the paper's sc
 Command python -m spdf_jax.main --config experiments/gpt2_mst.py            (mini, any machine, no data)
         python -m spdf_jax.main --config experiments/gpt2_mst.py:mini_blocks   (live blocks alone while ultra-sparse)
         python -m spdf_jax.main --config experiments/gpt2_mst.py:124m       (OpenWebText as nanoGPT's train.bin and val.bin)
+        ... gpt2_mst.py:mini_er, gpt2_mst.py:124m_er   (weights over the layers as in the authors' defaults)
 
 mini    4 layers x 256, context 256, vocabulary 4096: 4.3M parameters. 400 steps x 16 x 256 = 1.6M tokens.
         About 5 minutes on 2 CPU cores; validation loss 5.15, FLOP reduction 3.32x.
@@ -14,12 +15,16 @@ mini_blocks   MST's three phases as phases of the run: dense; 75 % in blocks of 
 124m    GPT-2 small without biases, vocabulary 50304. 600,000 steps x 480 x 1024 = 295B tokens (33 epochs of the 9B).
         A pod or 8 A100s for days; not run here. FLOP reduction 4.00x (spdf_jax.main --job plan).
 
+mini_er, 124m_er   the same with Erdos-Renyi densities over the layers, the default of the authors' code, where mini and 124m
+        have one density everywhere. Queries, keys and values get the density of the one matrix in which that code keeps them
+        (c_attn). There they also compete for it at a topology step; here each of the three keeps its number. FLOPs as without.
+
 The tied output head is sparse, as in the authors' code; with a dense head 4x cannot be reached at context 1024.
 """
 
 import spdf_jax as spdf
 
-VARIANTS = ("mini", "mini_blocks", "124m")
+VARIANTS = ("mini", "mini_blocks", "mini_er", "124m", "124m_er")
 
 
 def get_config(variant="mini"):
@@ -32,7 +37,9 @@ def get_config(variant="mini"):
     sparsity.sparsity = 0.9
     sparsity.sparsify_head = True
     sparsity.attention_pattern = "local_strided"
-    if c.variant == "mini":
+    if c.variant.endswith("_er"):
+        sparsity.distribution = "er_qkv"
+    if c.variant.startswith("mini"):
         c.pretrain.steps = 400
         sparsity.ramp_end, sparsity.ultra_end, sparsity.restoration_end = 0.1, 0.75, 0.9
         sparsity.update_every_steps = 10

@@ -101,3 +101,17 @@ def test_sparsity_outside_its_range_is_refused_by_name(sparsity):
 def test_an_unknown_distribution_is_refused_by_name():
     with pytest.raises(InputError, match="'normal'"):
         target_counts({"w": MatrixGroup(1, (2, 2))}, 0.5, "normal")
+
+
+def test_er_qkv_is_er_of_the_one_matrix_that_gpt2_keeps_queries_keys_and_values_in():
+    """As MST's code counts: c_attn [D, 3D]."""
+    rest = {"blocks/attn_o/kernel": MatrixGroup(2, (64, 64)), "blocks/mlp_up/kernel": MatrixGroup(2, (64, 256))}
+    ours = rest | {f"blocks/attn_{x}/kernel": MatrixGroup(2, (64, 64)) for x in "qkv"}
+    theirs = rest | {"c_attn": MatrixGroup(2, (64, 192))}
+    for sparsity in (0.5, 0.9):
+        counts, wanted = target_counts(ours, sparsity, "er_qkv"), target_counts(theirs, sparsity, "er")
+        assert {name: counts[name] for name in rest} == {name: wanted[name] for name in rest}
+        qkv = [counts[f"blocks/attn_{x}/kernel"] for x in "qkv"]
+        assert len(set(qkv)) == 1
+        assert sum(qkv) == pytest.approx(wanted["c_attn"], abs=1.5)  # rounded a third at a time
+        assert counts["blocks/attn_o/kernel"] > qkv[0] > 0

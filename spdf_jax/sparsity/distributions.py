@@ -1,17 +1,22 @@
 """How many weights each matrix keeps, as exact integers.
 
 Sources: uniform, SPDF (arXiv 2303.10464, section 2); Erdos-Renyi, SET (Mocanu et al. 2018) with density
-``eps * (n_in + n_out) / (n_in * n_out)``; ERK, RigL (arXiv 1911.11134), which counts the kernel's axes too.
+``eps * (n_in + n_out) / (n_in * n_out)``; ERK, RigL (arXiv 1911.11134), which counts the kernel's axes too. ``er_qkv`` is ER
+as MST's code has it, where queries, keys and values lie side by side in one matrix, GPT-2's ``c_attn``: each of them has the
+density of a matrix three times as wide.
 """
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from spdf_jax.errors import InputError
 from spdf_jax.sparsity.patterns import parse_pattern
 
-DISTRIBUTIONS = ("uniform", "er", "erk")
+DISTRIBUTIONS = ("uniform", "er", "erk", "er_qkv")
+# Kernels that lie side by side in GPT-2's ``c_attn``.
+_QKV = re.compile(r"(^|/)attn_[qkv]/kernel$")
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,7 @@ def target_counts(
     Args:
       groups: the sparse leaves by name.
       sparsity: share of zeros over all groups together, in [0, 1); 1 - N/M or 0 for a pattern N:M.
-      distribution: ``uniform`` (the same share in every matrix), ``er`` or ``erk``.
+      distribution: ``uniform`` (the same share in every matrix), ``er``, ``erk`` or ``er_qkv``.
       pattern: see `spdf_jax.sparsity.patterns`; blocks are counted whole.
 
     Returns:
@@ -70,15 +75,18 @@ def target_counts(
     units = {name: group.size // parsed.unit_size for name, group in groups.items()}
     if distribution == "uniform":
         return {name: (n - round(sparsity * n)) * parsed.unit_size for name, n in units.items()}
-    densities = _erdos_renyi(groups, 1 - sparsity, kernel=distribution == "erk")
+    densities = _erdos_renyi(groups, 1 - sparsity, distribution)
     return {name: min(n, max(1, round(densities[name] * n))) * parsed.unit_size for name, n in units.items()}
 
 
-def _erdos_renyi(groups: Mapping[str, MatrixGroup], density: float, *, kernel: bool) -> dict[str, float]:
+def _erdos_renyi(groups: Mapping[str, MatrixGroup], density: float, distribution: str) -> dict[str, float]:
     """Solves for eps; matrices that would exceed density 1 become dense and the rest is solved again."""
 
-    def raw(shape: tuple[int, ...]) -> float:
-        ends = shape if kernel or len(shape) < 2 else shape[-2:]
+    def raw(name: str) -> float:
+        shape = groups[name].shape
+        ends = shape if distribution == "erk" or len(shape) < 2 else shape[-2:]
+        if distribution == "er_qkv" and _QKV.search(name):
+            ends = (ends[0], 3 * ends[1])
         return sum(ends) / math.prod(ends)
 
     dense: set[str] = set()
@@ -86,9 +94,9 @@ def _erdos_renyi(groups: Mapping[str, MatrixGroup], density: float, *, kernel: b
     while True:
         rest = {name: g for name, g in groups.items() if name not in dense}
         left = budget - sum(groups[name].count * groups[name].size for name in dense)
-        weight = sum(g.count * g.size * raw(g.shape) for g in rest.values())
+        weight = sum(g.count * g.size * raw(name) for name, g in rest.items())
         eps = left / weight if weight else 0.0
-        over = {name for name, g in rest.items() if eps * raw(g.shape) > 1}
+        over = {name for name in rest if eps * raw(name) > 1}
         if not over:
-            return {name: 1.0 if name in dense else eps * raw(g.shape) for name, g in groups.items()}
+            return {name: 1.0 if name in dense else eps * raw(name) for name in groups}
         dense |= over

@@ -51,7 +51,7 @@ def init_masks(
       key: PRNG key; each leaf's draw depends on it and the leaf's name only.
       params: pytree of arrays; only shapes matter unless ``method="magnitude"``.
       sparsity: share of zeros, in [0, 1); 1 - N/M (or 0) for a pattern N:M.
-      distribution: ``uniform`` | ``er`` | ``erk``.
+      distribution: ``uniform`` | ``er`` | ``erk`` | ``er_qkv``, see `spdf_jax.sparsity.distributions`.
       filter: which leaves, see `spdf_jax.tree`.
       method: ``random`` (SPDF) or ``magnitude`` (keep the largest absolute values).
       pattern: ``unstructured`` | ``N:M`` | ``blockB``, see `spdf_jax.sparsity.patterns`.

@@ -34,7 +34,7 @@ class SparsityConfig:
     Attributes:
       rule: ``dense`` (no masks; entering the phase drops them), or a name of `spdf_jax.RULES`.
       sparsity: the constant, final or peak sparsity over the sparse matrices, in [0, 1).
-      distribution: ``uniform`` | ``er`` | ``erk``.
+      distribution: ``uniform`` | ``er`` | ``erk`` | ``er_qkv``, see `spdf_jax.sparsity.distributions`.
       pattern: ``unstructured`` | ``N:M`` | ``blockB``, see `spdf_jax.sparsity.patterns`.
       sparse_compute: ``masked``: dense products of masked weights; ``blocks``: live blocks alone are stored and computed, the
         same number in every row and column of blocks (`spdf_jax.sparsity.blocks`). For ``constant`` sparsity in ``blockB``.
