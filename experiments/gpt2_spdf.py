@@ -5,7 +5,7 @@ Claim   GPT-2 small pre-trained at 75 % sparsity and fine-tuned dense loses litt
 Source  the paper; what it leaves open (vocabulary, positions, tied embeddings, initialisation) as in GPT-2.
 Command python -m spdf_jax.main --config experiments/gpt2_spdf.py           (mini: 75 %, any machine, no data)
         python -m spdf_jax.main --config experiments/gpt2_spdf.py:mini_blocks   (zeros in blocks, neither stored nor computed)
-        python -m spdf_jax.main --config experiments/gpt2_spdf.py:125m_75   (GPT-2 tokens of the Pile in data/pile)
+        python -m spdf_jax.main --config experiments/gpt2_spdf.py:125m_75   (data/pile: its GPT-2 tokens, and tokenizer.json)
 
 mini, mini_50   4 layers x 256; 320 sparse steps and 80 dense ones, x 16 x 256 = 1.6M tokens. The second phase goes on
                 with the same corpus, to show the mask drop. About 5 minutes on 2 CPU cores.

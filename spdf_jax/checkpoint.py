@@ -7,6 +7,7 @@ untouched; a checkpoint that does not read back as it was written is noticed, wh
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -57,6 +58,11 @@ class Checkpoints:
         """Step of the newest complete checkpoint, None if there is none."""
         return self._manager.latest_step()
 
+    def kept(self) -> str:
+        """What a run that stops has, in words."""
+        step = self.latest_step()
+        return "Nothing was saved yet." if step is None else f"The checkpoint at step {step} is kept."
+
     def save(self, state: TrainState, record: dict[str, Any]) -> None:
         """Starts saving; the state may be donated right after. A step that is already saved is left alone.
 
@@ -71,8 +77,8 @@ class Checkpoints:
         finite, leaves = _examined(packed)
         if not finite:
             raise InputError(
-                f"step {step}: the loss is finite, but a parameter or a value of the optimiser is not; stopped. The checkpoint "
-                f"at step {self.latest_step()} is kept. Lower the learning rate or look at the data, and use another --workdir"
+                f"step {step}: the loss is finite, but a parameter or a value of the optimiser is not; stopped. {self.kept()} "
+                f"Lower the learning rate or look at the data, and use another --workdir"
             )
         record = record | {"leaves": leaves}
         record |= {"crc32": _crc32(record)}
@@ -80,6 +86,16 @@ class Checkpoints:
         with self._full_disk_named():
             self._check_room(packed)
             self._manager.save(step, args=args)
+
+    def steps(self) -> list[int]:
+        """Steps of all complete checkpoints, oldest first."""
+        return sorted(self._manager.all_steps())
+
+    def drop_from(self, step: int) -> None:
+        """Deletes the checkpoints of this step and later ones: of a time before a restart, that comes again."""
+        for there in self._manager.all_steps():
+            if there >= step:
+                self._manager.delete(there)
 
     def record(self) -> dict[str, Any]:
         """The JSON record of the newest checkpoint.
@@ -223,6 +239,11 @@ class _WithoutLateReads:
     def __call__(self, unraisable: "sys.UnraisableHookArgs") -> None:
         if str(unraisable.exc_value) != "Event loop is closed":
             self.hook(unraisable)
+
+
+def fingerprint(state: TrainState) -> str:
+    """A hash of every number of a state, the same on every mesh."""
+    return hashlib.sha256(json.dumps(_examined(_pack(state))[1], sort_keys=True).encode()).hexdigest()
 
 
 def _is_mask(leaf: jax.Array) -> bool:

@@ -64,7 +64,7 @@ class PhaseConfig:
 
 @dataclass(frozen=True)
 class LoopConfig:
-    """How often a run reports and saves. These and `mesh` may change between restarts; everything else may not.
+    """How often a run reports and saves. May change between restarts, see `spdf_jax.restore.check_same_run`.
 
     Attributes:
       log_every_steps, eval_every_steps, checkpoint_every_steps: intervals; evaluation and checkpoints also happen at the end

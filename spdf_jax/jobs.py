@@ -2,10 +2,11 @@
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +14,34 @@ import jax
 from jax.sharding import Mesh
 
 from spdf_jax import processes
-from spdf_jax.checkpoint import Checkpoints, DamagedCheckpointError
-from spdf_jax.config import RunConfig, check_devices, load_config
-from spdf_jax.data import TokenData, load_tokenizer, prepare, unigram_loss
+from spdf_jax.checkpoint import Checkpoints, DamagedCheckpointError, fingerprint
+from spdf_jax.config import RunConfig, check_devices
+from spdf_jax.data import TokenData, holds_tokenizer, load_tokenizer, prepare, unigram_loss
 from spdf_jax.data.tokenizer import Tokenizer, vocabulary_size
+from spdf_jax.early_stopping import best_evaluation, of_phase
 from spdf_jax.errors import InputError
 from spdf_jax.feed import Feed, make_feed
 from spdf_jax.flops import parameter_count
 from spdf_jax.model import GPT
 from spdf_jax.plan import PhasePlan, make_plan, total_cost
 from spdf_jax.report import write_report
-from spdf_jax.report.words import flat
-from spdf_jax.restore import BEST, CHECKPOINTS, enter_phase, initial_from, restore_state, source_folder
+from spdf_jax.restore import (
+    BEST,
+    CHECKPOINTS,
+    check_same_run,
+    cost_before,
+    enter_phase,
+    holds_run,
+    initial_from,
+    read_summary,
+    restore_state,
+    saved_run,
+    source_folder,
+)
 from spdf_jax.sharding import device_name, make_mesh
 from spdf_jax.state import TrainState, init_state
-from spdf_jax.tracking import Tracker, read_metrics, write_json
-from spdf_jax.train import Run, best_evaluation, run_phase
+from spdf_jax.tracking import Tracker, read_metrics, write_atomically, write_json
+from spdf_jax.train import Run, run_phase
 
 
 def train(config: RunConfig, workdir: Path, *, command: str = "", progress: bool = True) -> dict[str, Any]:
@@ -52,24 +65,29 @@ def train(config: RunConfig, workdir: Path, *, command: str = "", progress: bool
     plans = make_plan(config)
     make_workdir(workdir)
     with lock(workdir), jax.set_mesh(mesh):
-        finished = _finished(config, workdir)
-        if finished:
-            print(f"{workdir}: this run is finished (validation loss {finished['val_loss']:.4f}); nothing to do.")
-            return finished
-        tokens, tokenizer = load_data(config, workdir, progress)
+        moved = check_same_run(config, workdir)
+        finished = _finished(config, workdir, mesh)
+        if finished and not moved:
+            return _nothing_to_do(workdir, finished)
+        begun = any(path.name.isdecimal() for path in (workdir / CHECKPOINTS).glob("*"))
+        tokens, tokenizer = load_data(config, workdir, plans, begun=begun, progress=progress)
         feeds = [make_feed(config, plan, tokens, tokenizer, mesh) for plan in plans]
         processes.agree("config.data", "".join(f.fingerprint for f in feeds), "give all of them the same data")
         checkpoints = Checkpoints(workdir / CHECKPOINTS, config.loop.keep_checkpoints)
         best = Checkpoints(workdir / BEST, keep=1) if plans[-1].config.patience_evaluations else None
         try:
-            state, index, record = _first_state(config, workdir, feeds, plans, mesh, checkpoints)
+            if best:
+                _go_back_for_best(config, workdir, plans[-1], mesh, checkpoints, best)
+            state, index, record = _first_state(config, workdir, feeds, plans, mesh, checkpoints, moved)
+            if finished:
+                return _nothing_to_do(workdir, finished)
             step = int(state.step)
-            if record is None:
+            if step == 0:
                 write_json(workdir / "config.json", config.as_dict() | {"command": command})
-                if tokenizer is not None and processes.is_first():
-                    tokenizer.save(str(workdir / "tokenizer.json"))
             else:
                 print(f"{workdir}: resuming after step {step} of {plans[-1].end}.")
+            if tokenizer is not None and (step == 0 or not (workdir / "tokenizer.json").is_file()):
+                write_atomically(workdir / "tokenizer.json", tokenizer.to_str(pretty=True).encode())
             tracker = Tracker(workdir, resume_step=step, total_steps=plans[-1].end, progress=progress)
             run = Run(
                 config=config,
@@ -78,12 +96,13 @@ def train(config: RunConfig, workdir: Path, *, command: str = "", progress: bool
                 model=GPT(config.model),
                 plans=plans,
                 feeds=feeds,
+                origin=record["origin"],
                 checkpoints=checkpoints,
                 best=best,
                 tracker=tracker,
                 total=total_cost(plans, step),
-                seconds=record["seconds"] if record else 0.0,
-                evaluations=_evaluations(workdir, step) if record else [],
+                seconds=record["seconds"],
+                evaluations=_evaluations(workdir, step) if step else {},
             )
             try:
                 for plan in plans[index:]:
@@ -100,50 +119,121 @@ def train(config: RunConfig, workdir: Path, *, command: str = "", progress: bool
                 best.close()
 
 
+def _nothing_to_do(workdir: Path, summary: dict[str, Any]) -> dict[str, Any]:
+    print(f"{workdir}: this run is finished (validation loss {summary['val_loss']:.4f}); nothing to do.")
+    return summary
+
+
 def _first_state(
-    config: RunConfig, workdir: Path, feeds: list[Feed], plans: list[PhasePlan], mesh: Mesh, checkpoints: Checkpoints
-) -> tuple[TrainState, int, dict[str, Any] | None]:
-    """The state to go on from, the phase it belongs to, and its record (None for a new run)."""
+    config: RunConfig,
+    workdir: Path,
+    feeds: list[Feed],
+    plans: list[PhasePlan],
+    mesh: Mesh,
+    checkpoints: Checkpoints,
+    moved: list[str],
+) -> tuple[TrainState, int, dict[str, Any]]:
+    """The state to go on from, the phase it belongs to, and what is recorded with it."""
+    source = source_folder(config, workdir)
     if checkpoints.latest_step() is None:
         plan, model = plans[0], GPT(config.model)
-        if source := source_folder(config, workdir):
-            return initial_from(source, config, plan, mesh), 0, None
-        return init_state(model, plan.tx, plan.config.sparsity, plan.filter, config.seed, mesh), 0, None
+        record: dict[str, Any] = {"seconds": 0.0, "origin": {}}
+        if source is None:
+            return init_state(model, plan.tx, plan.config.sparsity, plan.filter, config.seed, mesh), 0, record
+        before = cost_before(source)
+        state = initial_from(source, config, plan, mesh)
+        return state, 0, record | {"origin": {"fingerprint": fingerprint(state), "before": before}}
     try:
         record = checkpoints.record()
+        if "init_from" in moved:
+            _check_same_origin(config, source, plans[0], mesh, record)
         plan = plans[min(record["phase"], len(plans) - 1)]
         state = restore_state(config, plan, mesh, checkpoints)
     except DamagedCheckpointError as damage:
         print(checkpoints.fall_back(damage), flush=True)
-        return _first_state(config, workdir, feeds, plans, mesh, checkpoints)
-    _check_same_run(config, workdir)
-    fingerprint = feeds[plan.index].fingerprint
-    if record["data_fingerprint"] != fingerprint:
-        raise InputError(
-            f"config.data: the data is not what this run was trained on so far (fingerprint {fingerprint[:12]}, "
-            f"was {record['data_fingerprint'][:12]}); restore it, or start again with another --workdir"
-        )
+        return _first_state(config, workdir, feeds, plans, mesh, checkpoints, moved)
+    _check_same_data(record, feeds, plan)
+    if "origin" not in record:  # of an older version
+        record["origin"] = {"before": cost_before(source) if source and source.is_dir() else None}
     return state, plan.index, record
 
 
-def _evaluations(workdir: Path, step: int) -> list[tuple[int, float]]:
+def _go_back_for_best(
+    config: RunConfig, workdir: Path, plan: PhasePlan, mesh: Mesh, checkpoints: Checkpoints, best: Checkpoints
+) -> None:
+    """Where the best state so far is damaged or gone, drops what was saved after it, so that the run comes to it again.
+
+    Raises:
+      InputError: there is nothing before it to go back to.
+    """
+    newest, kept = checkpoints.latest_step(), best.latest_step()
+    losses = of_phase(_evaluations(workdir, newest), plan.name) if newest is not None else {}
+    if newest is None or not losses or (kept is not None and kept > newest):
+        return
+    wanted = best_evaluation(losses)
+    try:
+        if kept == wanted:
+            restore_state(config, plan, mesh, best)
+            return
+    except DamagedCheckpointError:
+        pass
+    again = wanted + (wanted == plan.start)  # a phase that starts saves it
+    before = [step for step in checkpoints.steps() if step < again]
+    if not before:
+        raise InputError(
+            f"{best.directory}: the best state, at step {wanted}, is damaged or gone, and no checkpoint is from before it; "
+            f"start again with another --workdir"
+        )
+    print(
+        f"{best.directory}: the best state, at step {wanted}, is damaged or gone; going back to step {before[-1]}",
+        flush=True,
+    )
+    best.drop_from(0)
+    checkpoints.drop_from(again)
+
+
+def _check_same_data(record: dict[str, Any], feeds: list[Feed], plan: PhasePlan) -> None:
+    """Refuses other data than the run's, in the phase that goes on and in those to come."""
+    was = record.get("data_fingerprints", [])[plan.index :] or [record["data_fingerprint"]]  # one: of an older version
+    for before, feed in zip(was, feeds[plan.index :], strict=False):
+        if before != feed.fingerprint:
+            raise InputError(
+                f"config.data: the data is not what this run was trained on so far (fingerprint {feed.fingerprint[:12]}, "
+                f"was {before[:12]}); restore it, or start again with another --workdir"
+            )
+
+
+def _check_same_origin(
+    config: RunConfig, source: Path | None, plan: PhasePlan, mesh: Mesh, record: dict[str, Any]
+) -> None:
+    """Refuses an ``init_from`` that is neither where this run started from, nor the same in another place."""
+    was = record.get("origin", {}).get("fingerprint")
+    if source is None or was is None or fingerprint(initial_from(source, config, plan, mesh)) != was:
+        raise InputError(
+            f"config.init_from: {config.init_from!r} does not hold what this run started from; give the config of this run, or "
+            f"choose another --workdir"
+        )
+
+
+def _evaluations(workdir: Path, step: int) -> dict[tuple[str, int], float]:
     rows = (row for row in read_metrics(workdir) if "val_loss" in row and row["step"] <= step)
-    return [(row["step"], row["val_loss"]) for row in rows]
+    return {(row["phase"], row["step"]): row["val_loss"] for row in rows}
 
 
 def _finish(run: Run, step: int, tokens: TokenData | None) -> dict[str, Any]:
     run.checkpoints.wait()
     last = run.plans[-1]
     seconds = run.seconds + time.perf_counter() - run.clock
-    best = best_evaluation(run.evaluations, last) if last.config.patience_evaluations else run.evaluations[-1]
+    losses = of_phase(run.evaluations, last.name)
+    result = best_evaluation(losses) if last.config.patience_evaluations else max(losses)
     summary: dict[str, Any] = {
         "status": "finished",
         "experiment": run.config.experiment,
         "variant": run.config.variant,
         "steps": step,
         "tokens": run.total.tokens,
-        "val_loss": best[1],
-        "initial_val_loss": run.evaluations[0][1],
+        "val_loss": losses[result],
+        "initial_val_loss": next(iter(run.evaluations.values())),
         "sparsity": last.programme.sparsity(step - last.start),
         "train_flops": run.total.train_flops,
         "dense_flops": run.total.dense_flops,
@@ -158,12 +248,14 @@ def _finish(run: Run, step: int, tokens: TokenData | None) -> dict[str, Any]:
         summary["unigram_loss"] = unigram_loss(tokens.train, tokens.validation, run.config.model.vocab_size)
         yardstick = f"; predicting every token by its training frequency gives {summary['unigram_loss']:.3f}"
     if last.config.patience_evaluations:
-        summary["best_step"] = best[0]
-    folder = source_folder(run.config, run.workdir)
-    if folder and (folder / "summary.json").is_file():
-        source = json.loads((folder / "summary.json").read_text())
-        summary["before"] = {k: source[k] for k in ("train_flops", "dense_flops", "tokens", "wall_seconds", "val_loss")}
+        summary["best_step"] = result
+    if before := run.origin.get("before"):
+        summary["before"] = before
     write_json(run.workdir / "summary.json", summary)
+    same_data = {
+        p.name for p, feed in zip(run.plans, run.feeds, strict=True) if feed.fingerprint == run.feeds[-1].fingerprint
+    }
+    first = next(loss for (phase, _), loss in run.evaluations.items() if phase in same_data)
     in_blocks = any(phase.sparsity.sparse_compute == "blocks" for phase in run.config.phases.values())
     why = (
         "blocks of zeros are skipped, for less than that in seconds"
@@ -171,36 +263,69 @@ def _finish(run: Run, step: int, tokens: TokenData | None) -> dict[str, Any]:
         else "not saved in seconds: masks simulate sparsity"
     )
     run.tracker.message(
-        f"validation loss {summary['initial_val_loss']:.3f} at first, {summary['val_loss']:.3f} at "
-        f"{f'best (step {best[0]})' if 'best_step' in summary else 'last'}{yardstick}.\n"
+        f"validation loss {first:.3f} at first, {summary['val_loss']:.3f} at "
+        f"{f'best (step {result})' if 'best_step' in summary else 'last'}{yardstick}.\n"
         f"{summary['flops_reduction']:.2f}x fewer training FLOPs than dense (counted, {why}). "
         f"Report: {write_report(run.workdir) if processes.is_first() else ''}"
     )
     return summary
 
 
-def load_data(config: RunConfig, workdir: Path, progress: bool) -> tuple[TokenData | None, Tokenizer | None]:
-    """The text, if a phase models it or makes the tokenizer, and the tokenizer: that of ``init_from`` if it has one."""
-    source = source_folder(config, workdir)
-    inherited = (source or workdir) / "tokenizer.json"
-    inherits = source is not None and inherited.is_file() and not config.data.tokenizer
-    data = dataclasses.replace(config.data, tokenizer=str(inherited)) if inherits else config.data
-    tokens = None
-    if not inherits or not all(phase.task.name for phase in config.phases.values()):
-        tokens = prepare(data, progress=progress)
-    tokenizer = tokens.tokenizer if tokens else load_tokenizer(data.tokenizer)
+def load_data(
+    config: RunConfig, workdir: Path, plans: Sequence[PhasePlan], *, begun: bool = True, progress: bool
+) -> tuple[TokenData | None, Tokenizer | None]:
+    """The text, where a phase models it or the tokenizer is made of it, and the tokenizer.
+
+    Args:
+      config: the run.
+      workdir: its folder.
+      plans: the phases to be fed.
+      begun: whether the run has saved anything: its tokenizer is then its own, whatever lies elsewhere by now.
+      progress: show progress.
+
+    Raises:
+      InputError: data or tokenizer that are not there, not the run's, or do not fit the model.
+    """
+    place = _tokenizer_place(config, workdir, begun)
+    tokens, tasks = None, [plan.name for plan in plans if plan.config.task.name]
+    if not place or len(tasks) < len(plans):
+        tokens = prepare(dataclasses.replace(config.data, tokenizer=place), progress=progress)
+    tokenizer = tokens.tokenizer if tokens else load_tokenizer(place)
     size = tokens.vocab_size if tokens else vocabulary_size(tokenizer) if tokenizer else 0
     if size > config.model.vocab_size:
         read_as = f", or config.data.token_dtype if these are no {tokens.train.dtype} ids" if tokens else ""
         raise InputError(
             f"config.data: token id {size - 1} is at or over config.model.vocab_size {config.model.vocab_size}; "
-            f"set config.model.vocab_size to at least {size}{read_as if data.source == 'token_files' else ''}"
+            f"set config.model.vocab_size to at least {size}{read_as if config.data.source == 'token_files' else ''}"
         )
-    if tokenizer is None and any(phase.task.name for phase in config.phases.values()):
+    if tokenizer is None and tasks:
         raise InputError(
             "config.data.tokenizer: token files came without one, and a task needs one; name its tokenizer.json"
         )
     return tokens, tokenizer
+
+
+def _tokenizer_place(config: RunConfig, workdir: Path, begun: bool) -> str:
+    """Where the run's tokenizer lies: in its folder, where the config says, or in ``init_from``; "": it comes with the data."""
+    given, own = config.data.tokenizer, workdir / "tokenizer.json"
+    if begun and own.is_file():
+        if given and Path(given).exists() and load_tokenizer(given).to_str() != load_tokenizer(own).to_str():
+            raise InputError(
+                f"config.data.tokenizer: {given!r} is not the tokenizer of the run in {workdir}, which is {own}; name that one"
+            )
+        return str(own)
+    source = source_folder(config, workdir)
+    if given or source is None:
+        return given
+    holds_run(source)
+    if holds_tokenizer(source):
+        return str(source)
+    if config.data.source == "token_files":  # whose ids are the source's
+        return ""
+    raise InputError(
+        f"config.data.tokenizer: {source}, where this run starts from, holds none, and its ids mean nothing under another; "
+        f"name the one that it was trained with, a tokenizer.json or a folder with vocab.json and merges.txt"
+    )
 
 
 def make_workdir(workdir: Path) -> None:
@@ -235,35 +360,30 @@ def lock(workdir: Path) -> Iterator[None]:
     with (workdir / ".lock").open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise InputError(
                 f"workdir {workdir}: another run is using it; wait for it to end, or choose another --workdir"
             ) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+                raise
+            print(
+                f"workdir {workdir}: its disk has no locks ({error.strerror}); see that no other run uses it",
+                flush=True,
+            )
         yield
 
 
-def _finished(config: RunConfig, workdir: Path) -> dict[str, Any] | None:
-    path = workdir / "summary.json"
-    if not path.exists():
+def _finished(config: RunConfig, workdir: Path, mesh: Mesh) -> dict[str, Any] | None:
+    """The summary of a run that has come to its end, and whose result is there and sound; a missing report is made again."""
+    summary = read_summary(workdir)
+    if summary is None:
         return None
-    _check_same_run(config, workdir)
-    return json.loads(path.read_text())
-
-
-def _check_same_run(config: RunConfig, workdir: Path) -> None:
-    """Refuses to continue a run under another config; `loop` and `mesh` alone may differ."""
-    path = workdir / "config.json"
-    if not path.exists():
-        return
-    saved, ours = (flat(c) for c in (load_config(path).as_dict(), config.as_dict()))
-    free = ("loop.", "mesh.", "decode.", "evaluation.", "model.remat", "variants", "data.cache_dir")
-    differing = [
-        f"{key} was {saved.get(key)!r}, is {ours.get(key)!r}"
-        for key in sorted(saved.keys() | ours.keys())
-        if saved.get(key) != ours.get(key) and not key.startswith(free)
-    ]
-    if differing:
-        raise InputError(
-            f"workdir {workdir}: holds a run of another config ({'; '.join(differing[:4])}); choose another --workdir, or run "
-            f"with the same config to resume"
-        )
+    try:
+        if int(saved_run(workdir, mesh, config).state.step) != summary.get("best_step", summary["steps"]):
+            return None
+    except DamagedCheckpointError:
+        return None
+    if processes.is_first() and not (workdir / "report.html").is_file():
+        print(f"{workdir}: its report was missing, and is written again: {write_report(workdir)}", flush=True)
+    return summary

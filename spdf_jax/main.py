@@ -18,6 +18,7 @@ from spdf_jax.errors import InputError, Restart
 
 if TYPE_CHECKING:
     from spdf_jax.config import RunConfig, SweepConfig
+    from spdf_jax.data import DataConfig
 
 JOBS = ("train", "evaluate", "generate", "export", "plan", "report")
 
@@ -28,6 +29,7 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run leaves everything
 _JOB = flags.DEFINE_enum("job", "train", JOBS, "What to do.")
 _TOPOLOGY = flags.DEFINE_string("plan_topology", "", "TPU pod for which --job plan compiles the steps: v5e:16x16.")
 _PROMPT = flags.DEFINE_string("prompt", "", "What --job generate continues.")
+_OUTPUT = flags.DEFINE_string("output", "", "Where --job evaluate and export write, in place of the workdir.")
 _QUIET = flags.DEFINE_bool("quiet", False, "Print errors only, and what jobs other than train are for.")
 _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Be one of many processes; see spdf_jax/processes.py.")
 _PROFILE_STEPS = flags.DEFINE_string("profile_steps", "", "A:B leaves a profile of the steps after A up to B.")
@@ -53,7 +55,7 @@ def main(argv: Sequence[str]) -> int:
             raise
         return _fail(f"{error.filename or 'workdir'}: {error.strerror}; what was saved before is intact")
     except KeyboardInterrupt:
-        return _fail("interrupted; the same command resumes from the last checkpoint")
+        return _fail("interrupted; the same command goes on from the last checkpoint, if the run has saved one")
 
 
 def _fail(message: str) -> int:
@@ -109,7 +111,6 @@ def _run(argv: Sequence[str]) -> int:
     # Imported here so that a mistyped command answers at once.
     from spdf_jax import use
     from spdf_jax.config import resolve
-    from spdf_jax.data import cache_folder
     from spdf_jax.jobs import train
     from spdf_jax.plan import describe
     from spdf_jax.pod_plan import describe_pod
@@ -117,6 +118,9 @@ def _run(argv: Sequence[str]) -> int:
 
     workdir = Path(_WORKDIR.value or f"runs/{_CONFIG.value.experiment}-{_CONFIG.value.variant}")
     command = shlex.join(["python", "-m", "spdf_jax.main", *argv[1:]])
+    output = Path(_OUTPUT.value) if _OUTPUT.value else None
+    if output and _JOB.value not in ("evaluate", "export"):
+        raise InputError(f"--output: --job {_JOB.value} writes into the --workdir; leave --output out")
     if "cells" in _CONFIG.value:
         if _PROFILE_STEPS.value:
             raise InputError("--profile_steps: a sweep has many runs; set --config.cells.NAME.loop.profile_steps")
@@ -126,17 +130,17 @@ def _run(argv: Sequence[str]) -> int:
         _CONFIG.value.loop.profile_steps = _PROFILE_STEPS.value
     config = resolve(_CONFIG.value)
     if _JOB.value not in ("plan", "report"):
-        keep_compiled(cache_folder(config.data))
+        keep_compiled(config.data)
     if _JOB.value == "report":
         print(write_report(workdir))
     elif _JOB.value == "plan":
         print(describe_pod(config, _TOPOLOGY.value) if _TOPOLOGY.value else describe(config))
     elif _JOB.value == "evaluate":
-        use.evaluate_checkpoint(config, workdir)
+        use.evaluate_checkpoint(config, workdir, output)
     elif _JOB.value == "generate":
         use.generate_text(config, workdir, _PROMPT.value)
     elif _JOB.value == "export":
-        use.export(config, workdir)
+        use.export(config, workdir, output)
     else:
         with _output():
             print(f"{_banner(config)}\n{describe(config)}", flush=True)
@@ -147,7 +151,6 @@ def _run(argv: Sequence[str]) -> int:
 
 def _run_sweep(workdir: Path, command: str) -> None:
     from spdf_jax.config import resolve_sweep
-    from spdf_jax.data import cache_folder
     from spdf_jax.report import write_sweep_report
     from spdf_jax.sweep import describe_sweep, run_sweep
 
@@ -159,19 +162,22 @@ def _run_sweep(workdir: Path, command: str) -> None:
     elif _JOB.value == "train":
         with _output():
             print(_banner(config), flush=True)
-            keep_compiled(cache_folder(next(iter(config.cells.values())).data))
+            keep_compiled(next(iter(config.cells.values())).data)
             processes.guard()
             run_sweep(config, workdir, command=command, progress=not _QUIET.value)
     else:
         raise InputError(f"--job {_JOB.value}: a sweep has many runs; its jobs are train, plan and report")
 
 
-def keep_compiled(folder: Path) -> None:
+def keep_compiled(data: "DataConfig") -> None:
     """A run that starts again compiles nothing again, nor does a sweep's next seed. `JAX_COMPILATION_CACHE_DIR` goes before."""
+    from spdf_jax.data import cache_folder
+
     if jax.config.values["jax_compilation_cache_dir"] is None:
-        with contextlib.suppress(OSError):  # no room of its own: nothing is kept
-            (folder / "compiled").mkdir(parents=True, exist_ok=True)
-            jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
+        with contextlib.suppress(OSError, InputError):  # no room of its own: nothing is kept
+            folder = cache_folder(data) / "compiled"
+            folder.mkdir(parents=True, exist_ok=True)
+            jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
 def _output() -> contextlib.AbstractContextManager[Any]:

@@ -36,7 +36,7 @@ _FAREWELL_SECONDS = 3  # process 0 stays so long for the others to hear why it e
 _STOPPED = "spdf_jax/stopped"
 _questions = itertools.count()
 _terminated = threading.Event()
-_progress: tuple[float, int, float] | None = None  # since when, at which step, seconds allowed
+_progress: tuple[float, int, float] | None = None  # since when, at which step, seconds allowed; 0: any
 
 
 def initialise() -> None:
@@ -120,10 +120,24 @@ def data_share(mesh: Mesh) -> tuple[int, int]:
 
 
 def guard() -> None:
-    """Makes this process the run's own: SIGTERM asks its loop to save and end (`preempted`), and a loop that hangs is ended."""
+    """Makes this process the run's own, and ends a loop that hangs.
+
+    SIGTERM asks the loop to save and end (`preempted`), and so does the first Ctrl-C once there is something to save; the next
+    one ends at once.
+    """
     if not jax.distributed.is_initialized():  # else JAX has its own handler, and tells the other processes
         signal.signal(signal.SIGTERM, lambda *_: _terminated.set())
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else a shell has it ignored
+        signal.signal(signal.SIGINT, _interrupt)
     threading.Thread(target=_end_what_hangs, daemon=True).start()
+
+
+def _interrupt(*_: Any) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if _progress is None:
+        raise KeyboardInterrupt
+    os.write(2, b"interrupted: saving after this step; once more ends at once\n")
+    signal.raise_signal(signal.SIGTERM)
 
 
 def preempted(step: int) -> bool:
@@ -136,7 +150,7 @@ def preempted(step: int) -> bool:
 def beat(step: int, limit_seconds: float) -> None:
     """Something moves. A guarded process that is silent for `limit_seconds` after it ends (0: never)."""
     global _progress
-    _progress = (time.monotonic(), step, limit_seconds) if limit_seconds else None
+    _progress = (time.monotonic(), step, limit_seconds)
 
 
 def stop(code: int, message: str) -> int:
@@ -232,7 +246,7 @@ def _end_what_hangs() -> None:
         time.sleep(1)
         if _progress is not None:
             since, step, limit_seconds = _progress
-            if time.monotonic() - since > limit_seconds:
+            if limit_seconds and time.monotonic() - since > limit_seconds:
                 faulthandler.dump_traceback()
                 message = (
                     f"step {step}: nothing has moved for {limit_seconds:g} s (config.loop.watchdog_seconds); where each thread "

@@ -1,21 +1,24 @@
-"""Where a state comes from that this run did not make: its own checkpoint, another run's, a Hugging Face folder."""
+"""Where a state comes from that this process did not make: the run's own checkpoint, another run's, a Hugging Face folder."""
 
 import contextlib
 import dataclasses
+import json
+import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from spdf_jax.checkpoint import Checkpoints
+from spdf_jax.checkpoint import Checkpoints, DamagedCheckpointError
 from spdf_jax.config import RunConfig, check_transition, load_config
 from spdf_jax.errors import InputError
 from spdf_jax.gpt_config import GPTConfig
 from spdf_jax.huggingface import load_gpt2
 from spdf_jax.model import GPT
 from spdf_jax.plan import PhasePlan, make_plan
+from spdf_jax.report.words import flat
 from spdf_jax.sharding import make_mesh, parameter_shardings
 from spdf_jax.sparsity.blocks import as_masks
 from spdf_jax.sparsity.masks import dense_masks
@@ -23,6 +26,14 @@ from spdf_jax.state import TrainState, abstract_state, start_phase, state_shardi
 
 #: Folders of a workdir: the newest checkpoints, and the best one of a phase that may stop early.
 CHECKPOINTS, BEST = "checkpoints", "best"
+
+#: What of a config may change between restarts and after the end: how the run reports, where and how it is computed, what is
+#: made of it; and where that lies which it reads. That the same lies there, fingerprints tell.
+_FREE = re.compile(r"(loop|mesh|decode|evaluation)\.|(variants|model\.remat|data\.cache_dir)$")
+_PLACES = re.compile(r"(init_from|data\.(path|tokenizer)|[^.]+\.task\.path)$")
+
+#: What a ``summary.json`` says of the run, where another goes on from it.
+_COSTS = ("train_flops", "dense_flops", "tokens", "wall_seconds", "val_loss")
 
 
 class SavedRun(NamedTuple):
@@ -33,34 +44,82 @@ class SavedRun(NamedTuple):
     state: TrainState
 
 
+def check_same_run(config: RunConfig, workdir: Path) -> list[str]:
+    """Refuses the folder of a run of another config; a folder without a run is anyone's.
+
+    Args:
+      config: of the command.
+      workdir: whose ``config.json`` says what the run there is.
+
+    Returns:
+      The keys of places that differ, such as ``data.path``: to be accepted where the same lies there.
+
+    Raises:
+      InputError: another config, with what differs.
+    """
+    path = workdir / "config.json"
+    if not path.exists():
+        return []
+    saved, ours = (flat(c.as_dict()) for c in (load_config(path), config))
+    differing = [
+        key for key in sorted(saved.keys() | ours.keys()) if saved.get(key) != ours.get(key) and not _FREE.match(key)
+    ]
+    others = [f"{key} was {saved.get(key)!r}, is {ours.get(key)!r}" for key in differing if not _PLACES.match(key)]
+    if others:
+        raise InputError(
+            f"workdir {workdir}: holds a run of another config ({'; '.join(others[:4])}); choose another --workdir, or give "
+            f"the config of that run"
+        )
+    return differing
+
+
 def saved_run(workdir: Path, mesh: Mesh | None = None, config: RunConfig | None = None) -> SavedRun:
     """Loads what a run has come to.
 
     Args:
       workdir: the run's folder.
       mesh: where to put the state; by default that of the config.
-      config: in the place of the run's own ``config.json``.
+      config: the run's own, but for what may change after a run, such as `decode`; by default its ``config.json``.
 
     Returns:
       ``(config, plan, state)``: parameters are ``state.params``, masks ``state.masks``; see `spdf_jax.TrainState`. The notebook
       ``4_read_a_run.ipynb`` looks at one.
 
     Raises:
-      InputError: no checkpoint there, or one of another model than the config's.
+      InputError: no checkpoint there, or a run of another config.
 
     >>> saved_run(Path("runs/of_nobody"))
     Traceback (most recent call last):
     spdf_jax.errors.InputError: runs/of_nobody/checkpoints: no checkpoint there; train first with --job train
     """
-    best = any((workdir / BEST).glob("[0-9]*"))
-    folder = workdir / (BEST if best else CHECKPOINTS)
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no checkpoint there; train first with --job train")
-    config = config or load_config(workdir / "config.json")
-    mesh, plans = mesh or make_mesh(config.mesh), make_plan(config)
-    with contextlib.closing(Checkpoints(folder, config.loop.keep_checkpoints)) as checkpoints:
-        plan = plans[min(checkpoints.record()["phase"], len(plans) - 1)]
-        return SavedRun(config, plan, as_masks(plan.tx, restore_state(config, plan, mesh, checkpoints)))
+    return saved_run_and_record(workdir, mesh, config)[0]
+
+
+def saved_run_and_record(
+    workdir: Path, mesh: Mesh | None = None, config: RunConfig | None = None
+) -> tuple[SavedRun, dict[str, Any]]:
+    """`saved_run`, and the record of its checkpoint."""
+    while True:
+        best = any((workdir / BEST).glob("[0-9]*"))
+        folder = workdir / (BEST if best else CHECKPOINTS)
+        if not folder.is_dir():
+            raise InputError(f"{folder}: no checkpoint there; train first with --job train")
+        if config is None:
+            config = load_config(workdir / "config.json")
+        else:
+            check_same_run(config, workdir)
+        mesh, plans = mesh or make_mesh(config.mesh), make_plan(config)
+        with contextlib.closing(Checkpoints(folder, config.loop.keep_checkpoints)) as checkpoints:
+            step = checkpoints.latest_step()
+            try:
+                record = checkpoints.record()
+                plan = plans[min(record["phase"], len(plans) - 1)]
+                state = restore_state(config, plan, mesh, checkpoints)
+                return SavedRun(config, plan, as_masks(plan.tx, state)), record
+            except DamagedCheckpointError:
+                if (folder / str(step)).is_dir():
+                    raise
+                # Else a job that still runs has put a newer one in its place: list again.
 
 
 def restore_state(config: RunConfig, plan: PhasePlan, mesh: Mesh, checkpoints: Checkpoints) -> TrainState:
@@ -84,23 +143,62 @@ def initial_from(folder: Path, config: RunConfig, plan: PhasePlan, mesh: Mesh) -
     """
     phase = plan.config
     key = jax.random.key(config.seed)
-    if any((folder / name).is_dir() for name in (BEST, CHECKPOINTS)):
+    if holds_run(folder):
         source = saved_run(folder, mesh)
         _check_same_model(folder, source.config.model, config.model)
         check_transition(source.plan.config, plan.name, phase)
         state = source.state.replace(step=jnp.zeros((), jnp.int32), key=key)
-    elif (folder / "config.json").is_file():
+    else:
         model_config, params = load_gpt2(folder)
         _check_same_model(folder, model_config, config.model)
         if not phase.reset_optimizer:
             raise InputError(f"config.{plan.name}.reset_optimizer: {folder} holds no optimiser state; set it to True")
         params = jax.device_put(params, parameter_shardings(mesh, params))
         state = TrainState(jnp.zeros((), jnp.int32), params, dense_masks(params), plan.tx.init(params), key)
-    else:
+    return enter_phase(state, plan, mesh)
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether `folder`, from which a run is to go on, is the workdir of another; else it is a Hugging Face GPT-2's.
+
+    Raises:
+      InputError: it is neither.
+    """
+    if any((folder / name).is_dir() for name in (BEST, CHECKPOINTS)):
+        return True
+    if not (folder / "config.json").is_file():
         raise InputError(
             f"config.init_from: {str(folder)!r} is neither a run's workdir nor a Hugging Face GPT-2 folder; train one first"
         )
-    return enter_phase(state, plan, mesh)
+    return False
+
+
+def cost_before(folder: Path) -> dict[str, Any] | None:
+    """What the run cost from which another goes on; None where nothing says it: of an unfinished run, a Hugging Face folder.
+
+    Raises:
+      InputError: a ``summary.json`` that no run left.
+    """
+    summary = read_summary(folder) if holds_run(folder) else None
+    return {name: summary[name] for name in _COSTS} if summary else None
+
+
+def read_summary(workdir: Path) -> dict[str, Any] | None:
+    """The ``summary.json`` of a finished run; None where there is none yet.
+
+    Raises:
+      InputError: it is not as a run leaves it.
+    """
+    path = workdir / "summary.json"
+    try:
+        summary = json.loads(path.read_bytes())
+        if all(isinstance(summary[name], int | float) for name in (*_COSTS, "steps")):
+            return summary
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        pass
+    raise InputError(f"{path}: not the summary of a finished run; delete it, and train there: the run makes it again")
 
 
 def enter_phase(state: TrainState, plan: PhasePlan, mesh: Mesh) -> TrainState:

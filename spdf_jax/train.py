@@ -15,6 +15,7 @@ from spdf_jax import processes
 from spdf_jax.checkpoint import Checkpoints, check_invariants
 from spdf_jax.config import RunConfig
 from spdf_jax.data import Batch
+from spdf_jax.early_stopping import best_evaluation, of_phase, stops_early
 from spdf_jax.errors import InputError, Restart
 from spdf_jax.feed import Feed
 from spdf_jax.model import GPT
@@ -39,12 +40,13 @@ class Run:
     model: GPT
     plans: list[PhasePlan]
     feeds: list[Feed]
+    origin: dict[str, Any]  # of a run that goes on from another: what of, see `jobs`
     checkpoints: Checkpoints
     best: Checkpoints | None  # of the phase that stops early
     tracker: Tracker
     total: StepCost
     seconds: float  # of training, over all restarts
-    evaluations: list[tuple[int, float]]  # (step, validation loss), over all restarts
+    evaluations: dict[tuple[str, int], float]  # validation loss by phase and step, over all restarts
     clock: float = field(default_factory=time.perf_counter)
     last_log: tuple[float, int] = (0.0, 0)
 
@@ -57,14 +59,14 @@ def run_phase(run: Run, plan: PhasePlan, state: TrainState) -> TrainState:
     steps = make_steps(run.model, plan.tx, plan.learning_rate, programme.config.topology_rule, shardings, regrowth)
     first = int(state.step)
     batches = device_batches(run.feeds[plan.index], run.mesh, plan, first - plan.start)
-    if first == 0:
-        _evaluate_and_log(run, plan, steps, state, 0)
+    if first == plan.start and _starts_anew(run, plan):
+        _evaluate_and_log(run, plan, steps, state, first)
     run.last_log = (time.perf_counter(), run.total.tokens)
     pending: tuple[int, Any] | None = None
     for step in traced(range(first, plan.end), loop.profiled_steps, run.workdir):
         local = step - plan.start
         processes.beat(step + 1, loop.watchdog_seconds)
-        if _stops_early(run, plan):
+        if stops_early(of_phase(run.evaluations, plan.name), plan.config.patience_evaluations):
             return state
         if local in plan.picture_steps:
             save_mask_pictures(run.workdir, step, state.element_masks())
@@ -81,9 +83,6 @@ def run_phase(run: Run, plan: PhasePlan, state: TrainState) -> TrainState:
             pending = None
         if evaluate:
             _evaluate_and_log(run, plan, steps, state, done)
-            if run.best and plan.config.patience_evaluations and best_evaluation(run.evaluations, plan)[0] == done:
-                _save(run, run.best, plan, state)
-                run.best.wait()  # before a checkpoint that comes after it
         if save:
             _save(run, run.checkpoints, plan, state)
         if preempted:
@@ -114,16 +113,10 @@ def device_batches(feed: Feed, mesh: Mesh, plan: PhasePlan, start_batch: int) ->
         yield Batch(*(jax.make_array_from_process_local_data(sharding, x) for x in micro))
 
 
-def best_evaluation(evaluations: list[tuple[int, float]], plan: PhasePlan) -> tuple[int, float]:
-    """Step and validation loss of the best evaluation since the start of a phase, the earliest of equals."""
-    return min((e for e in evaluations if e[0] >= plan.start), key=lambda e: e[1])
-
-
-def _stops_early(run: Run, plan: PhasePlan) -> bool:
-    """No evaluation since the best one has been better, `patience_evaluations` times over."""
-    since = [step for step, _ in run.evaluations if step >= plan.start]
-    patience = plan.config.patience_evaluations
-    return patience > 0 and len(since) - since.index(best_evaluation(run.evaluations, plan)[0]) > patience
+def _starts_anew(run: Run, plan: PhasePlan) -> bool:
+    """Whether nothing comparable was measured before a phase: it is the first, on other data, or seeks the best of its own."""
+    before = run.feeds[max(plan.index - 1, 0)].fingerprint
+    return plan.index == 0 or before != run.feeds[plan.index].fingerprint or plan.config.patience_evaluations > 0
 
 
 def _fetch_and_log(run: Run, plan: PhasePlan, step: int, metrics: dict[str, Any]) -> None:
@@ -131,8 +124,8 @@ def _fetch_and_log(run: Run, plan: PhasePlan, step: int, metrics: dict[str, Any]
     metrics = jax.device_get(metrics)
     if not math.isfinite(metrics["loss"]) or not math.isfinite(metrics["grad_norm"]):
         raise NonFiniteLossError(
-            f"step {step + 1}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}; stopped. The checkpoint at step "
-            f"{run.checkpoints.latest_step()} is kept. Lower the learning rate or look at the data, and use another --workdir"
+            f"step {step + 1}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}; stopped. "
+            f"{run.checkpoints.kept()} Lower the learning rate or look at the data, and use another --workdir"
         )
     local, done = step - plan.start, step + 1
     run.total = run.total.plus(plan.cost(local))
@@ -172,9 +165,13 @@ def _evaluate_and_log(run: Run, plan: PhasePlan, steps: Steps, state: TrainState
             yield batch
 
     loss = evaluate(validation(), run.mesh, steps, state.variables, pattern, width)
-    run.evaluations.append((done, loss))
+    run.evaluations[plan.name, done] = loss
     row = {"step": done, "phase": plan.name, "val_loss": loss, "sparsity": plan.programme.sparsity(done - plan.start)}
     run.tracker.log(row | _cost_columns(run.total))
+    if plan.config.patience_evaluations and best_evaluation(of_phase(run.evaluations, plan.name)) == done:
+        assert run.best is not None, "a phase that may stop early has where to keep its best state"
+        _save(run, run.best, plan, state)
+        run.best.wait()  # before a checkpoint that comes after it
     run.last_log = (run.last_log[0] + time.perf_counter() - started, run.last_log[1])  # tokens/s is of training
 
 
@@ -200,6 +197,8 @@ def _save(run: Run, checkpoints: Checkpoints, plan: PhasePlan, state: TrainState
         "step": step,
         "next_example": (step - plan.start) * plan.config.batch_size,
         "data_fingerprint": run.feeds[plan.index].fingerprint,
+        "data_fingerprints": [feed.fingerprint for feed in run.feeds],
+        "origin": run.origin,
         "sparsity": plan.programme.sparsity(step - plan.start),
         "seconds": run.seconds,
         **_cost_columns(run.total),

@@ -2,6 +2,7 @@
 
 import json
 import math
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from spdf_jax import processes
 from spdf_jax.config import RunConfig, check_devices
 from spdf_jax.data import (
     Example,
@@ -30,44 +32,61 @@ from spdf_jax.huggingface import save_gpt2
 from spdf_jax.jobs import load_data
 from spdf_jax.model import GPT
 from spdf_jax.report import write_report
-from spdf_jax.restore import SavedRun, saved_run
+from spdf_jax.restore import SavedRun, saved_run, saved_run_and_record
 from spdf_jax.sharding import make_mesh
 from spdf_jax.step import make_steps
 from spdf_jax.tracking import write_atomically, write_json
 from spdf_jax.train import evaluate
 
 
-def evaluate_checkpoint(config: RunConfig, workdir: Path) -> dict[str, Any]:
+def evaluate_checkpoint(config: RunConfig, workdir: Path, output: Path | None = None) -> dict[str, Any]:
     """What a run has come to: perplexity, for a task its decoded test set, scored, and what ``config.evaluation`` asks for.
 
     Perplexity is over the whole validation set, per token and, of text, per UTF-8 byte; a task's is over the target tokens of
     its test set. Prints the figures and writes ``evaluation.json``, for a task ``generations.jsonl`` too.
 
+    Args:
+      config: the run's own, but for what may change after it. Where other text lies in ``data.path`` than the run was trained
+        on, that is measured, with the run's tokenizer, and said.
+      workdir: the run's folder.
+      output: where to write, by default `workdir`, whose report is then written again.
+
     Raises:
-      InputError: no checkpoint there, or one of another model; lm-eval not installed, or a file of its tasks or of the exams
-        that is missing or malformed.
+      InputError: no checkpoint there, a run of another config, a folder that cannot be written; lm-eval not installed, or a
+        file of its tasks or of the exams that is missing or malformed.
     """
     mesh = make_mesh(config.mesh)
     check_devices(config, mesh.shape["data"] * mesh.shape["fsdp"])
-    saved = saved_run(workdir, mesh, config)
+    saved, record = saved_run_and_record(workdir, mesh, config)
+    folder = output or workdir
+    _check_writable(folder)
     _, plan, state = saved
-    tokens, tokenizer = load_data(config, workdir, progress=True)
+    tokens, tokenizer = load_data(config, workdir, [plan], progress=True)
     steps = make_steps(GPT(config.model), plan.tx, plan.learning_rate, plan.programme.config.topology_rule)
     attention = plan.programme.attention(max(0, int(state.step) - plan.start - 1))
     feed = make_feed(config, plan, tokens, tokenizer, mesh)
+    same_data = feed.fingerprint == record["data_fingerprint"]
+    if not same_data and config.data.source != "token_files" and not (workdir / "tokenizer.json").is_file():
+        raise InputError(
+            f"{workdir / 'tokenizer.json'}: missing, and config.data is not what the run was trained with, so that it "
+            f"cannot be made again; restore the file, or the data"
+        )
     with jax.set_mesh(mesh):
         suites = _run_suites(saved, mesh, tokenizer)  # first: what a user may have to mend, before anything slow
         loss = evaluate(feed.validation(), mesh, steps, state.variables, *attention)
         test_loss = evaluate(feed.test(), mesh, steps, state.variables, *attention) if feed.test else loss
     result: dict[str, Any] = {"step": int(state.step), "val_loss": loss, "perplexity": math.exp(test_loss)}
     if feed.test is not None and tokenizer is not None:
-        result |= _score_task(saved, mesh, tokenizer, workdir)
+        result |= _score_task(saved, mesh, tokenizer, folder)
     elif tokens is not None and tokens.validation_bytes:
         targets = tokens.validation.shape[0] - 1
         result["perplexity_per_byte"] = math.exp(loss * targets / tokens.validation_bytes)
     result |= suites
-    write_json(workdir / "evaluation.json", result)
-    if (workdir / "metrics.jsonl").is_file():
+    if not same_data:
+        result["data"] = "other than the run was trained with"
+        print(f"These figures are of {result['data']}: its own losses are of other text.")
+    write_json(folder / "evaluation.json", result)
+    if folder == workdir and (workdir / "metrics.jsonl").is_file():
         write_report(workdir)
     figures = {name: value for name, value in result.items() if isinstance(value, int | float)}
     print(
@@ -76,6 +95,19 @@ def evaluate_checkpoint(config: RunConfig, workdir: Path) -> dict[str, Any]:
         )
     )
     return result
+
+
+def _check_writable(folder: Path) -> None:
+    """Refuses a folder that cannot hold what is about to be computed. Process 0 writes it."""
+    if not processes.is_first():
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise InputError(
+            f"{folder}: cannot write there ({error.strerror}); choose another folder by --output"
+        ) from None
 
 
 def _run_suites(saved: SavedRun, mesh: Mesh, tokenizer: Tokenizer | None) -> dict[str, Any]:
@@ -102,7 +134,7 @@ def _run_suites(saved: SavedRun, mesh: Mesh, tokenizer: Tokenizer | None) -> dic
     return found
 
 
-def _score_task(saved: SavedRun, mesh: Mesh, tokenizer: Tokenizer, workdir: Path) -> dict[str, Any]:
+def _score_task(saved: SavedRun, mesh: Mesh, tokenizer: Tokenizer, folder: Path) -> dict[str, Any]:
     """Scores over the whole test set, their signatures, and the same over seen and unseen categories where there are both."""
     task = load_task(saved.plan.config.task)
     if task.style == "perplexity":
@@ -112,7 +144,7 @@ def _score_task(saved: SavedRun, mesh: Mesh, tokenizer: Tokenizer, workdir: Path
         json.dumps({"context": e.context, "text": text, "references": e.references}, ensure_ascii=False)
         for e, text in zip(task.test, texts, strict=True)
     )
-    write_atomically(workdir / "generations.jsonl", ("\n".join(lines) + "\n").encode())
+    write_atomically(folder / "generations.jsonl", ("\n".join(lines) + "\n").encode())
 
     def scores(chosen: Sequence[int]) -> dict[str, Any]:
         return score_texts([texts[i] for i in chosen], [task.test[i].references for i in chosen], style=task.style)
@@ -162,17 +194,27 @@ def generate_text(config: RunConfig, workdir: Path, prompt: str) -> str:
     return text
 
 
-def export(config: RunConfig, workdir: Path) -> Path:
-    """Writes ``WORKDIR/huggingface``, a GPT-2 folder for ``transformers``, masks folded in, and prints its path.
+def export(config: RunConfig, workdir: Path, output: Path | None = None) -> Path:
+    """Writes a GPT-2 folder for ``transformers``, masks folded in, and prints its path.
+
+    Args:
+      config: the run's own, but for what may change after it.
+      workdir: the run's folder.
+      output: what to write, by default ``WORKDIR/huggingface``.
+
+    Returns:
+      The folder.
 
     Raises:
-      InputError: no checkpoint there, the folder is there already, or what GPT-2 cannot express.
+      InputError: no checkpoint there, a run of another config, a folder that is there already or cannot be written, or what
+        GPT-2 cannot express.
     """
-    folder = workdir / "huggingface"
+    folder = output or workdir / "huggingface"
+    if folder.exists():
+        raise InputError(f"{folder}: is there already; move or delete it, or choose another by --output")
+    _check_writable(folder.parent)
     _, _, state = saved_run(workdir, make_mesh(config.mesh), config)
     tokenizer = load_tokenizer(workdir / "tokenizer.json") if (workdir / "tokenizer.json").is_file() else None
-    if folder.exists():
-        raise InputError(f"{folder}: is there already; move or delete it, then export again")
     save_gpt2(folder, config.model, state.params, masks=state.masks, tokenizer=tokenizer)
     print(folder)
     return folder

@@ -4,7 +4,10 @@
 |---|---|
 | kill -9 in a save, after a topology step, between phases | `test_train.py::test_killed_run_ends_with_the_same_bits` |
 | kill -9 of one process of several | `test_processes.py::test_one_killed_process_ends_all_and_the_same_command_...` |
-| SIGTERM | `test_sigterm_...`, `test_a_preempted_run_...` here |
+| SIGTERM, Ctrl-C | `test_a_signal_saves_...`, `test_ctrl_c_...`, `test_a_preempted_run_...` here |
+| a report never written, a mask picture cut | `test_a_finished_run_has_its_report`, `test_a_cut_mask_picture_...` here |
+| a finished run's result damaged | `test_a_finished_run_whose_...` here, `test_finetune.py::test_a_best_state_...` |
+| a checkpoint rotated away while it is read | `test_a_checkpoint_that_is_rotated_away_...` here |
 | SIGTERM to one process of several | `test_processes.py::test_sigterm_to_one_process_...` |
 | a file of a checkpoint cut, changed by a bit, gone | `test_a_damaged_checkpoint_...`, `test_where_no_checkpoint_...` here |
 | full disk | `test_main.py::test_a_full_disk_exits_2_and_keeps_the_last_checkpoint`, `test_train.py::test_no_room_for_...` |
@@ -37,7 +40,7 @@ from tiny import QUICKLY, can_mount, tiny_config, write_text
 
 import spdf_jax as spdf
 from spdf_jax import checkpoint as checkpointing
-from spdf_jax import jobs, processes, train
+from spdf_jax import jobs, processes, train, use
 from spdf_jax.errors import Restart
 from spdf_jax.restore import saved_run
 from spdf_jax.tracking import read_metrics
@@ -90,8 +93,9 @@ def command(workdir: Path, text: Path, *arguments: str) -> subprocess.Popen:
     return subprocess.Popen(
         [
             sys.executable,
-            "-m",
-            "spdf_jax.main",
+            "-c",  # as a terminal starts it: SIGINT is ignored where tests run in the background
+            "import signal, sys; from spdf_jax import main; signal.signal(signal.SIGINT, signal.default_int_handler); "
+            "main.processes.end(main.main(sys.argv))",
             "--config",
             "tests/tiny_experiment.py",
             "--workdir",
@@ -106,18 +110,47 @@ def command(workdir: Path, text: Path, *arguments: str) -> subprocess.Popen:
     )
 
 
-def test_sigterm_saves_and_exits_with_75_and_one_message(text, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+def test_a_signal_saves_and_exits_with_75_and_one_message(number, text, tmp_path):
     started = command(tmp_path, text, "--quiet", "--config.loop.checkpoint_every_steps=1000")
     metrics = tmp_path / "metrics.jsonl"
     while not metrics.exists() or metrics.read_bytes().count(b"\n") < 4:
         assert started.poll() is None, started.communicate()
         time.sleep(0.05)
-    started.send_signal(signal.SIGTERM)
+    started.send_signal(number)
     _, errors = started.communicate()
     (step,) = (p.name for p in (tmp_path / "checkpoints").iterdir())
     assert started.returncode == processes.RESTART_CODE == 75
-    assert errors == f"preempted: saved at step {step}; the same command resumes\n"
+    first = "interrupted: saving after this step; once more ends at once\n" if number == signal.SIGINT else ""
+    assert errors == f"{first}preempted: saved at step {step}; the same command resumes\n"
     assert read_metrics(tmp_path)[-1]["step"] == int(step)
+
+
+def test_ctrl_c_saves_once_there_is_something_to_save_and_ends_at_once_the_second_time():
+    program = """
+import signal
+from spdf_jax import processes
+
+def interrupted():
+    try:
+        signal.raise_signal(signal.SIGINT)
+    except KeyboardInterrupt:
+        return True
+    return False
+
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+processes.guard()
+print(interrupted())  # a shell has it ignored
+for steps in (), (6,):
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    processes.guard()
+    for step in steps:
+        processes.beat(step, 0)
+    print(interrupted(), processes.preempted(6), interrupted())
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert result.stdout.split() == ["False", "True", "False", "True", "False", "True", "True"]
+    assert result.stderr == "interrupted: saving after this step; once more ends at once\n"
 
 
 def test_a_preempted_run_ends_with_the_same_bits(whole, text, tmp_path, monkeypatch):
@@ -290,6 +323,61 @@ def test_a_checkpoint_without_checksums_is_still_read(interrupted, whole):
         np.testing.assert_array_equal(ours, theirs)
 
 
+def test_a_finished_run_whose_result_is_damaged_is_not_finished(whole, text, tmp_path, capfd):
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    flip(largest(tmp_path / "checkpoints" / "12", ARRAYS))
+    config = spdf.resolve(short(text))
+    with pytest.raises(spdf.InputError, match=r"step 12 is damaged .*; --job train falls back to the one before it"):
+        use.evaluate_checkpoint(config, tmp_path)
+    assert jobs.train(config, tmp_path, progress=False)["steps"] == 12
+    assert "resuming after step 8 of 12" in capfd.readouterr().out
+    assert_ends_as(tmp_path, whole)
+
+
+def test_a_checkpoint_that_is_rotated_away_while_it_is_read_is_no_damage(whole, text, tmp_path, monkeypatch):
+    """As a job that still runs does it; the newest that is left is then another."""
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "summary.json").unlink()
+    restore = checkpointing.Checkpoints.restore
+
+    def rotated(self, *args):
+        shutil.rmtree(tmp_path / "checkpoints" / "12", ignore_errors=True)
+        return restore(self, *args)
+
+    monkeypatch.setattr(checkpointing.Checkpoints, "restore", rotated)
+    assert int(saved_run(tmp_path).state.step) == 8
+
+
+# --- what a finished run leaves -----------------------------------------------------------------------------------------
+
+
+def test_a_finished_run_has_its_report(whole, text, tmp_path, capsys):
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "report.html").unlink()  # as where it was killed after summary.json
+    before = {p: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()}
+    jobs.train(spdf.resolve(short(text)), tmp_path, progress=False)
+    assert (tmp_path / "report.html").read_bytes() == (whole / "report.html").read_bytes()
+    assert {p: p.read_bytes() for p in before} == before
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == f"{tmp_path}: its report was missing, and is written again: {tmp_path / 'report.html'}"
+    assert said[1].endswith("; nothing to do.")
+
+
+def test_a_cut_mask_picture_is_named_until_it_is_gone(whole, text, tmp_path):
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "report.html").unlink()
+    picture = sorted((tmp_path / "mask_pictures").iterdir())[0]
+    cut(picture)
+    for _ in range(2):
+        with pytest.raises(
+            spdf.InputError, match=rf"{picture.name}: not a mask picture .*; delete it and write the rep"
+        ):
+            jobs.train(spdf.resolve(short(text)), tmp_path, progress=False)
+    picture.unlink()
+    jobs.train(spdf.resolve(short(text)), tmp_path, progress=False)
+    assert (tmp_path / "report.html").is_file()
+
+
 # --- what must not be saved, and where nothing can be -------------------------------------------------------------------
 
 
@@ -307,6 +395,14 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(w
     monkeypatch.undo()
     jobs.train(config, tmp_path, progress=False)
     assert_ends_as(tmp_path, whole)
+
+
+def test_where_nothing_was_saved_no_checkpoint_is_said_to_be_kept(text, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "one_step", lambda *a: (a[-2], {"loss": np.float32(np.nan), "grad_norm": np.float32(1)}))
+    with pytest.raises(
+        spdf.InputError, match=r"^step 1: loss nan, gradient norm 1.0; stopped. Nothing was saved yet. Lower"
+    ):
+        jobs.train(spdf.resolve(short(text)), tmp_path, progress=False)
 
 
 def test_parameters_that_are_not_finite_are_never_saved(whole, text, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """From a pre-trained run to a fine-tuned one: where it starts, when it stops, what it leaves."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -181,7 +182,7 @@ def test_early_stopping_keeps_the_best_and_survives_a_restart(text, pretrained, 
     def saving(run, checkpoints, plan, state):
         save(run, checkpoints, plan, state)
         calls.append(int(state.step))
-        if calls == [2, 4, 7]:  # the checkpoint at 7 is on its way
+        if calls == [0, 2, 4, 7]:  # the checkpoint at 7 is on its way
             checkpoints.wait()
             raise KeyboardInterrupt
 
@@ -194,6 +195,72 @@ def test_early_stopping_keeps_the_best_and_survives_a_restart(text, pretrained, 
     assert int(saved_run(tmp_path).state.step) == 4
     rows = [row["step"] for row in read_metrics(tmp_path) if "val_loss" in row]
     assert rows == [0, 2, 4, 6, 8]
+
+
+def test_a_phase_stops_early_by_its_own_losses_alone(text, tmp_path, monkeypatch, capsys):
+    """The losses of the text before it are lower, and over something else."""
+    losses = iter([1.1, 1.0, 9.0, 5.0, 4.0, 4.5, 0.1])  # of text at steps 0 and 2; of the task from step 2 on
+    monkeypatch.setattr(train, "evaluate", lambda *_: next(losses))
+    c = restaurant(text)
+    c.phases, c.pretrain, c.pretrain.steps = ("pretrain", "finetune"), base(text, "pretrain").pretrain, 2
+    c.finetune.epochs, c.finetune.patience_evaluations = 6, 1
+    c.pretrain.sparsity.rule = "dense"
+    config = spdf.resolve(c)
+    summary = jobs.train(config, tmp_path, progress=False)
+    epoch = make_plan(config)[1].epoch_steps
+    assert (summary["steps"], summary["best_step"], summary["val_loss"]) == (2 + 3 * epoch, 2 + 2 * epoch, 4.0)
+    assert next(losses) == 0.1, "it stopped at the third evaluation of the task after its first"
+    assert "validation loss 9.000 at first, 4.000 at best" in capsys.readouterr().out
+    best = saved_run(tmp_path)
+    assert (best.plan.name, int(best.state.step)) == ("finetune", 2 + 2 * epoch)
+    rows = [(row["phase"], row["step"], row["val_loss"]) for row in read_metrics(tmp_path) if "val_loss" in row]
+    assert rows[:3] == [("pretrain", 0, 1.1), ("pretrain", 2, 1.0), ("finetune", 2, 9.0)]
+
+
+def test_where_the_first_evaluation_is_the_best_its_state_is_the_result(text, pretrained, tmp_path, monkeypatch):
+    losses = iter([3.0, 4.0, 3.0])
+    monkeypatch.setattr(train, "evaluate", lambda *_: next(losses))
+    c = finetuning(text, pretrained)
+    c.finetune.steps, c.finetune.patience_evaluations, c.loop.eval_every_steps = 40, 2, 1
+    config = spdf.resolve(c)
+    summary = jobs.train(config, tmp_path, progress=False)
+    assert (summary["steps"], summary["best_step"], summary["val_loss"]) == (2, 0, 3.0)
+    result = saved_run(tmp_path, config=config).state
+    assert int(result.step) == 0
+    np.testing.assert_array_equal(leaf(result.params), leaf(saved_run(pretrained).state.params))
+    assert jobs.train(config, tmp_path, progress=False) == summary, "it is finished"
+
+
+def test_a_best_state_that_is_damaged_or_gone_is_made_again_or_said_to_be_lost(text, pretrained, tmp_path, monkeypatch):
+    by_step = {0: 5.0, 2: 4.0, 4: 3.0, 6: 3.5, 8: 3.2}
+    c = finetuning(text, pretrained)
+    c.finetune.steps, c.finetune.patience_evaluations, c.loop.eval_every_steps = 40, 2, 2
+    c.loop.checkpoint_every_steps, c.loop.keep_checkpoints = 3, 2
+    config, evaluate_and_log = spdf.resolve(c), train._evaluate_and_log
+
+    def evaluating(run, plan, steps, state, done):
+        monkeypatch.setattr(train, "evaluate", lambda *_: by_step[done])
+        evaluate_and_log(run, plan, steps, state, done)
+
+    monkeypatch.setattr(train, "_evaluate_and_log", evaluating)
+    summary = jobs.train(config, tmp_path, progress=False)
+    assert summary["best_step"] == 4
+    best = saved_run(tmp_path).state
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir() if p.name.isdecimal()) == ["3", "6"]
+    for harm in (shutil.rmtree, lambda folder: (folder / "state" / "_METADATA").write_text("")):
+        harm(tmp_path / "best" / "4")
+        again = jobs.train(config, tmp_path, progress=False)
+        assert {k: v for k, v in again.items() if "second" not in k} == {
+            k: v for k, v in summary.items() if "second" not in k
+        }
+        jax.tree.map(np.testing.assert_array_equal, saved_run(tmp_path).state.params, best.params)
+    shutil.rmtree(tmp_path / "best" / "4")
+    shutil.rmtree(tmp_path / "checkpoints" / "3")
+    with pytest.raises(
+        spdf.InputError, match=r"best: the best state, at step 4, is damaged or gone, and no checkpoint is"
+    ):
+        jobs.train(config, tmp_path, progress=False)
+    assert (tmp_path / "checkpoints" / "6").is_dir()
 
 
 def test_only_the_last_phase_stops_early_and_epochs_need_a_task(text):

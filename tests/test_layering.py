@@ -8,7 +8,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "spdf_jax"
 FLOORS = [
-    ["errors", "tree", "fields"],
+    ["errors", "tree", "fields", "early_stopping"],
     [
         "sparsity.select",
         "sparsity.patterns",

@@ -1,5 +1,6 @@
 """The command line: jobs, overrides, and every bad input with its message, exit code 2, and nothing touched."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -13,7 +14,12 @@ from tiny import QUICKLY, can_mount, tiny_config, write_text
 
 import spdf_jax as spdf
 from spdf_jax import jobs, main, processes
+from spdf_jax.checkpoint import Checkpoints
+from spdf_jax.data import DataConfig
 from spdf_jax.errors import Restart
+from spdf_jax.plan import make_plan
+from spdf_jax.restore import restore_state
+from spdf_jax.sharding import make_mesh
 
 ROOT = Path(__file__).parent.parent
 MST = "experiments/gpt2_mst.py"
@@ -145,8 +151,20 @@ def test_bad_data_files(content, message, text, tmp_path):
     assert "train.bin" in said
 
 
+def refused_restore(config, workdir: Path) -> str:
+    """What is said of a checkpoint that does not fit, should its ``config.json`` not tell."""
+    run = spdf.resolve(config)
+    with (
+        contextlib.closing(Checkpoints(workdir / "checkpoints")) as checkpoints,
+        pytest.raises(spdf.InputError) as caught,
+    ):
+        restore_state(run, make_plan(run)[0], make_mesh(run.mesh), checkpoints)
+    return str(caught.value)
+
+
 def test_checkpoint_of_another_model_names_the_shapes(text, half_run):
-    message = in_process(fresh(text, d_model=32), half_run)
+    assert "another config (model.d_model was 16, is 32)" in in_process(fresh(text, d_model=32), half_run)
+    message = refused_restore(fresh(text, d_model=32), half_run)
     assert "is of another model" in message
     assert "(2, 16" in message
     assert "(2, 32" in message
@@ -156,12 +174,12 @@ def test_checkpoint_without_masks_where_the_phase_is_sparse(text, tmp_path):
     dense = fresh(text)
     dense.phases, dense.pretrain.steps = ("pretrain",), 10
     del dense.finetune
-    dense.pretrain.sparsity.rule = "dense"
+    dense.pretrain.sparsity.rule, dense.pretrain.sparsity.sparsity = "dense", 0.0
     jobs.train(spdf.resolve(dense), tmp_path, progress=False)
-    (tmp_path / "summary.json").unlink()
     sparse = dense.copy_and_resolve_references()
-    sparse.pretrain.sparsity.rule = "mst"
-    message = in_process(sparse, tmp_path)
+    sparse.pretrain.sparsity.rule, sparse.pretrain.sparsity.sparsity = "mst", 0.8
+    assert "pretrain.sparsity.rule was 'dense', is 'mst'" in in_process(sparse, tmp_path)
+    message = refused_restore(sparse, tmp_path)
     assert "has no masks for" in message
     assert "but the phase is sparse" in message
 
@@ -202,13 +220,13 @@ def test_compiled_programs_are_kept_beside_the_tokens_unless_told_otherwise(tmp_
     there = jax.config.values["jax_compilation_cache_dir"]
     try:
         jax.config.update("jax_compilation_cache_dir", str(tmp_path))
-        main.keep_compiled(tmp_path / "cache")
+        main.keep_compiled(DataConfig(cache_dir=str(tmp_path / "cache")))
         assert jax.config.values["jax_compilation_cache_dir"] == str(tmp_path)
         jax.config.update("jax_compilation_cache_dir", None)
         (tmp_path / "file").touch()
-        main.keep_compiled(tmp_path / "file")
+        main.keep_compiled(DataConfig(cache_dir=str(tmp_path / "file")))
         assert jax.config.values["jax_compilation_cache_dir"] is None
-        main.keep_compiled(tmp_path / "cache")
+        main.keep_compiled(DataConfig(cache_dir=str(tmp_path / "cache")))
         assert jax.config.values["jax_compilation_cache_dir"] == str(tmp_path / "cache" / "compiled")
         assert (tmp_path / "cache" / "compiled").is_dir()
     finally:

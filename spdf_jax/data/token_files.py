@@ -20,7 +20,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from spdf_jax.data.layout import split_words
-from spdf_jax.data.tokenizer import load_tokenizer, vocabulary_size
+from spdf_jax.data.tokenizer import holds_tokenizer, load_tokenizer, vocabulary_size
 from spdf_jax.errors import InputError
 
 _CHUNK_TOKENS = 1 << 24
@@ -98,7 +98,7 @@ def open_token_files(path: str, tokenizer_path: str, token_dtype: str = "") -> T
 
     Args:
         path: The folder.
-        tokenizer_path: The `tokenizer.json` that made the ids; "" takes the one in the folder, if there is one.
+        tokenizer_path: Of the tokenizer that made the ids; "" takes the one in the folder, if there is one.
         token_dtype: One of `TOKEN_DTYPES`, for raw ids; "" is uint16.
 
     Returns:
@@ -122,8 +122,8 @@ def open_token_files(path: str, tokenizer_path: str, token_dtype: str = "") -> T
     vocab_size = 1 + max(
         _largest_id(file, part) for split in files for file, part in zip(files[split], opened[split], strict=True)
     )
-    if not tokenizer_path and (folder / "tokenizer.json").is_file():
-        tokenizer_path = str(folder / "tokenizer.json")
+    if not tokenizer_path and holds_tokenizer(folder):
+        tokenizer_path = str(folder)
     tokenizer = load_tokenizer(tokenizer_path) if tokenizer_path else None
     if tokenizer and vocab_size > vocabulary_size(tokenizer):
         raise InputError(

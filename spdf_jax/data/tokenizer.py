@@ -12,6 +12,7 @@ from spdf_jax.errors import InputError
 
 END_OF_TEXT = "<|endoftext|>"
 SMALLEST_VOCAB = 257  # every byte, and end of text
+_TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 
 # A long document is encoded, and trained on, in pieces: that bounds memory (either takes about 100 bytes a character) and
 # uses every core. After a single newline between two visible characters, before a single space between them, and between
@@ -46,11 +47,17 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int, progress: bool) ->
     return Tokenizer.from_str(bpe.to_str())
 
 
+def holds_tokenizer(folder: Path) -> bool:
+    """Whether a folder has a `tokenizer.json`, or the `vocab.json` and `merges.txt` of GPT-2."""
+    return any(all((folder / name).is_file() for name in names) for names in _TOKENIZER_FILES)
+
+
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Reads a Hugging Face `tokenizer.json`, GPT-2's for instance, from the local disk.
+    """Reads a tokenizer from the local disk.
 
     Args:
-        path: The file. It is parsed as JSON; nothing in it can run.
+        path: A Hugging Face `tokenizer.json`; or a folder with one, or with the `vocab.json` and `merges.txt` of a byte-level
+            BPE, as GPT-2's. They are parsed; nothing in them can run.
 
     Returns:
         The tokenizer, with truncation and padding off.
@@ -58,10 +65,21 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     Raises:
         InputError: No such file, not a tokenizer, or it has no `<|endoftext|>` to separate documents.
     """
-    if not Path(path).is_file():
-        raise InputError(f"tokenizer {str(path)!r}: no such file; give the path of a Hugging Face tokenizer.json")
+    place = Path(path)
+    single = place / "tokenizer.json" if place.is_dir() else place
+    vocab, merges = (place / name for name in _TOKENIZER_FILES[1])
+    if not single.is_file() and not holds_tokenizer(place):
+        raise InputError(
+            f"tokenizer {str(path)!r}: no such file; give the path of a Hugging Face tokenizer.json, or of a folder with one "
+            f"or with vocab.json and merges.txt"
+        )
     try:
-        tokenizer = Tokenizer.from_file(str(path))
+        if single.is_file():
+            tokenizer = Tokenizer.from_file(str(single))
+        else:
+            tokenizer = Tokenizer.from_str(ByteLevelBPETokenizer.from_file(str(vocab), str(merges)).to_str())
+            if tokenizer.token_to_id(END_OF_TEXT) is not None:
+                tokenizer.add_special_tokens([END_OF_TEXT])  # a vocab.json says of no token that it is special
     except Exception as error:  # `tokenizers` raises bare Exception
         message = f"tokenizer {str(path)!r}: not a Hugging Face tokenizer.json ({error}); save it with Tokenizer.save"
         raise InputError(message) from error

@@ -48,7 +48,8 @@ class DataConfig:
             `train/*`). "" for train_files: all others; for validation_files: held out from the training files.
         split_by: What a document is held out by, where files do not say it: `text`, a hash of itself, or `name`, one of
             its file and line (as before this setting).
-        tokenizer: A local Hugging Face `tokenizer.json`; "" trains a byte-level BPE on the training documents.
+        tokenizer: A local Hugging Face `tokenizer.json`, or a folder with one or with `vocab.json` and `merges.txt`; "" takes
+            that of `init_from`, or trains a byte-level BPE on the training documents.
         tokenizer_vocab_size: Ids of the tokenizer to train.
         validation_fraction: Share of the documents held out where the source has no validation split of its own.
         cache_dir: Where encoded tokens and compiled programs are kept; "" is `$XDG_CACHE_HOME/spdf_jax`, or
@@ -89,13 +90,22 @@ def prepare(config: DataConfig, *, progress: bool = True) -> TokenData:
     if config.source == "token_files":
         return open_token_files(config.path, config.tokenizer, config.token_dtype)
     tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else None
-    recipe = hashlib.sha256(tokenizer.to_str().encode()).hexdigest() if tokenizer else config.tokenizer_vocab_size
     corpus = _corpus(config)
     if corpus.remark and progress:
         print(corpus.remark, flush=True)
-    key = hashlib.sha256(json.dumps([_FORMAT_VERSION, corpus.identity, recipe]).encode()).hexdigest()[:32]
-    folder = cache_folder(config) / key
-    return _open(folder, key) or _build(folder, corpus, tokenizer, config, progress)
+
+    def folder(recipe: str | int) -> Path:
+        key = hashlib.sha256(json.dumps([_FORMAT_VERSION, corpus.identity, recipe]).encode()).hexdigest()[:32]
+        return cache_folder(config) / key
+
+    place = trained = folder(config.tokenizer_vocab_size)
+    if tokenizer is not None:
+        # A run's own tokenizer is most often the one that was trained on these documents: they are encoded already.
+        data = _open(trained, trained.name)
+        if data and data.tokenizer and data.tokenizer.to_str() == tokenizer.to_str():
+            return data
+        place = folder(hashlib.sha256(tokenizer.to_str().encode()).hexdigest())
+    return _open(place, place.name) or _build(place, corpus, tokenizer, config, progress)
 
 
 def _check(config: DataConfig) -> None:
@@ -123,10 +133,17 @@ def _corpus(config: DataConfig) -> Corpus:
 
 
 def cache_folder(config: DataConfig) -> Path:
-    """Where a machine keeps what it need not make again, see `DataConfig.cache_dir`."""
+    """Where a machine keeps what it need not make again, see `DataConfig.cache_dir`.
+
+    Raises:
+        InputError: It is to be in a home folder, and there is none.
+    """
     if config.cache_dir:
         return Path(config.cache_dir)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "spdf_jax"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "spdf_jax"
+    except RuntimeError:  # no HOME, and a user that the machine does not know
+        raise InputError("data.cache_dir: this user has no home folder; set config.data.cache_dir, or HOME") from None
 
 
 def _open(folder: Path, key: str) -> TokenData | None:

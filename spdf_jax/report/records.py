@@ -1,6 +1,8 @@
 """What a run or a sweep recorded, read from its folder."""
 
 import json
+import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -247,9 +249,10 @@ def _read_arrays(workdir: Path) -> dict[int, dict[str, np.ndarray]]:
     arrays = {}
     for path in sorted((workdir / PICTURES_FOLDER).glob("step_*.npz")):
         try:
-            with np.load(path, allow_pickle=False) as file:
+            # Opened here: of a file that is cut, np.load would leave it open.
+            with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
                 arrays[int(path.stem.removeprefix("step_"))] = {name: file[name] for name in file.files}
-        except (ValueError, OSError, EOFError) as error:
+        except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise InputError(f"{path}: not a mask picture ({error}); delete it and write the report again") from error
     return arrays
 
