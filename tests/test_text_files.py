@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import ipc, parquet
 
+from spdf_jax.config import default_config, load_config
 from spdf_jax.data import DataConfig, prepare
 from spdf_jax.data.corpus import text_corpus
 from spdf_jax.errors import InputError
@@ -314,3 +315,39 @@ def test_a_null_is_no_text_and_rows_can_be_split_by_their_place_as_once(tmp_path
     named = read(tmp_path, split_by="name")
     assert sorted(named["train"] + named["validation"]) == list("abcdefghijkl")
     assert named != found
+
+
+def damaged(data, content: bytes) -> bytes:
+    """The content cut, emptied, with zeros in it, changed by a bit, or with bytes of anything."""
+    at = data.draw(st.integers(0, len(content) - 1))
+    size = data.draw(st.sampled_from([1, 8, len(content)]))
+    middle = data.draw(
+        st.sampled_from(
+            [b"", bytes(size), bytes([content[at] ^ 1 << data.draw(st.integers(0, 7))]), b"[{" * size, b"\xff\xfe"]
+        )
+    )
+    return content[:at] + middle + data.draw(st.sampled_from([b"", content[at + len(middle) :]]))
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(data=st.data(), suffix=st.sampled_from(sorted(ROWS)))
+def test_a_damaged_file_gives_texts_or_one_line_and_stays_as_it_is(data, suffix, tmp_path_factory):
+    file = tmp_path_factory.mktemp("damaged") / f"a{suffix}"
+    content = damaged(data, ROWS[suffix]([f"document {n}" for n in range(12)]))
+    file.write_bytes(content)
+    line = f"{file}: no refusal"
+    try:
+        assert all(isinstance(text, str) for texts in read(file.parent).values() for text in texts)
+    except InputError as error:
+        line = str(error)
+    assert str(file.parent) in line
+    assert "\n" not in line
+    assert file.read_bytes() == content
+
+
+def test_a_config_from_before_there_was_a_choice_splits_by_name(tmp_path):
+    config = default_config("e", "v", variants=("v",)).to_dict()
+    for name in ("split_by", "train_files", "validation_files", "token_dtype"):
+        del config["data"][name]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert load_config(tmp_path / "config.json").data == DataConfig(split_by="name")

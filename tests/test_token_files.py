@@ -168,3 +168,33 @@ def test_a_type_that_no_file_has_and_a_source_without_types(tmp_path):
         DataConfig(token_dtype="float32")
     with pytest.raises(InputError, match=r"token_dtype='uint32': is for data.source='token_files'"):
         prepare(DataConfig(source="text", path=str(tmp_path), token_dtype="uint32"))
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(
+    kind=st.sampled_from(["raw", "shard", "array"]),
+    at=st.integers(0, 2**20),
+    middle=st.binary(max_size=8) | st.integers(1, 400).map(bytes),
+    cut=st.booleans(),
+)
+def test_a_damaged_file_gives_ids_or_one_line_and_stays_as_it_is(kind, at, middle, cut, tmp_path_factory):
+    folder, ids = tmp_path_factory.mktemp("damaged"), IDS["train"][:500].astype("<u2")
+    file = folder / ("train.npy" if kind == "array" else "train.bin")
+    if kind == "array":
+        np.save(file, ids)
+    else:
+        file.write_bytes(ids.tobytes() if kind == "raw" else shard(ids))
+    content = file.read_bytes()
+    at %= len(content)
+    content = content[:at] + middle + (b"" if cut else content[at + len(middle) :])
+    file.write_bytes(content)
+    (folder / "val.bin").write_bytes(shard(range(9)))
+    line = f"{file}: no refusal"
+    try:
+        data = read(folder)
+        assert 0 <= data.train[:].min() <= data.train[:].max() < data.vocab_size
+    except InputError as error:
+        line = str(error)
+    assert str(file) in line
+    assert "\n" not in line
+    assert file.read_bytes() == content

@@ -70,7 +70,7 @@ def embedded_corpus(validation_fraction: float) -> Corpus:
     """
     root = Path(sysconfig.get_path("stdlib"))
 
-    def documents() -> Iterator[Document]:
+    def documents(_: Split | None) -> Iterator[Document]:
         for file in walk(root, skip=_NOT_LIBRARY):
             if file.suffix == ".py":
                 name = file.relative_to(root).as_posix()
@@ -120,8 +120,10 @@ def text_corpus(
     undecided = [source for source in sources if source.split is None]
     in_two = undecided[0] if len(undecided) == 1 and undecided[0].file.kind == "text" else None
 
-    def documents() -> Iterator[Document]:
+    def documents(split: Split | None) -> Iterator[Document]:
         for source in sources:
+            if split and source.split not in (split, None):
+                continue
             for which, text in file_documents(source.file, text_key):
                 name = source.name + which
                 if source is in_two:
@@ -224,14 +226,17 @@ def _values(obj: Any, key: str) -> Iterator[Any]:
         yield from _values(part, key)
 
 
-def _scanned(where: str, documents: Callable[[], Iterator[Document]]) -> Corpus:
-    """The corpus of `documents`, identified by all that is in them; blank ones are left out."""
+def _scanned(where: str, documents: Callable[[Split | None], Iterator[Document]]) -> Corpus:
+    """The corpus of `documents`, identified by all that is in them; blank ones are left out.
 
-    def written() -> Iterator[Document]:
-        return (document for document in documents() if document.text.strip())
+    `documents` of a split may yield others, those of None are all.
+    """
+
+    def written(split: Split | None) -> Iterator[Document]:
+        return (document for document in documents(split) if document.text.strip())
 
     digest, total_bytes = hashlib.sha256(), 0
-    for name, text, split in written():
+    for name, text, split in written(None):
         text_bytes = text.encode()
         total_bytes += len(text_bytes)
         digest.update(f"{split}\0{name}\0{len(text_bytes)}\0".encode("utf-8", "surrogateescape") + text_bytes)
@@ -239,7 +244,7 @@ def _scanned(where: str, documents: Callable[[], Iterator[Document]]) -> Corpus:
         raise InputError(f"{where}: no text found; point data.path at text files with data.source='text'")
 
     def read(split: Split) -> Iterator[str]:
-        return (document.text for document in written() if document.split == split)
+        return (document.text for document in written(split) if document.split == split)
 
     return Corpus(where, digest.hexdigest(), total_bytes, read)
 

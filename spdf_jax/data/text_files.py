@@ -150,7 +150,7 @@ def _faults(where: str) -> Iterator[None]:
     except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
         raise InputError(f"{where}: cut or damaged ({error}); fetch it again or move it away") from error
     except OSError as error:
-        reason = error.strerror or error
+        reason = error.strerror or str(error).partition("\n")[0]
         raise InputError(f"{where}: cannot be read ({reason}); mend it, fix its permissions or move it away") from error
 
 
@@ -262,7 +262,7 @@ def _table_documents(file: TextFile, text_key: str) -> Iterator[tuple[str, str]]
 
     try:
         if file.kind == "parquet":
-            table = parquet.ParquetFile(file.path, pre_buffer=False)
+            table = parquet.ParquetFile(file.path, pre_buffer=False, page_checksum_verification=True)
             _check_column(file.path, table.schema_arrow, text_key)
             batches = table.iter_batches(_ROWS, columns=[text_key])
         else:
@@ -274,6 +274,7 @@ def _table_documents(file: TextFile, text_key: str) -> Iterator[tuple[str, str]]
             batches = iter(table) if in_order else map(table.get_batch, range(table.num_record_batches))
         row = 0
         for batch in batches:
+            batch.validate(full=True)  # what is read is trusted from here on
             for start in range(0, batch.num_rows, _ROWS):
                 for text in batch.column(text_key).slice(start, _ROWS).to_pylist():
                     row += 1

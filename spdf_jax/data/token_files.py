@@ -244,8 +244,9 @@ def _megatron_dtype(file: Path) -> str:
 def _open_npy(file: Path, token_dtype: str) -> np.ndarray:
     try:
         tokens = np.load(file, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise InputError(f"{file}: not a whole NumPy array ({error}); write it again") from error
+    except Exception as error:  # its header goes through Python's tokenizer and parser, which raise errors of their own
+        reason = str(error).partition("\n")[0]
+        raise InputError(f"{file}: not a whole NumPy array ({reason}); write it again") from error
     if not isinstance(tokens, np.ndarray) or tokens.ndim != 1 or tokens.dtype.kind not in "iu":
         raise InputError(f"{file}: not one row of integers; save the ids as a one-dimensional array of integers")
     if token_dtype not in ("", tokens.dtype.name):
