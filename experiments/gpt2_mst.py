@@ -51,6 +51,7 @@ def get_config(variant="mini"):
         c.model.vocab_size = 50304
         c.model.use_bias = False
         c.data.source, c.data.path = "token_files", "data/openwebtext"
+        c.data.separate_documents = False  # one stream, as in the papers
         c.pretrain.steps = 600_000
         c.pretrain.batch_size, c.pretrain.grad_accumulation_steps = (
             480,

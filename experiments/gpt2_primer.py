@@ -28,6 +28,7 @@ def get_config(variant="mini"):
         c.model.vocab_size = 50304
         c.model.use_bias = False
         c.data.source, c.data.path = "token_files", "data/openwebtext"
+        c.data.separate_documents = False  # one stream, as in the papers
         c.pretrain.steps = 600_000
         c.pretrain.batch_size = 480
         c.pretrain.optimizer.warmup_steps = 2000

@@ -41,6 +41,7 @@ def get_config(variant="mini"):
         return c
     c.model = spdf.model_section(spdf.GPT_SIZES["125m"])
     c.data.source, c.data.path = "token_files", "data/pile"
+    c.data.separate_documents = False  # one stream, as in the papers
     c.pretrain.steps = 4768
     c.pretrain.batch_size = 256
     c.pretrain.optimizer.warmup_steps = 715  # 375M tokens

@@ -18,6 +18,7 @@ def get_config(variant="75"):
     c = spdf.default_config("gpt3_xl_spdf", variant or "75", variants=tuple(SPARSITY))
     c.model = spdf.model_section(spdf.GPT_SIZES["1.3b"])
     c.data.source, c.data.path = "token_files", "data/pile"
+    c.data.separate_documents = False  # one stream, as in the papers
     c.model.remat = "mlp"
     c.mesh.data, c.mesh.fsdp = -1, 16  # one axis of the torus of a v5e:16x16 gathers weights, the other adds gradients
     c.pretrain.steps = 24_796

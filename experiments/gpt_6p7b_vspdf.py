@@ -17,6 +17,7 @@ def get_config(variant="90"):
     c = spdf.default_config("gpt_6p7b_vspdf", variant or "90", variants=("90", "90_pod"), phases=("sparse", "dense"))
     c.model = spdf.model_section(spdf.GPT_SIZES["6.7b"])
     c.data.source, c.data.path = "token_files", "data/pile"
+    c.data.separate_documents = False  # one stream, as in the papers
     c.sparse.steps, c.sparse.optimizer.warmup_steps = 62_523, 177
     c.dense.steps, c.dense.optimizer.warmup_steps = 9_379, 938
     batch_size, accumulate = 1040, 13

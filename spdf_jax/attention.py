@@ -72,7 +72,7 @@ def attention(
     check_pattern(pattern, q_BTHD.shape[1], width)
     backend = choose_backend(backend, pattern, q_BTHD, segments_BT is not None)
     if backend == "cudnn":
-        return cudnn_attention(q_BTHD, k_BTHD, v_BTHD, pattern=pattern, width=width)
+        return cudnn_attention(q_BTHD, k_BTHD, v_BTHD, segments_BT, pattern=pattern, width=width)
     if backend == "splash":
         return splash_attention(q_BTHD, k_BTHD, v_BTHD, segments_BT, pattern=pattern, width=width)
     return _attention(q_BTHD, k_BTHD, v_BTHD, segments_BT, pattern, width)

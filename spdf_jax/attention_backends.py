@@ -4,7 +4,8 @@
 backend        target     computes
 =============  =========  ==================================================================================
 ``xla``        any        every pattern, by the tiles of `spdf_jax.attention`
-``cudnn``      GPU        ``causal`` and ``local`` in half precision, head sizes up to 128 in steps of 8, no segments
+``cudnn``      GPU        ``causal`` and ``local`` in half precision, head sizes up to 128 in steps of 8; of packed documents
+                          ``causal`` in even lengths, which takes a [B, T, T] array
 ``splash``     TPU        every pattern in float32 and bfloat16, lengths that are multiples of 128
 =============  =========  ==================================================================================
 
@@ -71,7 +72,8 @@ def attention_backend(
     """
     name = jnp.dtype(dtype).name
     half = name in ("bfloat16", "float16")
-    if platform == "gpu" and half and head_size in range(8, 129, 8) and pattern in ("causal", "local") and not segments:
+    by_cudnn = pattern == "causal" and length % 2 == 0 if segments else pattern in ("causal", "local")
+    if platform == "gpu" and half and head_size in range(8, 129, 8) and by_cudnn:
         return "cudnn"
     if platform == "tpu" and name in ("bfloat16", "float32") and length % _LANES == 0:
         return "splash"
@@ -119,13 +121,22 @@ head size 64: use 'auto'
     return backend
 
 
-def cudnn_attention(q_BTHD: jax.Array, k_BTHD: jax.Array, v_BTHD: jax.Array, *, pattern: str, width: int) -> jax.Array:
+def cudnn_attention(
+    q_BTHD: jax.Array,
+    k_BTHD: jax.Array,
+    v_BTHD: jax.Array,
+    segments_BT: jax.Array | None = None,
+    *,
+    pattern: str,
+    width: int,
+) -> jax.Array:
     """``causal`` or ``local`` attention by cuDNN.
 
     Args:
       q_BTHD: queries.
       k_BTHD: keys, same shape and dtype.
       v_BTHD: values, same shape and dtype.
+      segments_BT: document ids; positions attend within equal ids only. For ``causal``.
       pattern: ``causal`` or ``local``.
       width: positions that ``local`` sees, its own included.
 
@@ -133,9 +144,19 @@ def cudnn_attention(q_BTHD: jax.Array, k_BTHD: jax.Array, v_BTHD: jax.Array, *, 
       out_BTHD.
     """
     window = (width - 1, 0) if pattern == "local" else None
-    return jax.nn.dot_product_attention(
-        q_BTHD, k_BTHD, v_BTHD, is_causal=True, local_window_size=window, implementation="cudnn"
+    attend = functools.partial(
+        jax.nn.dot_product_attention, is_causal=True, local_window_size=window, implementation="cudnn"
     )
+    if segments_BT is None:
+        return attend(q_BTHD, k_BTHD, v_BTHD)
+
+    def within(q_BTHD: jax.Array, k_BTHD: jax.Array, v_BTHD: jax.Array, segments_BT: jax.Array) -> jax.Array:
+        return attend(q_BTHD, k_BTHD, v_BTHD, mask=(segments_BT[:, :, None] == segments_BT[:, None])[:, None])
+
+    # By itself, the compiler would not split the mask, which all heads share, as it does the queries.
+    batch_axes, head_axis = split_over_mesh(jax.sharding.get_abstract_mesh(), *q_BTHD.shape[::2])
+    spec = PartitionSpec(batch_axes or None, None, head_axis)
+    return _split(within, spec, segments=True)(q_BTHD, k_BTHD, v_BTHD, segments_BT)
 
 
 def splash_attention(
@@ -172,15 +193,19 @@ def splash_attention(
     heads_here = heads // (mesh.shape[head_axis] if head_axis else 1)
     kernel = _splash_kernel(pattern, length, width, heads_here, target_platform() != "tpu")
     args = [x_BTHD.swapaxes(1, 2) for x_BTHD in (q_BTHD * head_size**-0.5, k_BTHD, v_BTHD)]
-    specs = [PartitionSpec(batch_axes or None, head_axis)] * 3
-    if segments_BT is not None:
-        args.append(segments_BT)
-        specs.append(PartitionSpec(batch_axes or None))
-    attend = jax.vmap(kernel)
-    if batch_axes or head_axis:
-        # The compiler cannot split a Pallas kernel by itself.
-        attend = jax.shard_map(attend, mesh=mesh, in_specs=tuple(specs), out_specs=specs[0], check_vma=False)
-    return attend(*args).swapaxes(1, 2)
+    args += [] if segments_BT is None else [segments_BT]
+    # By itself, the compiler cannot split a Pallas kernel.
+    spec = PartitionSpec(batch_axes or None, head_axis)
+    return _split(jax.vmap(kernel), spec, segments=segments_BT is not None)(*args).swapaxes(1, 2)
+
+
+def _split(attend: Callable[..., jax.Array], spec: PartitionSpec, *, segments: bool) -> Callable[..., jax.Array]:
+    """A function of q, k, v and maybe segments, each device's share of the mesh computed by itself; q, k, v lie by `spec`."""
+    if not any(spec):
+        return attend
+    specs = (spec,) * 3 + (PartitionSpec(spec[0]),) * segments
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.shard_map(attend, mesh=mesh, in_specs=specs, out_specs=spec, check_vma=False)
 
 
 def split_over_mesh(mesh: Any, batch: int, heads: int) -> tuple[tuple[str, ...], str | None]:

@@ -158,6 +158,10 @@ class RunConfig:
         """Tokens a sequence in `phase`."""
         return phase.seq_len or self.model.context
 
+    def separates_documents(self, phase: PhaseConfig) -> bool:
+        """Whether documents share a sequence in `phase` and nothing passes between them; a task's pairs share none."""
+        return self.data.separate_documents and not phase.task.name
+
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready, in the layout of the experiment files: phase names under ``phases``, each phase by its name."""
         flat = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "phases"}
@@ -423,7 +427,12 @@ def load_config(path: Path) -> RunConfig:
 
 #: What a run did before a field was there, by the field's place (``phase`` stands for every phase), where that is not the
 #: field's default. Absent fields not listed here are at their defaults. Runs of every release stay usable.
-BEFORE: dict[str, Any] = {"data.split_by": "name", "evaluation": {}, "decode.no_repeat_counts_prompt": True}
+BEFORE: dict[str, Any] = {
+    "data.split_by": "name",
+    "data.separate_documents": False,
+    "evaluation": {},
+    "decode.no_repeat_counts_prompt": True,
+}
 
 
 def _as_of_today(values: Mapping[str, Any]) -> dict[str, Any]:

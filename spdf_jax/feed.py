@@ -11,6 +11,8 @@ from spdf_jax.config import RunConfig
 from spdf_jax.data import (
     Batch,
     TokenData,
+    document_end,
+    document_ids,
     encode_task,
     load_task,
     task_batches,
@@ -56,9 +58,10 @@ def make_feed(
     validation = {"seq_len": plan.seq_len, "batch_size": config.loop.eval_batch_size} | share
     if not plan.config.task.name:
         assert tokens is not None, "jobs load what a phase needs"
+        end = document_end(config.data, tokens)
         return Feed(
-            lambda start: train_batches(tokens.train, start_batch=start, **train),
-            partial(validation_batches, tokens.validation, **validation),
+            lambda start: _packed(end, train_batches(tokens.train, start_batch=start, **train)),
+            lambda: _packed(end, validation_batches(tokens.validation, **validation)),
             None,
             tokens.fingerprint,
         )
@@ -73,3 +76,7 @@ def make_feed(
         partial(task_validation_batches, pairs.test, **validation),
         digest.hexdigest(),
     )
+
+
+def _packed(end: int | None, batches: Iterator[Batch]) -> Iterator[Batch]:
+    return (batch._replace(segments_BT=document_ids(batch.tokens_BT, end)) for batch in batches)

@@ -2,9 +2,9 @@
 
 Source: SPDF (arXiv 2303.10464) and its appendix: forward + backward of a sequence of S tokens is
 ``3 S (2 nnz_linear + 4 S d L a + 2 nnz_head)`` with ``nnz_linear = 12 L d^2 (1 - s)`` for an MLP of 4 d. Attention is counted
-full (S^2), times the share ``a`` of the causal triangle that a sparse pattern attends to; the input look-up is free. A tap of
-Primer's convolutions multiplies once a token, as a weight does. Counts are exact integers, so that a resumed run continues its
-totals to the last FLOP.
+full (S^2), times the share ``a`` of the causal triangle that a sparse pattern attends to. Documents kept apart count as one
+stream does: scores between two of them are computed and left out. The input look-up is free. A tap of Primer's convolutions
+multiplies once a token, as a weight does. Counts are exact integers: a resumed run continues its totals to the last FLOP.
 """
 
 from collections.abc import Mapping

@@ -106,6 +106,7 @@ class GPT(nn.Module):
 
     Attributes:
       config: `spdf_jax.GPTConfig`.
+      pattern, width: attention where a call does not say, as `spdf_jax.attention.attention` takes them.
 
     ``model.apply({"params": params}, tokens_BT)`` returns logits_BTV in the compute dtype; a sequence longer than the context
     raises InputError. Source: GPT-2 (Radford et al. 2019), GPT-3 (Brown et al. 2020), Primer (So et al. 2021).
@@ -118,6 +119,8 @@ class GPT(nn.Module):
     """
 
     config: GPTConfig
+    pattern: str = "causal"
+    width: int = 128
 
     @nn.compact
     def __call__(
@@ -126,11 +129,11 @@ class GPT(nn.Module):
         *,
         positions_BT: jax.Array | None = None,
         segments_BT: jax.Array | None = None,
-        pattern: str = "causal",
-        width: int = 128,
+        pattern: str | None = None,
+        width: int | None = None,
         deterministic: bool = True,
     ) -> jax.Array:
-        c = self.config
+        c, pattern, width = self.config, pattern or self.pattern, width or self.width
         if tokens_BT.shape[1] > c.context:
             raise InputError(f"sequence length {tokens_BT.shape[1]} exceeds model.context {c.context}")
         if positions_BT is not None and ("cache" not in self.variables or segments_BT is not None):

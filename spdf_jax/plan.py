@@ -59,6 +59,13 @@ class PhasePlan:
         since, every = (step - self.start, self.epoch_steps) if self.epoch_steps else (step, self.eval_every_steps)
         return step == self.end or since % every == 0
 
+    def attention_after(self, step: int) -> tuple[str, int]:
+        """Attention pattern and width of the model that the run's first `step` steps made: those of the last of them.
+
+        Whatever uses a state, be it evaluation, decoding or export, takes these.
+        """
+        return self.programme.attention(max(0, step - self.start - 1))
+
     @cached_property
     def picture_steps(self) -> set[int]:
         """Phase steps before which masks are pictured: the first, the first of the sparsest, the end."""
@@ -208,7 +215,7 @@ def describe(config: RunConfig, device_count: int = 1) -> str:
         f"active at the sparsest  {fewest_active(config, plans):,}",
     ]
     for plan in plans:
-        lines += _describe_phase(plan, config.model)
+        lines += _describe_phase(plan, config.model, config.separates_documents(plan.config))
     lines += [
         f"tokens                  {total.tokens:,}",
         f"train FLOPs             {total.train_flops:.4g}",
@@ -236,14 +243,18 @@ def state_bytes(config: RunConfig, plan: PhasePlan) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.replace(step=None, key=None)))
 
 
-def _describe_phase(plan: PhasePlan, model: GPTConfig) -> list[str]:
+def _describe_phase(plan: PhasePlan, model: GPTConfig, segments: bool) -> list[str]:
     sparsity, steps, c = plan.programme.sparsity, plan.config.steps, plan.config.sparsity
     most = max(map(sparsity, plan.programme.alike(steps)))
     levels = f"{sparsity(0):.3f} at first, {most:.3f} at most, {sparsity(steps - 1):.3f} at last"
     window = c.attention_end > c.attention_start
     patterns = dict.fromkeys(("causal", c.attention_pattern) if window else ("causal",))
     backend = partial(
-        attention_backend, dtype=model.dtype, head_size=model.d_model // model.n_head, length=plan.seq_len
+        attention_backend,
+        dtype=model.dtype,
+        head_size=model.d_model // model.n_head,
+        length=plan.seq_len,
+        segments=segments,
     )
     backends = (f"{pattern} by {backend(pattern, platform=target_platform())}" for pattern in patterns)
     tokens = f"{plan.config.batch_size} x {plan.seq_len} = {plan.config.batch_size * plan.seq_len:,} tokens"
@@ -253,5 +264,6 @@ def _describe_phase(plan: PhasePlan, model: GPTConfig) -> list[str]:
         + ("none" if c.dense else f"{levels}; rule {c.rule}, head {'sparse' if c.sparsify_head else 'dense'}")
         + (f", in live blocks of {c.pattern.removeprefix('block')} alone" if c.blocks else ""),
         f"  attention             {', '.join(backends)}"
-        f"{f' on [{c.attention_start:g}, {c.attention_end:g}) of the phase' if window else ''}",
+        f"{f' on [{c.attention_start:g}, {c.attention_end:g}) of the phase' if window else ''}"
+        f"{', within documents' if segments else ''}",
     ]

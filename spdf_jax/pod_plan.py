@@ -164,9 +164,9 @@ def lower_steps(config: RunConfig, plan: PhasePlan, mesh: Mesh) -> list[tuple[st
     state, whole = phase_state(config, plan, mesh), replicated(mesh)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     shape_ABT = (phase.grad_accumulation_steps, phase.batch_size // phase.grad_accumulation_steps, plan.seq_len)
-    dtypes = (jnp.int32, jnp.int32, jnp.float32)
-    sharding = batch_sharding(mesh, 3)
-    batch_ABT: Any = Batch(*(jax.ShapeDtypeStruct(shape_ABT, dtype, sharding=sharding) for dtype in dtypes))  # type: ignore[arg-type]
+    array_ABT = partial(jax.ShapeDtypeStruct, shape_ABT, sharding=batch_sharding(mesh, 3))
+    segments_ABT = array_ABT(jnp.int32) if config.separates_documents(phase) else None
+    batch_ABT: Any = Batch(array_ABT(jnp.int32), array_ABT(jnp.int32), array_ABT(jnp.float32), segments_ABT)  # type: ignore[arg-type]
     groups = plan.programme.groups
     target_nnz = {name: jax.ShapeDtypeStruct((g.count,), jnp.int32, sharding=whole) for name, g in groups.items()}
     targets = (target_nnz, jax.ShapeDtypeStruct((), jnp.float32, sharding=whole))

@@ -43,6 +43,11 @@ class SavedRun(NamedTuple):
     plan: PhasePlan
     state: TrainState
 
+    @property
+    def model(self) -> GPT:
+        """It attends as in the last step that made the state, whatever it is used for."""
+        return GPT(self.config.model, *self.plan.attention_after(int(self.state.step)))
+
 
 def check_same_run(config: RunConfig, workdir: Path) -> list[str]:
     """Refuses the folder of a run of another config; a folder without a run is anyone's.

@@ -150,15 +150,9 @@ def loss_and_grads(
     key = jax.random.fold_in(state.key, state.step)
 
     def loss_sum(params: Any, batch_BT: Batch, i: jax.Array) -> jax.Array:
-        logits_BTV = model.apply(
-            {"params": params, "topology": state.topology},
-            batch_BT.tokens_BT,
-            pattern=pattern,
-            width=width,
-            deterministic=False,
-            rngs={"dropout": jax.random.fold_in(key, i)},
-        )
-        return cross_entropy(logits_BTV, batch_BT.targets_BT, batch_BT.weights_BT)
+        variables = {"params": params, "topology": state.topology}
+        how: Any = {"pattern": pattern, "width": width, "rngs": {"dropout": jax.random.fold_in(key, i)}}
+        return _loss_sum(model, variables, batch_BT, deterministic=False, **how)
 
     accumulate = batch_ABT.tokens_BT.shape[0]
     value_and_grad = jax.value_and_grad(loss_sum)
@@ -179,5 +173,9 @@ def eval_step(
     model: nn.Module, variables: Any, batch_BT: Batch, *, pattern: str, width: int
 ) -> tuple[jax.Array, jax.Array]:
     """Summed loss and summed weights of one batch."""
-    logits_BTV = model.apply(variables, batch_BT.tokens_BT, pattern=pattern, width=width)
-    return cross_entropy(logits_BTV, batch_BT.targets_BT, batch_BT.weights_BT), jnp.sum(batch_BT.weights_BT)
+    return _loss_sum(model, variables, batch_BT, pattern=pattern, width=width), jnp.sum(batch_BT.weights_BT)
+
+
+def _loss_sum(model: nn.Module, variables: Any, batch_BT: Batch, **options: Any) -> jax.Array:
+    logits_BTV = model.apply(variables, batch_BT.tokens_BT, segments_BT=batch_BT.segments_BT, **options)
+    return cross_entropy(logits_BTV, batch_BT.targets_BT, batch_BT.weights_BT)

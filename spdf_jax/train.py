@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -107,10 +108,9 @@ def one_step(steps: Steps, plan: PhasePlan, local: int, state: TrainState, batch
 def device_batches(feed: Feed, mesh: Mesh, plan: PhasePlan, start_batch: int) -> Iterator[Batch]:
     """Endless ``[A, B, T]`` batches on the mesh; each process loads its rows only."""
     accumulate = plan.config.grad_accumulation_steps
-    sharding = batch_sharding(mesh, rank=3)
+    load = partial(jax.make_array_from_process_local_data, batch_sharding(mesh, rank=3))
     for batch in feed.train(start_batch):
-        micro = (x.reshape(accumulate, -1, x.shape[-1]) for x in batch)
-        yield Batch(*(jax.make_array_from_process_local_data(sharding, x) for x in micro))
+        yield jax.tree.map(lambda x: load(x.reshape(accumulate, -1, x.shape[-1])), batch)
 
 
 def _starts_anew(run: Run, plan: PhasePlan) -> bool:
@@ -157,14 +157,13 @@ def _cost_columns(total: StepCost) -> dict[str, int]:
 
 def _evaluate_and_log(run: Run, plan: PhasePlan, steps: Steps, state: TrainState, done: int) -> None:
     started = time.perf_counter()
-    pattern, width = plan.programme.attention(max(0, done - plan.start - 1))
 
     def validation() -> Iterator[Batch]:
         for batch in run.feeds[plan.index].validation():
             processes.beat(done, run.config.loop.watchdog_seconds)
             yield batch
 
-    loss = evaluate(validation(), run.mesh, steps, state.variables, pattern, width)
+    loss = evaluate(validation(), run.mesh, steps, state.variables, *plan.attention_after(done))
     run.evaluations[plan.name, done] = loss
     row = {"step": done, "phase": plan.name, "val_loss": loss, "sparsity": plan.programme.sparsity(done - plan.start)}
     run.tracker.log(row | _cost_columns(run.total))
@@ -177,11 +176,8 @@ def _evaluate_and_log(run: Run, plan: PhasePlan, steps: Steps, state: TrainState
 
 def evaluate(batches: Iterator[Batch], mesh: Mesh, steps: Steps, variables: Any, pattern: str, width: int) -> float:
     """Mean loss in nats a target over all batches of a validation or test set."""
-    sharding = batch_sharding(mesh, rank=2)
-    sums = []
-    for batch in batches:
-        batch_BT = Batch(*(jax.make_array_from_process_local_data(sharding, x) for x in batch))
-        sums.append(steps.evaluate(variables, batch_BT, pattern=pattern, width=width))
+    load = partial(jax.make_array_from_process_local_data, batch_sharding(mesh, rank=2))
+    sums = [steps.evaluate(variables, jax.tree.map(load, batch), pattern=pattern, width=width) for batch in batches]
     # Batch sums are float32; adding them up in Python keeps the total exact enough for any set.
     losses, weights = zip(*jax.device_get(sums), strict=True)
     return sum(map(float, losses)) / sum(map(float, weights))

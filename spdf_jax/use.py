@@ -63,7 +63,7 @@ def evaluate_checkpoint(config: RunConfig, workdir: Path, output: Path | None = 
     _, plan, state = saved
     tokens, tokenizer = load_data(config, workdir, [plan], progress=True)
     steps = make_steps(GPT(config.model), plan.tx, plan.learning_rate, plan.programme.config.topology_rule)
-    attention = plan.programme.attention(max(0, int(state.step) - plan.start - 1))
+    attention = plan.attention_after(int(state.step))
     feed = make_feed(config, plan, tokens, tokenizer, mesh)
     same_data = feed.fingerprint == record["data_fingerprint"]
     if not same_data and config.data.source != "token_files" and not (workdir / "tokenizer.json").is_file():
@@ -119,7 +119,7 @@ def _run_suites(saved: SavedRun, mesh: Mesh, tokenizer: Tokenizer | None) -> dic
         raise InputError(
             "config.data.tokenizer: token files came without one; name the one that config.evaluation needs"
         )
-    scored = GPT(saved.config.model), saved.state.params, tokenizer
+    scored = saved.model, saved.state.params, tokenizer
     how: dict[str, Any] = {"batch_size": saved.config.loop.eval_batch_size, "mesh": mesh}
     found: dict[str, Any] = {}
     questions = read_questions(config.exam_questions or SHIPPED_QUESTIONS) if config.exams else ()
@@ -164,10 +164,10 @@ def _score_task(saved: SavedRun, mesh: Mesh, tokenizer: Tokenizer, folder: Path)
 
 
 def _decode(saved: SavedRun, mesh: Mesh, tokenizer: Tokenizer, examples: Sequence[Example]) -> list[str]:
-    model, decode = saved.config.model, saved.config.decode
-    prompts = encode_prompts(examples, tokenizer, max_tokens=model.context - decode.max_new_tokens)
+    model, decode = saved.model, saved.config.decode
+    prompts = encode_prompts(examples, tokenizer, max_tokens=model.config.context - decode.max_new_tokens)
     end = [end_of_text_id(tokenizer)]
-    found = generate(GPT(model), saved.state.params, prompts, decode, end_tokens=end, mesh=mesh)
+    found = generate(model, saved.state.params, prompts, decode, end_tokens=end, mesh=mesh)
     return decode_texts([generation.tokens for generation in found], tokenizer)
 
 
@@ -188,7 +188,10 @@ def generate_text(config: RunConfig, workdir: Path, prompt: str) -> str:
         return text
     end = end_of_text_id(tokenizer)
     ids = tokenizer.encode(prompt, add_special_tokens=False).ids or [end]
-    (found,) = generate(GPT(config.model), saved.state.params, [ids], config.decode, end_tokens=[end], mesh=mesh)
+    if config.separates_documents(saved.plan.config):
+        # The last document: in training, those before it say nothing to it.
+        ids = ids[max((i for i, token in enumerate(ids) if token == end), default=0) :]
+    (found,) = generate(saved.model, saved.state.params, [ids], config.decode, end_tokens=[end], mesh=mesh)
     text = tokenizer.decode(found.tokens, skip_special_tokens=True)
     print(f"{prompt}{text}")
     return text
@@ -213,8 +216,13 @@ def export(config: RunConfig, workdir: Path, output: Path | None = None) -> Path
     if folder.exists():
         raise InputError(f"{folder}: is there already; move or delete it, or choose another by --output")
     _check_writable(folder.parent)
-    _, _, state = saved_run(workdir, make_mesh(config.mesh), config)
+    saved = saved_run(workdir, make_mesh(config.mesh), config)
+    if saved.model.pattern != "causal":
+        raise InputError(
+            f"--job export: the run ends in {saved.model.pattern!r} attention of width {saved.model.width}, which GPT-2 cannot "
+            f"express; train a further phase, or a run with init_from={str(workdir)!r}, whose attention is causal at its end"
+        )
     tokenizer = load_tokenizer(workdir / "tokenizer.json") if (workdir / "tokenizer.json").is_file() else None
-    save_gpt2(folder, config.model, state.params, masks=state.masks, tokenizer=tokenizer)
+    save_gpt2(folder, config.model, saved.state.params, masks=saved.state.masks, tokenizer=tokenizer)
     print(folder)
     return folder

@@ -62,7 +62,6 @@ def watch_training(config: RunConfig) -> Iterator[tuple[TrainState, dict[str, An
             done = plan.start + local + 1
             if plan.evaluates_after(done):
                 with jax.set_mesh(mesh):
-                    metrics["val_loss"] = evaluate(
-                        feed.validation(), mesh, steps, state.variables, *programme.attention(local)
-                    )
+                    attention = plan.attention_after(done)
+                    metrics["val_loss"] = evaluate(feed.validation(), mesh, steps, state.variables, *attention)
             yield state, metrics

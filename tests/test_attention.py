@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from spdf_jax.attention import attention
-from spdf_jax.attention_backends import attention_backend, choose_backend, target_platform
+from spdf_jax.attention_backends import attention_backend, choose_backend, cudnn_attention, target_platform
 from spdf_jax.attention_patterns import PATTERNS, attended_pairs, causal_share, pattern_mask
 from spdf_jax.errors import InputError
 
@@ -254,9 +254,11 @@ def test_the_automatic_backend_by_platform():
         {"pattern": "fixed"},
         {"head_size": 12},
         {"head_size": 256},
-        {"segments": True},
+        {"segments": True, "length": 1023},
+        {"segments": True, "pattern": "local"},
     ):
         assert choice("gpu", **other) == "xla", other
+    assert choice("gpu", segments=True, length=1024) == "cudnn"
     assert {choice("tpu", pattern, length=1024, segments=True) for pattern in PATTERNS} == {"splash"}
     assert choice("tpu", length=1000) == choice("tpu", dtype="float16") == "xla"
 
@@ -281,6 +283,34 @@ def test_cudnn_gets_the_causal_window(monkeypatch):
     attention(q, k, v, pattern="local", width=3)
     common = {"is_causal": True, "implementation": "cudnn"}
     assert calls == [{**common, "local_window_size": None}, {**common, "local_window_size": (2, 0)}]
+
+
+def test_packed_documents_by_cudnn_on_a_mesh(monkeypatch):
+    # All of the call but the kernel, which only a GPU has.
+    plain = jax.nn.dot_product_attention
+    monkeypatch.setattr(
+        jax.nn, "dot_product_attention", lambda *args, implementation, **options: plain(*args, **options)
+    )
+    q, k, v, dout = inputs(40, batch=4)
+    segments = documents(40, 15).repeat(2, 0)
+    mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+
+    @jax.jit
+    def step(q, k, v, dout, segments):
+        out, pullback = jax.vjp(
+            functools.partial(cudnn_attention, segments_BT=segments, pattern="causal", width=1), q, k, v
+        )
+        return out, *pullback(dout)
+
+    by_head = NamedSharding(mesh, PartitionSpec(("data", "fsdp"), None, "tensor"))
+    with jax.set_mesh(mesh):
+        x = jax.device_put((q, k, v, dout), by_head)
+        split = jax.device_put(segments, NamedSharding(mesh, PartitionSpec(("data", "fsdp"))))
+        assert "all-" not in step.lower(*x, split).compile().as_text()
+        found = step(*x, split)
+    expected = reference(q, k, v, dout, within_documents(segments, pattern_mask("causal", 40, 1)))
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
 def test_the_cudnn_window_is_the_local_pattern():

@@ -1,9 +1,12 @@
 """What ``--job evaluate`` measures besides perplexity: tasks of lm-eval and professional exams, as the config says."""
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 from ml_collections import ConfigDict
 from test_harness import write_data
@@ -16,6 +19,8 @@ from spdf_jax.data import load_tokenizer
 from spdf_jax.evals import harness
 from spdf_jax.evals.exams import exam_results, read_questions, take_exams
 from spdf_jax.evals.harness import run_harness
+from spdf_jax.evals.likelihood import log_likelihoods
+from spdf_jax.generate import Generation
 from spdf_jax.restore import saved_run
 
 QUESTIONS = [
@@ -27,12 +32,14 @@ QUESTIONS = [
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A finished run of two steps, its config, and the folder of both."""
+    """A finished run of two steps, its config, and the folder of both. It ends in sparse attention."""
     folder = tmp_path_factory.mktemp("evaluate")
     c = tiny_config(write_text(folder / "text"), folder / "cache")
     c.phases = ("finetune",)
     del c["pretrain"]
-    c.finetune.steps, c.model.context, c.finetune.seq_len = 2, 64, 32
+    c.finetune.steps, c.model.context, c.finetune.seq_len, c.model.init_std = 2, 64, 32, 0.3
+    s = c.finetune.sparsity
+    s.attention_pattern, s.attention_width, s.attention_start, s.attention_end = "local", 4, 0.5, 1.0
     jobs.train(spdf.resolve(c), folder / "run", progress=False)
     return c, folder / "run"
 
@@ -58,8 +65,8 @@ def test_exams_of_a_file_are_sat_recorded_printed_and_shown(trained, tmp_path, c
     result = use.evaluate_checkpoint(asked(config, exams=True, exam_questions=str(path)), workdir)
     assert json.loads((workdir / "evaluation.json").read_text()) == result
 
-    state, model = saved_run(workdir).state, spdf.GPT(spdf.resolve(config).model)
-    tokenizer = load_tokenizer(workdir / "tokenizer.json")
+    saved, tokenizer = saved_run(workdir), load_tokenizer(workdir / "tokenizer.json")
+    state, model = saved.state, saved.model
     expected = exam_results(model, state.params, tokenizer, read_questions(path), batch_size=3)
     assert result == plain | {"exams": expected.as_dict() | {"questions_file": str(path)}}
     assert expected.table() in capsys.readouterr().out
@@ -82,6 +89,65 @@ def test_the_exams_are_our_own_by_default_in_the_mode_asked_for(trained, monkeyp
     assert sat == [(read_questions(), "letter")]
     assert result["exams"]["overall"]["certifications"] == 12
     assert result["exams"]["questions_file"] == ""
+
+
+def test_a_run_is_used_with_the_attention_of_its_last_step(trained):
+    config, workdir = trained
+    saved, tokenizer = saved_run(workdir), load_tokenizer(workdir / "tokenizer.json")
+    model, params = saved.model, saved.state.params
+    assert (model.pattern, model.width) == ("local", 4)
+    assert saved.plan.attention_after(1) == saved.plan.attention_after(0) == ("causal", 4)
+    validation = json.loads((workdir / "summary.json").read_text())["val_loss"]
+    assert use.evaluate_checkpoint(spdf.resolve(config), workdir)["val_loss"] == pytest.approx(validation, rel=1e-6)
+
+    @functools.partial(jax.jit, static_argnames="pattern")
+    def log_probs(ids, *, pattern):
+        logits_BTV = spdf.GPT(model.config).apply({"params": params}, ids[None], pattern=pattern, width=4)
+        return jax.nn.log_softmax(logits_BTV)[0]
+
+    def by_hand(ids, pattern="local"):
+        """Log-probabilities [T, V] of what follows each id."""
+        return np.asarray(log_probs(np.array(ids + [0] * (48 - len(ids))), pattern=pattern))[: len(ids)]
+
+    ids = tokenizer.encode("mask weight sparse dense grow prune step layer").ids
+    ((total, count, _),) = log_likelihoods(
+        model, params, tokenizer, [("mask weight sparse", " dense grow prune step layer")], batch_size=1, end_of_text=0
+    )
+    scored = range(len(ids) - 1 - count, len(ids) - 1)
+    sparse, dense = (sum(by_hand(ids, pattern)[i, ids[i + 1]] for i in scored) for pattern in ("local", "causal"))
+    assert total == pytest.approx(sparse, rel=1e-5)
+    assert abs(total - dense) > 1e-2
+
+    c = ConfigDict(config.to_dict())
+    c.decode.method, c.decode.max_new_tokens = "greedy", 5
+    text = use.generate_text(spdf.resolve(c), workdir, "mask weight sparse dense")
+    row = tokenizer.encode("mask weight sparse dense").ids
+    prompt = len(row)
+    for _ in range(5):
+        row.append(int(by_hand(row)[-1].argmax()))
+    continuation = row[prompt:]
+    assert text == tokenizer.decode(continuation[: [*continuation, 0].index(0)])
+
+    with pytest.raises(
+        spdf.InputError, match=r"ends in 'local' attention of width 4, which GPT-2 cannot express; train a"
+    ):
+        use.export(spdf.resolve(config), workdir)
+    assert not (workdir / "huggingface").exists()
+
+
+def test_a_prompt_of_several_documents_is_continued_from_its_last(trained, monkeypatch):
+    config, workdir = trained
+    prompts = []
+
+    def decode(model, params, given, *_, **__):
+        prompts.extend(given)
+        return [Generation((), 0.0, 0.0)]
+
+    monkeypatch.setattr(use, "generate", decode)
+    use.generate_text(spdf.resolve(config), workdir, "mask<|endoftext|>weight")
+    use.generate_text(spdf.resolve(config), workdir, "weight")
+    first, second = prompts
+    assert first == [0, *second]
 
 
 BAD = {
@@ -152,8 +218,8 @@ def test_tasks_of_lm_eval_are_run_recorded_printed_and_shown(num_fewshot, traine
     assert list(result["zero_shot"]["tasks"]) == ["ptb", "sst2"]
     assert result["zero_shot"]["tasks"]["sst2"]["num_fewshot"] == (4 if num_fewshot < 0 else num_fewshot)
 
-    state, model = saved_run(workdir).state, spdf.GPT(c.model)
-    tokenizer = load_tokenizer(workdir / "tokenizer.json")
+    saved, tokenizer = saved_run(workdir), load_tokenizer(workdir / "tokenizer.json")
+    state, model = saved.state, saved.model
     alone = run_harness(model, state.params, tokenizer, ["ptb"], tmp_path)["tasks"]["ptb"]["metrics"]
     assert result["zero_shot"]["tasks"]["ptb"]["metrics"] == pytest.approx(alone, rel=1e-5)
     assert "| sst2 | acc | " in capsys.readouterr().out

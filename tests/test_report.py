@@ -529,6 +529,20 @@ def test_degrees_are_counted_neuron_by_neuron(tmp_path):
     page = read(write_report(workdir))
     assert "in 1 to 2 of 4<br>out 0 to 6 of 6<br>2 without any" in page
     assert page.count("<img src") == 2  # the mask and the scale: degrees are no pictures
+    assert "Without any, where most: 2 of 4 inputs of up, layer 0 (step 80)." in page
+
+
+def test_tokens_without_a_weight_are_counted_at_the_step_that_has_most_of_them(tmp_path):
+    workdir = make_run(tmp_path, last_step=100, sparse=False, rows=make_rows(100, sparse=True))
+    for step, dead in ((0, 0), (40, 39), (100, 3)):
+        into, out = np.full(8, 50), np.full(4096, 2)  # of the embedding: a column a channel, a row a token
+        out[:dead] = 0
+        save_mask_picture(workdir, step, {"wte/embedding:in": into, "wte/embedding:out": out})
+    page = read(write_report(workdir))
+    assert (
+        "Without any, where most: 39 of 4,096 tokens of wte (step 40). A token without any has no embedding (head tied) and "
+        "the logit 0." in page
+    )
 
 
 def test_bins_of_degrees_hold_as_many_possible_degrees_each(tmp_path):

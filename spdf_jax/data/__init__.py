@@ -31,10 +31,12 @@ from spdf_jax.data.tasks import load_task as load_task
 from spdf_jax.data.tasks import prepare_tfds as prepare_tfds
 from spdf_jax.data.token_files import TokenData as TokenData
 from spdf_jax.data.tokenizer import END_OF_TEXT as END_OF_TEXT
+from spdf_jax.data.tokenizer import document_ids as document_ids
 from spdf_jax.data.tokenizer import end_of_text_id as end_of_text_id
 from spdf_jax.data.tokenizer import holds_tokenizer as holds_tokenizer
 from spdf_jax.data.tokenizer import load_tokenizer as load_tokenizer
 from spdf_jax.data.tokens import DataConfig as DataConfig
 from spdf_jax.data.tokens import cache_folder as cache_folder
+from spdf_jax.data.tokens import document_end as document_end
 from spdf_jax.data.tokens import prepare as prepare
 from spdf_jax.data.unigram import unigram_loss as unigram_loss

@@ -17,11 +17,12 @@ _READ_OPTIONS = grain.ReadOptions(num_threads=4, prefetch_buffer_size=8)
 
 
 class Batch(NamedTuple):
-    """Examples in NumPy arrays: inputs int32, next tokens int32, and float32 weights, 0 where a target is padding."""
+    """Inputs and next tokens; float32 weights, 0 where a target is padding; ids of documents to be kept apart, if any are."""
 
     tokens_BT: np.ndarray
     targets_BT: np.ndarray
     weights_BT: np.ndarray
+    segments_BT: np.ndarray | None = None
 
 
 class _Windows:

@@ -100,6 +100,27 @@ def end_of_text_id(tokenizer: Tokenizer) -> int:
     return end_id
 
 
+def document_ids(tokens_BT: np.ndarray, end_of_text: int | None) -> np.ndarray | None:
+    """Which document of its row each input belongs to. An end of text is the first input of the document after it.
+
+    So a document's first token is predicted from the end of text alone, as in `spdf_jax.evals.likelihood`, and not from the
+    document before: every target counts, the same ones as in one stream. Whether a stream has the token after documents or
+    before them makes no difference. Positions go on from one document to the next: they are learned, and were they to start
+    again, the later ones would be learned from long documents alone.
+
+    Args:
+        tokens_BT: inputs.
+        end_of_text: its id; None keeps nothing apart.
+
+    Returns:
+        int32 ids from 0 in each row, or None.
+
+    >>> document_ids(np.array([[5, 6, 0, 7, 0, 0, 8]]), end_of_text=0)
+    array([[0, 0, 1, 1, 2, 3, 3]], dtype=int32)
+    """
+    return None if end_of_text is None else np.cumsum(tokens_BT == end_of_text, axis=1, dtype=np.int32)
+
+
 def encode_plain(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
     """Ids of each text, a spelled end of text as ordinary text, as in training.
 

@@ -24,12 +24,20 @@ from tqdm import tqdm
 
 from spdf_jax.data.corpus import Corpus, Split, embedded_corpus, text_corpus, tfds_corpus
 from spdf_jax.data.token_files import TOKEN_DTYPES, TokenData, combined_fingerprint, content_hash, open_token_files
-from spdf_jax.data.tokenizer import SMALLEST_VOCAB, encode_texts, load_tokenizer, train_tokenizer, vocabulary_size
+from spdf_jax.data.tokenizer import (
+    SMALLEST_VOCAB,
+    encode_texts,
+    end_of_text_id,
+    load_tokenizer,
+    train_tokenizer,
+    vocabulary_size,
+)
 from spdf_jax.errors import InputError
 from spdf_jax.fields import LARGEST, Line, OneOf, Range, check_fields
 
 _FORMAT_VERSION = 1  # raise it when the same documents and tokenizer give other files
 _FILES: dict[Split, str] = {"train": "train.bin", "validation": "val.bin"}
+_GPT2_END_OF_TEXT = 50256
 _SOURCES = ("embedded", "text", "token_files", "tfds")
 
 
@@ -52,6 +60,10 @@ class DataConfig:
             that of `init_from`, or trains a byte-level BPE on the training documents.
         tokenizer_vocab_size: Ids of the tokenizer to train.
         validation_fraction: Share of the documents held out where the source has no validation split of its own.
+        separate_documents: Whether nothing passes between documents that share a sequence; False, as most papers have it,
+            makes them one stream, in which a document sees those before it.
+        end_of_text_id: token_files: the id that stands between documents; -1 is the tokenizer's, and without one GPT-2's
+            where it is the largest id.
         cache_dir: Where encoded tokens and compiled programs are kept; "" is `$XDG_CACHE_HOME/spdf_jax`, or
             `~/.cache/spdf_jax`.
     """
@@ -67,6 +79,8 @@ class DataConfig:
     tokenizer: Line = ""
     tokenizer_vocab_size: Annotated[int, Range(least=SMALLEST_VOCAB, most=LARGEST)] = 4096
     validation_fraction: Annotated[float, Range(above=0, below=1)] = 0.02
+    separate_documents: bool = True
+    end_of_text_id: Annotated[int, Range(least=-1, most=LARGEST)] = -1
     cache_dir: Line = ""
 
     def __post_init__(self) -> None:
@@ -120,6 +134,10 @@ def _check(config: DataConfig) -> None:
         raise InputError(
             f"data.token_dtype={config.token_dtype!r}: is for data.source='token_files', not {config.source!r}; set it to ''"
         )
+    if config.end_of_text_id >= 0 and config.source != "token_files":
+        raise InputError(
+            f"data.end_of_text_id={config.end_of_text_id}: is for data.source='token_files', text has its tokenizer's; use -1"
+        )
 
 
 def _corpus(config: DataConfig) -> Corpus:
@@ -130,6 +148,38 @@ def _corpus(config: DataConfig) -> Corpus:
     if config.source == "text":
         return text_corpus(config.path, train_files=config.train_files, validation_files=config.validation_files, **how)
     return tfds_corpus(config.tfds_name, data_dir=config.path, **how)
+
+
+def document_end(config: DataConfig, data: TokenData) -> int | None:
+    """The id by which documents are kept apart, see `spdf_jax.data.tokenizer.document_ids`.
+
+    Args:
+        config: What to train on.
+        data: What `prepare` made of it.
+
+    Returns:
+        The id, or None where the config makes the documents one stream.
+
+    Raises:
+        InputError: Token files whose id is not known, or does not occur.
+    """
+    if not config.separate_documents:
+        return None
+    if config.end_of_text_id >= data.vocab_size:
+        raise InputError(
+            f"data.end_of_text_id={config.end_of_text_id}: data.path={config.path!r} holds no such id, the largest is "
+            f"{data.vocab_size - 1}; give the id that stands between its documents"
+        )
+    if config.end_of_text_id >= 0:
+        return config.end_of_text_id
+    if data.tokenizer:
+        return end_of_text_id(data.tokenizer)
+    if data.vocab_size == _GPT2_END_OF_TEXT + 1:
+        return _GPT2_END_OF_TEXT
+    raise InputError(
+        f"data.end_of_text_id: nothing says which id stands between the documents of data.path={config.path!r}; set it, give "
+        f"data.tokenizer, or set data.separate_documents to False if they are one stream"
+    )
 
 
 def cache_folder(config: DataConfig) -> Path:

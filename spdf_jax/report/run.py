@@ -432,9 +432,24 @@ def _mask_degrees(run: Run) -> Panel | None:
     rows = [(short_name(leaf), [_histograms(degrees[step].get(leaf)) for step in columns]) for leaf in chosen]
     caption = (
         "Filled: connections into each output. Line: connections out of each input. From the fewest (left) to the most"
-        " (right) of either; a wide spread means hubs."
+        f" (right) of either; a wide spread means hubs.{_without_any(degrees)}"
     )
     return Panel("Degrees", Markup(_MULTIPLES.render(columns=columns.values(), rows=rows)), caption)
+
+
+def _without_any(degrees: Mapping[int, Mapping[str, tuple[np.ndarray, np.ndarray]]]) -> str:
+    """What has no weight left in each recorded matrix, at the recorded step where that is the most; "" where all have some."""
+    found, tokens = [], False
+    for leaf in dict.fromkeys(leaf for of_step in degrees.values() for leaf in of_step):
+        for side, plain, token_leaf in ((0, "outputs", "head/"), (1, "inputs", "wte/")):
+            missing = {step: pairs[leaf][side] == 0 for step, pairs in degrees.items() if leaf in pairs}
+            step = max(missing, key=lambda step: missing[step].sum())
+            count, total, of_tokens = int(missing[step].sum()), missing[step].size, leaf.startswith(token_leaf)
+            kind = "tokens" if of_tokens else plain
+            found += [f"{count:,} of {total:,} {kind} of {short_name(leaf)} (step {step:,})"] if count else []
+            tokens |= of_tokens and count > 0
+    what = " A token without any has no embedding (head tied) and the logit 0." if tokens else ""
+    return f" Without any, where most: {'; '.join(found)}.{what}" if found else ""
 
 
 def _named_steps(run: Run, density: Mapping[int, float]) -> dict[int, str]:
