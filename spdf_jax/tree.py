@@ -98,12 +98,23 @@ def match_filter(filter: Filter, params: Any) -> dict[str, str]:
     return decisions
 
 
+def same_structure(tree: Any, other: Any) -> bool:
+    """Whether two trees have one treedef."""
+    return str(jax.tree.structure(tree)) == str(jax.tree.structure(other))
+
+
 def check_same_structure(what: str, tree: Any, params: Any) -> None:
     """Raises `InputError` naming the first difference when `tree` has not the treedef of `params`."""
-    if str(jax.tree.structure(tree)) == str(jax.tree.structure(params)):
+    if same_structure(tree, params):
         return
     ours, theirs = ({name for name, _ in named_leaves(t)} for t in (tree, params))
     missing, extra = sorted(theirs - ours), sorted(ours - theirs)
+    if not missing and not extra:
+        kinds = " and ".join(sorted({type(tree).__name__, type(params).__name__}))
+        raise InputError(
+            f"{what} must have the tree structure of the parameters; the leaves have the same names, but their containers "
+            f"or the boxes around them differ ({kinds}). Bring both to one kind, such as by flax.nnx.as_pure or to_pure_dict"
+        )
     raise InputError(
         f"{what} must have the tree structure of the parameters; missing {missing[:3]}, not in the parameters {extra[:3]}. "
         f"Make them with spdf_jax.init_masks(key, params, ...)"
@@ -136,4 +147,79 @@ def along_state(tx: optax.GradientTransformation, state: Any, values: Any, elsew
     def is_absent(leaf: Any) -> bool:  # `optax.masked`, `partition`: no state for this weight in this place
         return isinstance(leaf, optax.MaskedNode)
 
-    return optax.tree.map_params(tx, follow, state, values, transform_non_params=lambda _: elsewhere, is_leaf=is_absent)
+    try:
+        return optax.tree.map_params(
+            tx, follow, state, values, transform_non_params=lambda _: elsewhere, is_leaf=is_absent
+        )
+    except (TypeError, ValueError, AttributeError, IndexError) as error:
+        raise InputError(
+            f"the state of {optimizer_name(tx)} cannot be followed weight by weight: it is laid out otherwise than the tree of "
+            f"the parameters; use an optimiser with element-wise state, or spdf_jax.sparse(..., moving=False) if the masks "
+            f"never move"
+        ) from error
+
+
+def follow_shapes(tx: optax.GradientTransformation, params: Any) -> tuple[Any, Any]:
+    """The shapes of an optimiser's state, and of each whether it is one number a weight (or one for a whole tensor).
+
+    A shape may fit by accident, as that of a preconditioner of a square weight does: so the state is made for weights of two
+    other shapes too, which it must fit as well.
+
+    Args:
+      tx: the transformation.
+      params: parameters (arrays or shapes).
+
+    Returns:
+      Shapes and bools, trees of the structure of the state.
+
+    >>> import jax.numpy as jnp
+    >>> follow_shapes(optax.trace(0.9), {"w": jnp.ones((2, 2))})[1].trace
+    {'w': True}
+    """
+
+    def made_for(more: Callable[[int, int], int]) -> tuple[Any, Any]:
+        def reshaped(p: Any) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(tuple(n + more(i, len(p.shape)) for i, n in enumerate(p.shape)), p.dtype)
+
+        shapes = jax.tree.map(reshaped, params)
+        state = jax.eval_shape(tx.init, shapes)
+        along = along_state(tx, state, shapes, None)
+        fits = jax.tree.map(
+            lambda leaf, weight: weight is None or leaf.shape == weight.shape or leaf.size == 1,
+            state,
+            along,
+        )
+        return state, fits
+
+    state, fits = made_for(lambda i, rank: 0)
+    for more in (lambda i, rank: 1 + i, lambda i, rank: rank - i):
+        try:
+            _, others = made_for(more)
+        except (TypeError, ValueError):  # made for these very shapes: nothing to compare with
+            continue
+        if same_structure(others, fits):  # not where the shapes decide what is kept at all
+            fits = jax.tree.map(lambda a, b: a and b, fits, others)
+    return state, fits
+
+
+def optimizer_name(tx: Any) -> str:
+    """The constructors that made a transformation, as far as its functions tell.
+
+    >>> optimizer_name(optax.adam(0.1))
+    'scale_by_adam, scale_by_learning_rate'
+    """
+    found: dict[Any, str] = {}  # by function
+
+    def walk(thing: Any) -> None:
+        if isinstance(thing, optax.GradientTransformation):
+            walk(thing.update)
+        elif isinstance(thing, list | tuple):
+            for part in thing:
+                walk(part)
+        elif "update" in getattr(thing, "__name__", "") and thing not in found:
+            found[thing] = thing.__qualname__.split(".")[0]
+            walk([cell.cell_contents for cell in getattr(thing, "__closure__", None) or ()])
+
+    walk(tx)
+    names = dict.fromkeys(name for name in found.values() if name not in ("chain", "with_extra_args_support"))
+    return ", ".join(names) or "the optimiser"

@@ -25,6 +25,7 @@ FLOORS = [
     ],
     [
         "sparsity.masks",
+        "sparsity.inside",
         "sparsity.rules",
         "sparsity.transforms",
         "sparsity.regrowth",
@@ -51,6 +52,7 @@ FLOORS = [
     ["sweep"],
     ["main"],
 ]
+BEHIND_MASKS = ("inside", "rules", "transforms", "regrowth", "topkast", "blocks")
 # Within a floor that lists both, the left may be used by the right.
 SAME_FLOOR = {
     ("errors", "tree"),
@@ -73,7 +75,9 @@ SAME_FLOOR = {
     ("sparsity.regrowth", "sparsity.rules"),
     ("sparsity.transforms", "sparsity.topkast"),
     ("sparsity.rules", "sparsity.topkast"),
-} | {("sparsity.masks", f"sparsity.{other}") for other in ("rules", "transforms", "regrowth", "topkast", "blocks")}
+    ("sparsity.inside", "sparsity.transforms"),
+    ("sparsity.inside", "sparsity.regrowth"),
+} | {("sparsity.masks", f"sparsity.{other}") for other in BEHIND_MASKS}
 ROOMS = {
     "grain": {"data"},
     "tensorflow_datasets": {"data"},

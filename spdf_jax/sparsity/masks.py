@@ -13,13 +13,22 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from spdf_jax.errors import InputError
 from spdf_jax.sparsity.distributions import MatrixGroup, target_counts
 from spdf_jax.sparsity.patterns import parse_pattern
-from spdf_jax.tree import LINEAR_KERNELS, Filter, check_same_structure, map_named, match_filter, named_leaves
+from spdf_jax.tree import (
+    LINEAR_KERNELS,
+    Filter,
+    check_same_structure,
+    map_named,
+    match_filter,
+    named_leaves,
+    same_structure,
+)
 
 
 def matrix_groups(params: Any, filter: Filter) -> dict[str, MatrixGroup]:
@@ -129,8 +138,30 @@ def apply_masks(params: Any, masks: Any) -> Any:
     >>> apply_masks({"w": jnp.array([3.0, 4.0])}, {"w": jnp.array([True, False])})["w"].tolist()
     [3.0, 0.0]
     """
-    check_same_structure("masks", masks, params)
+    check_masks(masks, params)
     return jax.tree.map(keep_where, masks, params)
+
+
+def check_masks(masks: Any, params: Any) -> None:
+    """Raises `InputError` unless `masks` are a mask tree of `params`: of bool arrays, 0-d or of their shapes."""
+    absent = any(isinstance(leaf, optax.MaskedNode) for leaf in jax.tree.leaves(params, is_leaf=_is_absent))
+    if absent and not same_structure(masks, params):
+        raise InputError(
+            "masks: of all parameters, but optax.masked or partition gave only a part of these; put spdf_jax.sparse around "
+            "them, sparse(optax.partition(...)), or give them mask_compatible_extra_args=True"
+        )
+    check_same_structure("masks", masks, params)
+    for (name, mask), leaf in zip(named_leaves(masks), jax.tree.leaves(params), strict=True):
+        if not hasattr(mask, "ndim") or not jnp.issubdtype(mask.dtype, jnp.bool_):
+            raise InputError(
+                f"masks: {name} is {mask!r:.60}, not an array of bool; jnp.array(True) is for a dense leaf"
+            )
+        if mask.ndim and mask.shape != leaf.shape:
+            raise InputError(f"masks: {name} has a mask of shape {mask.shape}, its weight shape {leaf.shape}")
+
+
+def _is_absent(leaf: Any) -> bool:
+    return isinstance(leaf, optax.MaskedNode)
 
 
 def keep_where(mask: jax.Array, value: jax.Array) -> jax.Array:

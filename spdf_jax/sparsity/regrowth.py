@@ -15,8 +15,9 @@ import numpy as np
 import optax
 
 from spdf_jax.errors import InputError
-from spdf_jax.sparsity.masks import apply_masks, keep_where
-from spdf_jax.tree import along_state, map_named
+from spdf_jax.sparsity.inside import check_followed
+from spdf_jax.sparsity.masks import apply_masks, check_masks, keep_where
+from spdf_jax.tree import along_state, same_structure
 
 
 def reset_masked_state(tx: optax.GradientTransformation, state: Any, params: Any, masks: Any) -> Any:
@@ -35,26 +36,28 @@ def reset_masked_state(tx: optax.GradientTransformation, state: Any, params: Any
       The state, reset where masks are False and bit-equal elsewhere.
 
     Raises:
-      InputError: state that is shared by some of a tensor's weights (Adafactor's factored moments), named.
+      InputError: state that is shared by some of a tensor's weights (Adafactor's factored moments), named; masks or a state
+        that are not of these parameters.
 
     >>> import jax.numpy as jnp
     >>> tx, params = optax.trace(0.9), {"w": jnp.array([1.0, 2.0])}
     >>> reset_masked_state(tx, optax.TraceState(params), params, {"w": jnp.array([True, False])}).trace["w"].tolist()
     [1.0, 0.0]
     """
+    check_masks(masks, params)
     fresh = tx.init(apply_masks(params, masks))
+    if not same_structure(state, fresh):
+        raise InputError(
+            "reset_masked_state: the state is not one of this tx and these parameters. flax.nnx.Optimizer boxes its own: "
+            "new = reset_masked_state(tx, *map(nnx.as_pure, (optimizer.opt_state, params, masks))), then "
+            "nnx.update(optimizer.opt_state, nnx.state(new))"
+        )
+    check_followed(tx, params, masks)
 
-    def reset(name: str, value: Any, new: Any, mask: Any) -> Any:
-        if mask.ndim == 0 or (value.size == 1 and value.shape != mask.shape):
-            return value
-        if value.shape != mask.shape:
-            raise InputError(
-                f"optimiser state {name} has shape {value.shape}, its weight {mask.shape}: it cannot be followed weight by "
-                f"weight; use an optimiser with element-wise state (Adafactor: factored=False)"
-            )
-        return jnp.where(mask, value, new)
+    def reset(value: Any, new: Any, mask: Any) -> Any:
+        return jnp.where(mask, value, new) if mask.ndim and value.shape == mask.shape else value
 
-    return map_named(reset, state, fresh, along_state(tx, state, masks, np.True_))
+    return jax.tree.map(reset, state, fresh, along_state(tx, state, masks, np.True_))
 
 
 class SmetAdamState(NamedTuple):

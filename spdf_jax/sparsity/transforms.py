@@ -10,26 +10,27 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from spdf_jax.errors import InputError
+from spdf_jax.sparsity.inside import Inside, check_arguments
 from spdf_jax.sparsity.masks import keep_where
-from spdf_jax.tree import check_same_structure
 
 
-def sparse(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+def sparse(inner: optax.GradientTransformation, *, moving: bool = True) -> optax.GradientTransformationExtraArgs:
     """Wraps any optax optimiser: zero masked gradients -> `inner` -> keep masked weights zero.
 
     Clipping inside `inner` sees masked gradients, as MST's code does. Updates of masked weights are ``-params``, so the
-    weights are exactly 0 after `optax.apply_updates` even if they were not before.
+    weights are exactly 0 after `optax.apply_updates` even if they were not before. Which optimisers work, with what, and which
+    are refused: `experiments/README.md`.
 
     Args:
       inner: any optax transformation; its other keyword extras are passed on.
+      moving: False allows what cannot go on when masks move (`reset_masked_state`), such as Adafactor's factored moments.
 
     Returns:
       A transformation whose ``update(grads, state, params, *, masks, **extra)`` requires `params` and `masks`: without
       `masks` it raises TypeError.
 
     Raises:
-      InputError: at its update, without `params`, or with masks of another tree structure or shape.
+      InputError: at its first update, without `params`, with masks or gradients that do not fit, or when `inner` refuses.
 
     >>> import jax.numpy as jnp, optax
     >>> params, masks = {"w": jnp.array([1.0, 0.0])}, {"w": jnp.array([True, False])}
@@ -38,14 +39,12 @@ def sparse(inner: optax.GradientTransformation) -> optax.GradientTransformationE
     >>> optax.apply_updates(params, updates)["w"].tolist()
     [0.5, 0.0]
     """
-    inner = optax.with_extra_args_support(inner)
+    inside = Inside(inner, moving)
 
-    def update(grads: Any, state: Any, params: Any = None, *, masks: Any, **extra: Any) -> tuple[Any, Any]:
-        if params is None:
-            raise InputError("sparse(...).update needs params: tx.update(grads, state, params, masks=masks)")
-        check_same_structure("masks", masks, params)
+    def update(grads: Any, state: Any, params: Any = None, *, masks: Any = None, **extra: Any) -> tuple[Any, Any]:
+        check_arguments(grads, params, masks)
         grads = jax.tree.map(keep_where, masks, grads)
-        updates, state = inner.update(grads, state, params, masks=masks, **extra)
+        updates, state = inside.update(grads, state, params, masks, extra)
         return jax.tree.map(_hold_at_zero, masks, updates, params), state
 
     return optax.GradientTransformationExtraArgs(inner.init, update)
