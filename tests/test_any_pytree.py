@@ -129,3 +129,33 @@ def test_masks_optimiser_topology_and_report_follow_the_tree_as_it_is(make, tmp_
     spdf.save_masks(tmp_path / "m.safetensors", new)
     loaded = spdf.load_masks(tmp_path / "m.safetensors", params)
     assert all(bool((a == b).all()) for a, b in zip(jax.tree.leaves(loaded), jax.tree.leaves(new), strict=True))
+
+
+def test_the_state_of_nnx_optimizer_is_reset_by_what_its_refusal_says():
+    model = NnxModel(nnx.Rngs(0))
+    masks = spdf.init_masks(KEY, nnx.state(model, nnx.Param), sparsity=0.5, filter=[("kernel$", "matrix")])
+    tx = spdf.sparse(optax.adam(1e-2))
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    grads = nnx.grad(lambda model: jnp.mean(model(X) ** 2))(model)
+    optimizer.update(model, grads, masks=masks)
+    params = nnx.state(model, nnx.Param)
+    for (_, mask), (_, value) in zip(named_leaves(masks), named_leaves(params), strict=True):
+        assert not np.asarray(value)[~np.asarray(mask)].any()
+    moved = jax.tree.map(lambda mask: ~mask, masks)
+    with pytest.raises(InputError, match=r"nnx\.Optimizer boxes its own: new = reset_masked_state"):
+        spdf.reset_masked_state(tx, optimizer.opt_state, params, moved)
+    new = spdf.reset_masked_state(tx, *map(nnx.as_pure, (optimizer.opt_state, params, moved)))
+    nnx.update(optimizer.opt_state, nnx.state(new))
+    mu = np.asarray(nnx.as_pure(optimizer.opt_state)[0].mu["up"]["kernel"])
+    assert not mu[~np.asarray(moved["up"]["kernel"].get_value())].any()
+    assert not mu.any()  # what was active is masked now, and the rest had none
+    optimizer.update(model, grads, masks=moved)
+
+
+def test_an_nnx_state_and_a_dict_are_told_apart_in_words():
+    params = nnx.state(NnxModel(nnx.Rngs(0)), nnx.Param)
+    masks = spdf.init_masks(KEY, params, sparsity=0.5, filter=[("kernel$", "matrix")])
+    pure = nnx.to_pure_dict(params)
+    tx = spdf.sparse(optax.adam(1e-2))
+    with pytest.raises(InputError, match=r"containers or the boxes around them differ \(State and dict\)"):
+        tx.update(pure, tx.init(pure), pure, masks=masks)

@@ -138,6 +138,29 @@ def test_state_that_cannot_be_followed_is_refused_by_name(kind):
     jax.tree.map(np.testing.assert_array_equal, everything_dense, tx.init(params))
 
 
+@pytest.mark.parametrize("side", [6, 8, 127, 128])
+def test_a_shape_that_fits_a_square_weight_by_accident_is_told_apart(side):
+    params, masks = {"w": jnp.ones((side, side))}, {"w": jnp.ones((side, side), bool)}
+    shampoo = optax.GradientTransformation(
+        lambda params: Shapes(jnp.ones(()), jax.tree.map(lambda p: jnp.zeros((p.shape[0],) * 2), params)),
+        lambda u, s, p=None: (u, s),
+    )
+    for tx in (shampoo, optax.contrib.galore(0.1), optax.contrib.galore(0.1, rank=side)):
+        with pytest.raises(InputError, match=rf"has shape \({side}, {side}\), its weight \({side}, {side}\)"):
+            reset_masked_state(tx, tx.init(params), params, masks)
+    for tx in (optax.adam(0.1), optax.adafactor(0.1, factored=False), optax.contrib.muon(0.1)):
+        reset_masked_state(tx, tx.init(params), params, masks)
+
+
+@pytest.mark.parametrize(
+    "tx", [optax.sm3(0.1), optax.flatten(optax.adam(0.1)), optax.scale_by_lbfgs()], ids=["sm3", "flatten", "lbfgs"]
+)
+def test_state_laid_out_otherwise_than_the_parameters_is_refused_by_name(tx):
+    params, masks, _ = problem()
+    with pytest.raises(InputError, match=r"(sm3|flatten|lbfgs).* cannot be followed weight by weight"):
+        reset_masked_state(tx, tx.init(params), params, masks)
+
+
 FACTORED = {"adafactor_factored": lambda: optax.adafactor(0.1, min_dim_size_to_factor=2)}
 
 

@@ -16,7 +16,15 @@ import optax
 
 from spdf_jax.errors import InputError
 from spdf_jax.sparsity.masks import apply_masks, check_masks, keep_where
-from spdf_jax.tree import along_state, check_same_structure, follow_shapes, map_named, named_leaves, optimizer_name
+from spdf_jax.tree import (
+    along_state,
+    check_same_structure,
+    follow_shapes,
+    map_named,
+    named_leaves,
+    optimizer_name,
+    same_structure,
+)
 
 # Times the largest update of a weight that was there before: Adam's overshoot is 7, that of a division by nothing 1e5 and more.
 _LARGEST_FIRST_UPDATE = 1e3
@@ -45,14 +53,25 @@ class Inside:
         key = (str(jax.tree.structure(params)), *shapes, *extra)
         if key not in self._copies:
             self._copies[key] = self._rehearse(params, masks, extra)
+        if isinstance(state, optax.LookaheadState):
+            raise InputError(
+                "sparse: lookahead steps on pairs of parameters (LookaheadParams), and masks are of one tree; give sparse its "
+                "fast optimiser, keep the slow parameters beside it (optax.incremental_update) and apply the masks to them"
+            )
         try:
-            updates, state = _update(self.inner, grads, state, params, masks, extra)
+            updates, new_state = _update(self.inner, grads, state, params, masks, extra)
         except InputError:
             raise
         except _REFUSALS as error:
             raise InputError(
                 f"sparse: {optimizer_name(self.inner)} cannot update these parameters: {_one_line(error)}"
             ) from error
+        if self.moving and not same_structure(state, new_state):
+            raise InputError(
+                f"the state of {optimizer_name(self.inner)} cannot be followed weight by weight: it changes its structure at "
+                f"an update; use sparse(..., moving=False) if the masks never move"
+            )
+        state = new_state
         self._check_updates(updates, params)
         if copies := self._copies[key]:
             along = along_state(self.inner, state, masks, np.True_)

@@ -153,9 +153,8 @@ def check_masks(masks: Any, params: Any) -> None:
     check_same_structure("masks", masks, params)
     for (name, mask), leaf in zip(named_leaves(masks), jax.tree.leaves(params), strict=True):
         if not hasattr(mask, "ndim") or not jnp.issubdtype(mask.dtype, jnp.bool_):
-            raise InputError(
-                f"masks: {name} is {mask!r:.60}, not an array of bool; jnp.array(True) is for a dense leaf"
-            )
+            kind = f"an array of {mask.dtype}" if hasattr(mask, "dtype") else repr(mask)[:60]
+            raise InputError(f"masks: {name} is {kind}, not an array of bool; jnp.array(True) is for a dense leaf")
         if mask.ndim and mask.shape != leaf.shape:
             raise InputError(f"masks: {name} has a mask of shape {mask.shape}, its weight shape {leaf.shape}")
 
