@@ -149,7 +149,7 @@ def problem():
     x, y = rng.normal(size=(16, 6)).astype(np.float32), rng.normal(size=(16, 8)).astype(np.float32)
 
     def loss(p):
-        return jnp.mean((jnp.tanh(x @ p["w"]) @ p["sq"] + p["b"] - y) ** 2)
+        return jnp.mean((jnp.tanh(x @ p["w"]) @ p["sq"] + p["b"][None] - y) ** 2)
 
     first = {
         name: jnp.asarray(rng.random(shape) < 0.5) if len(shape) > 1 else jnp.array(True)
@@ -212,13 +212,15 @@ def check_reset(tx, before, after, params, stayed):
 
 
 def outcome(name):
-    """What the table says of a constructor; everything else than a refusal by `InputError` is a failure here."""
+    """What the table says of a constructor; any error but a refusal in our words is a failure here."""
     refusals = []
     for moving in (True, False):
         for words, extra in arguments(problem()[-1]).items():
             try:
                 train(spdf.sparse(make(name), moving=moving), moving, extra)
-            except InputError as error:
+            except (InputError, TypeError) as error:
+                if not (isinstance(error, InputError) or str(error).startswith("sparse: ")):
+                    raise
                 refusals.append(str(error))
                 continue
             needed = [] if moving else [f"`sparse(..., moving=False)`: {reason(refusals[0])}"]
@@ -262,18 +264,7 @@ def test_every_constructor_of_optax_has_its_place_in_the_table():
     assert set(written()) == {*constructors(), *EXAMPLES}
 
 
-HARD = [
-    "contrib.acprop",
-    "contrib.adopt (use_clipping=False)",
-    "contrib.galore",
-    "contrib.sam",
-    "contrib.sam (opaque_mode)",
-    "contrib.dpsgd",
-    "flatten",
-    "lookahead",
-    "scale_by_backtracking_linesearch",
-    "sm3",
-]
+HARD = ["contrib.acprop", "contrib.galore", "contrib.sam", "lookahead", "sm3"]
 
 
 @pytest.mark.parametrize("name", HARD)

@@ -138,7 +138,7 @@ def test_state_that_cannot_be_followed_is_refused_by_name(kind):
     jax.tree.map(np.testing.assert_array_equal, everything_dense, tx.init(params))
 
 
-@pytest.mark.parametrize("side", [6, 8, 127, 128])
+@pytest.mark.parametrize("side", [8, 127])
 def test_a_shape_that_fits_a_square_weight_by_accident_is_told_apart(side):
     params, masks = {"w": jnp.ones((side, side))}, {"w": jnp.ones((side, side), bool)}
     shampoo = optax.GradientTransformation(

@@ -63,7 +63,10 @@ class Inside:
         except InputError:
             raise
         except _REFUSALS as error:
-            raise InputError(
+            kind = (
+                TypeError if "required keyword-only argument" in str(error) else InputError
+            )  # as any forgotten argument
+            raise kind(
                 f"sparse: {optimizer_name(self.inner)} cannot update these parameters: {_one_line(error)}"
             ) from error
         if self.moving and not same_structure(state, new_state):
