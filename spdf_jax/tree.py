@@ -206,7 +206,7 @@ def optimizer_name(tx: Any) -> str:
     """The constructors that made a transformation, as far as its functions tell.
 
     >>> optimizer_name(optax.adam(0.1))
-    'scale_by_adam, scale_by_learning_rate'
+    'scale_by_adam, scale'
     """
     found: dict[Any, str] = {}  # by function
 
