@@ -85,7 +85,7 @@ def train(config: RunConfig, workdir: Path, *, command: str = "", progress: bool
             if step == 0:
                 write_json(workdir / "config.json", config.as_dict() | {"command": command})
             else:
-                print(f"{workdir}: resuming after step {step} of {plans[-1].end}.")
+                print(f"{workdir}: resuming after step {step} of {plans[-1].end}.{_elsewhere(record)}")
             if tokenizer is not None and (step == 0 or not (workdir / "tokenizer.json").is_file()):
                 write_atomically(workdir / "tokenizer.json", tokenizer.to_str(pretty=True).encode())
             tracker = Tracker(workdir, resume_step=step, total_steps=plans[-1].end, progress=progress)
@@ -213,6 +213,15 @@ def _check_same_origin(
             f"config.init_from: {config.init_from!r} does not hold what this run started from; give the config of this run, or "
             f"choose another --workdir"
         )
+
+
+def _elsewhere(record: dict[str, Any]) -> str:
+    """What to know where the steps so far were not computed on what is at hand."""
+    here = device_name()
+    before = record.get("device", here)  # absent: of an older version
+    # XLA splits long float32 sums by the cores it may use, and any sum by devices: another number of them, another rounding.
+    what = f" It was computed on {before} so far, and is on {here} now: it will not end with the same bits as on either alone."
+    return what if before != here else ""
 
 
 def _evaluations(workdir: Path, step: int) -> dict[tuple[str, int], float]:

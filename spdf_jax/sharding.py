@@ -78,10 +78,14 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 
 
 def device_name() -> str:
-    """The devices at hand, in words."""
+    """The devices at hand, in words, and the cores that this process may use where they are what computes."""
     device = jax.devices()[0]
-    cores = f", {os.cpu_count()} cores" if device.platform == "cpu" else ""
-    return f"{jax.device_count()} x {device.device_kind}{cores}"
+    found = f"{jax.device_count()} x {device.device_kind}"
+    if device.platform != "cpu":
+        return found
+    # Linux alone can keep a process to some of them.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{found}, {cores} {'core' if cores == 1 else 'cores'}"
 
 
 def batch_sharding(mesh: Mesh, rank: int) -> NamedSharding:

@@ -21,7 +21,7 @@ from spdf_jax.errors import InputError, Restart
 from spdf_jax.feed import Feed
 from spdf_jax.model import GPT
 from spdf_jax.plan import PhasePlan, StepCost
-from spdf_jax.sharding import batch_sharding
+from spdf_jax.sharding import batch_sharding, device_name
 from spdf_jax.state import TrainState, state_shardings
 from spdf_jax.step import Steps, make_steps
 from spdf_jax.tracking import Tracker, save_mask_pictures, traced
@@ -197,6 +197,7 @@ def _save(run: Run, checkpoints: Checkpoints, plan: PhasePlan, state: TrainState
         "origin": run.origin,
         "sparsity": plan.programme.sparsity(step - plan.start),
         "seconds": run.seconds,
+        "device": device_name(),
         **_cost_columns(run.total),
     }
     checkpoints.save(state, record)

@@ -19,6 +19,7 @@
 | data missing in one process of several | `test_processes.py::test_data_that_one_process_lacks_stops_all_with_its_message` |
 | two runs in one workdir | `test_main.py::test_a_second_run_in_a_workdir_in_use_is_refused` |
 | a step that hangs | `test_what_hangs_is_ended_with_its_stacks`, `test_every_step_and_every_validation_batch_...` here |
+| another number of cores than before | `test_a_run_that_goes_on_on_another_number_of_cores_...` here |
 | an exception in one process of several | `test_processes.py::test_an_exception_in_one_process_ends_the_others` |
 """
 
@@ -43,6 +44,7 @@ from spdf_jax import checkpoint as checkpointing
 from spdf_jax import jobs, processes, train, use
 from spdf_jax.errors import Restart
 from spdf_jax.restore import saved_run
+from spdf_jax.sharding import device_name
 from spdf_jax.tracking import read_metrics
 
 ROOT = Path(__file__).parent.parent
@@ -268,6 +270,28 @@ def test_a_damaged_checkpoint_is_noticed_set_aside_and_the_one_before_it_gone_on
     assert "Traceback" not in said.err
     shutil.rmtree(aside)
     assert_ends_as(interrupted, whole)
+
+
+def test_a_run_that_goes_on_on_another_number_of_cores_says_so(interrupted, text, capsys, monkeypatch):
+    """XLA splits sums of 65,536 and more over them."""
+    monkeypatch.setattr(jobs, "device_name", lambda: "8 x cpu, 1001 cores")
+    jobs.train(spdf.resolve(short(text)), interrupted, progress=False)
+    resuming = capsys.readouterr().out.splitlines()[0]
+    assert resuming == (
+        f"{interrupted}: resuming after step 12 of 12. It was computed on {device_name()} so far, and is on "
+        f"8 x cpu, 1001 cores now: it will not end with the same bits as on either alone."
+    )
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="only Linux keeps a process to some cores")
+def test_the_cores_counted_are_those_that_the_process_may_use():
+    every = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(every)})
+        assert device_name() == "8 x cpu, 1 core"
+    finally:
+        os.sched_setaffinity(0, every)
+    assert device_name().startswith(f"8 x cpu, {len(every)} core")
 
 
 def test_where_no_checkpoint_is_sound_nothing_is_moved(interrupted, text):
