@@ -51,7 +51,9 @@ def get_config(variant="b999_smet"):
     c.pretrain.sparsity.update_every_steps, c.pretrain.sparsity.stop_fraction = UPDATE_EVERY_STEPS, 0.9
     optimizer = c.pretrain.optimizer
     optimizer.peak_learning_rate, optimizer.warmup_steps = 3e-3, 50
-    optimizer.beta2, optimizer.regrowth, optimizer.regrowth_warmup_steps = BETA2[beta2], arm, UPDATE_EVERY_STEPS
+    optimizer.beta2, optimizer.regrowth = BETA2[beta2], arm
+    if arm == "smet":
+        optimizer.regrowth_warmup_steps = UPDATE_EVERY_STEPS
     c.loop.eval_every_steps = 250
     return c
 

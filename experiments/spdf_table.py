@@ -72,8 +72,9 @@ def get_config(variant="mini"):
         c.finetune.task.path, c.finetune.task.test_examples = path, 200
         c.finetune.optimizer.peak_learning_rate, c.finetune.batch_size = rate, batch
         if task != "restaurant":
-            c.finetune.batch_size, c.finetune.epochs, c.finetune.steps = 32, 2 if task == "e2e" else 0, 150
-            c.loop.eval_every_steps = 50
+            c.finetune.batch_size, c.finetune.epochs = 32, 2 if task == "e2e" else 0
+            if not c.finetune.epochs:
+                c.finetune.steps, c.loop.eval_every_steps = 150, 50
         if mode == "sparse":
             c.finetune.sparsity.rule, c.finetune.sparsity.sparsity = "static", SPARSITY[start]
         name = f"finetune_{start}_{mode}" + (f"_{rate:.0e}_{batch}" if choice else "") + f"_{seed}"

@@ -22,7 +22,20 @@ from spdf_jax.data import DataConfig, TaskConfig
 from spdf_jax.errors import InputError
 from spdf_jax.evals.exams import MODES
 from spdf_jax.evals.task_data import TASKS
-from spdf_jax.fields import LARGEST, Count, CountOrZero, Line, OneOf, Range, Text, check_fields
+from spdf_jax.fields import (
+    LARGEST,
+    Count,
+    CountOrZero,
+    Line,
+    OneOf,
+    Range,
+    Text,
+    Unused,
+    Used,
+    check_fields,
+    unused_fields,
+    used_with,
+)
 from spdf_jax.generate import DecodeConfig
 from spdf_jax.gpt_config import GPTConfig
 from spdf_jax.optim import OptimizerConfig
@@ -47,7 +60,7 @@ class PhaseConfig:
       optimizer, sparsity: see there.
     """
 
-    steps: Count = 600
+    steps: Annotated[Count, Used(lambda phase: not phase.epochs, "phases without epochs")] = 600
     batch_size: Count = 16
     seq_len: CountOrZero = 0
     grad_accumulation_steps: Count = 1
@@ -99,6 +112,9 @@ class LoopConfig:
         return range(int(first), int(last)) if last else range(0)
 
 
+_TASKS = Used(lambda evaluation: bool(evaluation.tasks), "evaluations with tasks")
+
+
 @dataclass(frozen=True)
 class EvaluationConfig:
     """What ``--job evaluate`` measures besides perplexity and a task's scores. May change after a run, as `decode` may.
@@ -113,11 +129,11 @@ class EvaluationConfig:
     """
 
     tasks: Annotated[tuple[str, ...], OneOf(TASKS)] = ()
-    data_dir: Line = ""
-    num_fewshot: Annotated[int, Range(least=0, most=LARGEST, special=-1)] = -1
+    data_dir: Annotated[Line, _TASKS] = ""
+    num_fewshot: Annotated[int, Range(least=0, most=LARGEST, special=-1), _TASKS] = -1
     exams: bool = False
-    exam_questions: Line = ""
-    exam_mode: Annotated[str, OneOf(MODES)] = "length"
+    exam_questions: Annotated[Line, used_with("exams", True)] = ""
+    exam_mode: Annotated[str, OneOf(MODES), used_with("exams", True)] = "length"
 
     def __post_init__(self) -> None:
         check_fields(self, "evaluation")
@@ -383,14 +399,20 @@ def resolve(config: ConfigDict) -> RunConfig:
       Frozen dataclasses; nothing is read, made or trained yet.
 
     Raises:
-      InputError: an unknown key (names the nearest known one), a value of the wrong type, or one out of its range.
+      InputError: an unknown key (names the nearest known one), a value of the wrong type or out of its range, or a setting
+        that the others make the run ignore.
 
     >>> c = default_config("mine", "mini", variants=("mini",))
     >>> c.pretrain.steps = 300
     >>> resolve(c).phases["pretrain"].steps
     300
     """
-    values = config.to_dict()
+    run = _built(config.to_dict())
+    _check_effect(run)
+    return run
+
+
+def _built(values: dict[str, Any]) -> RunConfig:
     phases = values.pop("phases", ())
     if not phases:
         raise InputError("config.phases: at least one phase is needed")
@@ -422,7 +444,15 @@ def load_config(path: Path) -> RunConfig:
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: no config of a run there ({error}); give the workdir of a run") from None
     values.pop("command", None)
-    return resolve(ConfigDict(_as_of_today(values)))
+    values = _as_of_today(values)
+    while unused := list(_unused(run := _built(dict(values)))):  # had no effect, whatever it said; is refused by now
+        for field_ in unused:
+            *sections, name = field_.place.split(".")[1:]
+            node = values
+            for section in sections:
+                node = node[section]
+            node[name] = field_.default
+    return run
 
 
 #: What a run did before a field was there, by the field's place (``phase`` stands for every phase), where that is not the
@@ -449,6 +479,48 @@ def _as_of_today(values: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(today["model"].get("remat"), bool):  # from when it was no choice
         today["model"]["remat"] = "block" if today["model"]["remat"] else "none"
     return today
+
+
+def _unused(run: RunConfig) -> list[Unused]:
+    found = [unused_fields(f"config.{name}", getattr(run, name), run=run) for name in _SECTIONS]
+    found += [unused_fields(f"config.{name}", phase, run=run, phase=phase) for name, phase in run.phases.items()]
+    return [unused for some in found for unused in some]
+
+
+def _check_effect(run: RunConfig) -> None:
+    """Raises `InputError` where a setting would be ignored, or would leave nothing of what another one asks for."""
+    if run.variant not in run.variants:
+        near = nearest(run.variant, list(run.variants))
+        raise InputError(f"config.variant: {run.experiment} has no variant {run.variant!r}{near}")
+    if unused := _unused(run):
+        first, *others = unused
+        likewise = ", ".join(f"{other.place} at {other.default!r}" for other in others)
+        raise InputError(
+            f"{first.place}: {first.value!r} would be ignored, since it is for {first.by}; leave it at {first.default!r}"
+            + (f" (likewise {likewise})" if likewise else "")
+        )
+    for index, (name, phase) in enumerate(run.phases.items()):
+        sparsity = phase.sparsity
+        if not sparsity.dense and not any(map(sparsity.curve.value, (0.0, *sparsity.curve.turns))):
+            raise InputError(
+                f"config.{name}.sparsity.sparsity: {sparsity.sparsity} leaves rule {sparsity.rule!r} no zeros to place; set a "
+                f"share of zeros, 0.75 for one, or rule 'dense'"
+            )
+        if index == 0 and not phase.reset_optimizer and not run.init_from:
+            raise InputError(
+                f"config.{name}.reset_optimizer: False has nothing to carry over, without a phase before or init_from; use True"
+            )
+        if not phase.epochs:
+            check_length(name, phase)
+
+
+def check_length(name: str, phase: PhaseConfig) -> None:
+    """Raises `InputError` unless phase `name`, its length known in steps, has room for what it is to do."""
+    if phase.optimizer.warmup_steps > phase.steps:
+        raise InputError(
+            f"config.{name}.optimizer.warmup_steps: {phase.optimizer.warmup_steps} of {phase.steps} steps would end before the "
+            f"learning rate has arrived; use {phase.steps // 10} or so"
+        )
 
 
 def _check_phase(run: RunConfig, name: str, phase: PhaseConfig) -> None:

@@ -20,9 +20,9 @@ import dataclasses
 import difflib
 import math
 import typing
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, NamedTuple, Protocol
 
 from spdf_jax.errors import InputError
 
@@ -100,6 +100,33 @@ class Text:
         return "must hold no control characters"
 
 
+@dataclass(frozen=True)
+class Used:
+    """That a field counts under a condition only: set away from its default otherwise, a run would ignore it.
+
+    Attributes:
+      when: the condition, on the field's own section, or on what `of` names.
+      by: what uses the field, to be read after "is for".
+      of: ``section``, ``phase`` or ``run``.
+    """
+
+    when: Callable[[Any], bool]
+    by: str
+    of: str = "section"
+
+
+def used_with(field: str, *values: Any) -> Used:
+    """Used where another field of the section has one of some values."""
+    return Used(lambda section: getattr(section, field) in values, f"{field} {' or '.join(map(repr, values))}")
+
+
+# What an optimiser has for sparse phases.
+REGROWTH = Used(
+    lambda phase: phase.sparsity.topology_rule.evolves or phase.optimizer.regrowth == "smet",
+    "phases whose masks move",
+    of="phase",
+)
+SPARSE_PHASE = Used(lambda phase: not phase.sparsity.dense, "sparse phases", of="phase")
 Count = Annotated[int, Range(least=1, most=LARGEST)]
 CountOrZero = Annotated[int, Range(least=0, most=LARGEST)]
 Share = Annotated[float, Range(least=0, most=1)]
@@ -110,9 +137,10 @@ def requirements(section: type) -> Mapping[str, Requirement]:
     """The requirement of each field of a dataclass that has one."""
     hints = typing.get_type_hints(section, include_extras=True)
     return {
-        name: next(extra for extra in hint.__metadata__ if hasattr(extra, "holds"))
+        name: extra
         for name, hint in hints.items()
-        if hasattr(hint, "__metadata__")
+        for extra in getattr(hint, "__metadata__", ())
+        if hasattr(extra, "holds")
     }
 
 
@@ -129,6 +157,42 @@ def check_fields(config: Any, section: str) -> None:
             if not requirement.holds(value):
                 default = "" if defaults[name] is dataclasses.MISSING else f"; the default is {defaults[name]!r}"
                 raise InputError(f"{section}.{name}: {value!r} {requirement.said_of(value)}{default}")
+
+
+class Unused(NamedTuple):
+    """A field that is set and would be ignored: its place, its value, its default, and what it is for."""
+
+    place: str
+    value: Any
+    default: Any
+    by: str
+
+
+def unused_fields(place: str, section: Any, **around: Any) -> Iterator[Unused]:
+    """Fields of a section, and of the sections in it, that are away from their default and used by nothing.
+
+    Args:
+      place: where the section stands.
+      section: a dataclass.
+      around: the ``phase`` and the ``run`` that it is of.
+
+    Yields:
+      `Unused` fields.
+
+    >>> from spdf_jax.optim import OptimizerConfig
+    >>> list(unused_fields("optimizer", OptimizerConfig(regrowth_warmup_steps=5), phase=None))
+    [Unused(place='optimizer.regrowth_warmup_steps', value=5, default=100, by="regrowth 'smet'")]
+    """
+    owners = {**around, "section": section}
+    defaults = {field.name: field.default for field in dataclasses.fields(section)}
+    for name, hint in typing.get_type_hints(type(section), include_extras=True).items():
+        value = getattr(section, name)
+        if dataclasses.is_dataclass(value):
+            yield from unused_fields(f"{place}.{name}", value, **around)
+        for extra in getattr(hint, "__metadata__", ()):
+            known = isinstance(extra, Used) and owners.get(extra.of) is not None
+            if known and value != defaults[name] and not extra.when(owners[extra.of]):
+                yield Unused(f"{place}.{name}", value, defaults[name], extra.by)
 
 
 def _parts(value: Any) -> Iterator[Any]:

@@ -18,7 +18,7 @@ from jax import lax
 from jax.sharding import Mesh
 
 from spdf_jax.errors import InputError
-from spdf_jax.fields import Count, CountOrZero, OneOf, Range, check_fields
+from spdf_jax.fields import Count, CountOrZero, OneOf, Range, Used, check_fields, used_with
 from spdf_jax.gpt_config import GPTConfig
 from spdf_jax.model import GPT
 from spdf_jax.primer import TAPS
@@ -49,14 +49,14 @@ class DecodeConfig:
 
     method: Annotated[str, OneOf(METHODS)] = "greedy"
     max_new_tokens: Count = 64
-    beam_size: Count = 10
-    length_penalty: Annotated[float, Range()] = 0.9
+    beam_size: Annotated[Count, used_with("method", "beam")] = 10
+    length_penalty: Annotated[float, Range(), used_with("method", "beam")] = 0.9
     no_repeat_ngram: CountOrZero = 0
-    no_repeat_counts_prompt: bool = False
-    temperature: Annotated[float, Range(above=0)] = 1.0
-    top_p: Annotated[float, Range(above=0, most=1)] = 1.0
+    no_repeat_counts_prompt: Annotated[bool, Used(lambda c: c.no_repeat_ngram > 0, "a no_repeat_ngram above 0")] = False
+    temperature: Annotated[float, Range(above=0), used_with("method", "sample")] = 1.0
+    top_p: Annotated[float, Range(above=0, most=1), used_with("method", "sample")] = 1.0
     batch_size: Count = 16
-    seed: CountOrZero = 0
+    seed: Annotated[CountOrZero, used_with("method", "sample")] = 0
 
     def __post_init__(self) -> None:
         check_fields(self, "decode")

@@ -4,7 +4,9 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from spdf_jax.errors import InputError
-from spdf_jax.fields import Count, CountOrZero, OneOf, Range, check_fields
+from spdf_jax.fields import Count, CountOrZero, OneOf, Range, Used, check_fields
+
+MUP = Used(lambda model: model.mup_base_width > 0, "a mup_base_width above 0")
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,8 @@ class GPTConfig:
     init_std: Annotated[float, Range(above=0, most=1)] = 0.02
     remat: Annotated[str, OneOf(("none", "dots", "mlp", "block"))] = "none"
     mup_base_width: CountOrZero = 0
-    mup_density: Annotated[float, Range(above=0, most=1)] = 1.0
-    mup_alpha: Annotated[float, Range(above=0)] = 1.0
+    mup_density: Annotated[float, Range(above=0, most=1), MUP] = 1.0
+    mup_alpha: Annotated[float, Range(above=0), MUP] = 1.0
 
     def __post_init__(self) -> None:
         check_fields(self, "model")

@@ -78,6 +78,12 @@ def _parse(argv: Sequence[str]) -> None:
         raise InputError(
             "command line: --config FILE[:VARIANT] is needed, for example --config experiments/gpt2_mst.py"
         )
+    for name in config_flags.get_override_values(flags.FLAGS["config"]):
+        if name.rpartition(".")[2] in ("experiment", "variant", "variants"):
+            raise InputError(
+                f"--config.{name}: says what the settings are, and sets none of them; a variant is chosen as "
+                f"--config {_config_file()}:VARIANT"
+            )
     if not isinstance(_CONFIG.value, ConfigDict):  # ml_collections' stand-in for a file that it could not read
         raise InputError(f"--config: {_config_file()} is not there")
 

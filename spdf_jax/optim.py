@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from spdf_jax.fields import Count, CountOrZero, OneOf, Range, Share, check_fields
+from spdf_jax.fields import REGROWTH, SPARSE_PHASE, Count, CountOrZero, OneOf, Range, Share, check_fields, used_with
 from spdf_jax.sparsity.mupar import scale_by_mup
 from spdf_jax.sparsity.regrowth import scale_by_density, scale_by_smet_adam
 from spdf_jax.sparsity.transforms import sparse
@@ -34,7 +34,7 @@ class OptimizerConfig:
     """
 
     peak_learning_rate: Annotated[float, Range(above=0)] = 6e-4
-    final_fraction: Share = 0.1
+    final_fraction: Annotated[Share, used_with("schedule", "cosine", "linear")] = 0.1
     warmup_steps: CountOrZero = 100
     schedule: Annotated[str, OneOf(("cosine", "linear", "constant"))] = "cosine"
     beta1: Annotated[float, Range(least=0, below=1)] = 0.9
@@ -42,9 +42,9 @@ class OptimizerConfig:
     eps: Annotated[float, Range(above=0)] = 1e-8
     weight_decay: Annotated[float, Range(least=0)] = 0.1
     clip_norm: Annotated[float, Range(least=0)] = 1.0
-    regrowth: Annotated[str, OneOf(("reset", "keep", "smet"))] = "reset"
-    regrowth_warmup_steps: Count = 100
-    density_exponent: Annotated[float, Range(least=0)] = 0.0
+    regrowth: Annotated[str, OneOf(("reset", "keep", "smet")), REGROWTH] = "reset"
+    regrowth_warmup_steps: Annotated[Count, used_with("regrowth", "smet")] = 100
+    density_exponent: Annotated[float, Range(least=0), SPARSE_PHASE] = 0.0
 
     def __post_init__(self) -> None:
         check_fields(self, "optimizer")

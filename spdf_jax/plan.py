@@ -10,7 +10,7 @@ import jax
 import optax
 
 from spdf_jax.attention_backends import attention_backend, target_platform
-from spdf_jax.config import PhaseConfig, RunConfig
+from spdf_jax.config import PhaseConfig, RunConfig, check_length
 from spdf_jax.data import load_task, steps_per_epoch
 from spdf_jax.errors import InputError
 from spdf_jax.flops import head_size, linear_size, parameter_count, step_flops
@@ -86,6 +86,7 @@ def make_plan(config: RunConfig) -> list[PhasePlan]:
             pairs = sum(len(example.references) for example in load_task(phase.task).train)
             epoch_steps = steps_per_epoch(pairs, phase.batch_size)
             phase = dataclasses.replace(phase, steps=phase.epochs * epoch_steps)
+            check_length(name, phase)
         filter = sparse_filter(phase.sparsity, config.model.tied_head)
         try:
             programme = Programme(phase.sparsity, matrix_groups(params, filter), phase.steps)

@@ -96,13 +96,15 @@ def mini_finetuning(c: ConfigDict) -> None:
       c: a config with a phase ``finetune``; changed in place. After `spdf_finetuning`, which it makes smaller.
 
     >>> c = default_config("mine", "mini", variants=("mini",), phases=("finetune",))
+    >>> spdf_finetuning(c, "restaurant")
     >>> mini_finetuning(c)
     >>> c.finetune.task.train_examples, c.decode.beam_size
     (100, 4)
     """
     _mini_model(c)
     phase = c.finetune
-    phase.task.train_examples, phase.task.validation_examples, phase.task.test_examples = 100, 50, 100
+    if phase.task.name == "restaurant":
+        phase.task.train_examples, phase.task.validation_examples, phase.task.test_examples = 100, 50, 100
     phase.optimizer.peak_learning_rate, phase.optimizer.warmup_steps = 1e-3, 10
     c.decode.beam_size, c.decode.batch_size = 4, 64
 

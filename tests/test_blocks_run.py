@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import tiny_config, write_text
+from tiny import set_sparsity, tiny_config, write_text
 
 import spdf_jax as spdf
 from spdf_jax import jobs
@@ -35,7 +35,9 @@ def blocks_config(rule="static", phases=("pretrain",), **model):
     for name, value in model.items():
         setattr(c.model, name, value)
     c.pretrain.steps, c.pretrain.batch_size, c.pretrain.optimizer.warmup_steps = 12, 4, 2
-    c.pretrain.sparsity.rule, c.pretrain.sparsity.update_every_steps = rule, 3
+    c.pretrain.sparsity.rule = rule
+    if rule != "static":
+        c.pretrain.sparsity.update_every_steps = 3
     for name, value in BLOCKS.items():
         setattr(c.pretrain.sparsity, name, value)
     return c
@@ -221,8 +223,8 @@ def test_sizes_and_optimisers_that_do_not_fit_are_refused_before_anything_runs()
 def run_config(tmp_path):
     """MST in blocks, then dense."""
     c = tiny_config(write_text(tmp_path / "text"), tmp_path / "cache")
-    for name, value in (BLOCKS | {"pattern": "block4", "schedule": "constant", "sparsify_head": False}).items():
-        setattr(c.pretrain.sparsity, name, value)
+    window = {name: value for name, value in c.pretrain.sparsity.items() if name.startswith("attention")}
+    set_sparsity(c.pretrain, **window | BLOCKS | {"rule": "mst", "update_every_steps": 6, "pattern": "block4"})
     c.pretrain.steps, c.finetune.steps = 24, 6
     c.loop.eval_every_steps, c.loop.checkpoint_every_steps = 12, 6
     return c

@@ -37,6 +37,7 @@ def test_nine_cells_differ_in_beta2_and_regrowth_alone():
     assert settings == {(b, arm) for b in (0.95, 0.99, 0.999) for arm in ("reset", "keep", "smet")}
     for cell in cells:
         del cell["variant"]
+        cell["pretrain"]["optimizer"].pop("regrowth_warmup_steps")  # of smet alone
     assert all(cell == cells[0] for cell in cells)
     assert cells[0]["experiment"] == "cold_start"
 
@@ -128,7 +129,7 @@ def test_the_comparison_has_a_row_a_cell_and_is_resumed(tmp_path, monkeypatch, c
 def test_a_watched_run_is_the_run_itself_with_smet_s_counts_in_the_checkpoint(text, tmp_path):
     c = tiny_config(text, text.parent / "cache")
     c.model.n_layer, c.pretrain.steps, c.finetune.steps, c.loop.eval_every_steps = 1, 20, 4, 10
-    c.pretrain.sparsity.attention_end = 0.0
+    c.pretrain.sparsity.update(attention_pattern="causal", attention_width=128, attention_start=0.0, attention_end=0.0)
     c.pretrain.optimizer.regrowth = c.finetune.optimizer.regrowth = "smet"
     c.pretrain.optimizer.density_exponent, c.finetune.reset_optimizer = 0.5, False
     config = spdf.resolve(c)

@@ -79,7 +79,7 @@ def test_s_mupar_reaches_the_optimiser_and_must_agree_with_the_sparsity():
     c.one.sparsity.rule, c.one.sparsity.sparsity = "static", 0.75
     c.model.mup_base_width, c.model.mup_density = 32, 0.25
     plain = c.copy_and_resolve_references()
-    plain.model.mup_base_width = 0
+    plain.model.mup_base_width, plain.model.mup_density = 0, 1.0
     params = abstract_params(GPT(spdf.resolve(c).model))
     ones = jax.tree.map(lambda leaf: jnp.ones(leaf.shape), params)
     steps = []
@@ -104,7 +104,7 @@ def test_s_mupar_learns_at_the_density_of_each_phase_and_starts_at_that_of_the_f
     c.model.mup_base_width, c.model.mup_density = 32, 0.25
     ones = jax.tree.map(lambda leaf: jnp.ones(leaf.shape), abstract_params(GPT(spdf.resolve(c).model)))
     plain = c.copy_and_resolve_references()
-    plain.model.mup_base_width = 0
+    plain.model.mup_base_width, plain.model.mup_density = 0, 1.0
     for ours, theirs, density in zip(
         make_plan(spdf.resolve(c)), make_plan(spdf.resolve(plain)), (0.25, 1), strict=True
     ):

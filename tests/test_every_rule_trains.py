@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from tiny import tiny_config, write_text
+from tiny import set_sparsity, tiny_config, write_text
 
 import spdf_jax as spdf
 from spdf_jax.plan import make_plan
@@ -32,9 +32,11 @@ def test_a_run_holds_its_programme(rule, pattern, schedule, sparsity, text):
     del c["finetune"]
     c.pretrain.steps = 24
     c.pretrain.optimizer.regrowth = "keep" if rule == "topkast" else "reset"
-    s = c.pretrain.sparsity
-    s.rule, s.pattern, s.schedule, s.sparsity, s.cycles = rule, pattern, schedule, sparsity, 2
-    s.sparsify_head, s.attention_pattern, s.update_every_steps = False, "causal", 3
+    turns = {"ramp_end": 0.2, "ultra_end": 0.6, "restoration_end": 0.9, "cycles": 2}
+    three, four = ("ramp_end", "ultra_end", "restoration_end"), ("ramp_end", "ultra_end", "cycles")
+    of_schedule = {"constant": (), "cubic": ("ramp_end",), "three_phases": three, "alternate": four}
+    used = {name: turns[name] for name in of_schedule[schedule]} | ({} if rule == "acdc" else {"update_every_steps": 3})
+    set_sparsity(c.pretrain, rule=rule, pattern=pattern, schedule=schedule, sparsity=sparsity, **used)
     config = spdf.resolve(c)
     plan = make_plan(config)[0]
     losses, densities = [], set()

@@ -37,7 +37,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import QUICKLY, can_mount, tiny_config, write_text
+from tiny import QUICKLY, can_mount, set_sparsity, tiny_config, write_text
 
 import spdf_jax as spdf
 from spdf_jax import checkpoint as checkpointing
@@ -59,7 +59,8 @@ def short(text: Path):
     """One phase of 12 steps, saved every four, with few programs to compile."""
     c = tiny_config(text, text.parent / "cache")
     c.pretrain.steps, c.loop.checkpoint_every_steps, c.phases = 12, 4, ("pretrain",)
-    c.pretrain.sparsity.update_every_steps, c.pretrain.sparsity.attention_end = 3, 0.0
+    c.pretrain.sparsity.update_every_steps = 3
+    c.pretrain.sparsity.update(attention_pattern="causal", attention_width=128, attention_start=0.0, attention_end=0.0)
     del c.finetune
     return c
 
@@ -191,6 +192,7 @@ a_step_that_hangs()
 def test_every_step_and_every_validation_batch_beats(text, tmp_path, monkeypatch):
     c = short(text)
     c.pretrain.steps, c.loop.watchdog_seconds, c.loop.eval_batch_size = 5, 77, 1
+    set_sparsity(c.pretrain, rule="static", sparsity=0.8)
     beats = []
     monkeypatch.setattr(processes, "beat", lambda *beat: beats.append(beat))
     jobs.train(spdf.resolve(c), tmp_path, progress=False)
@@ -489,6 +491,7 @@ def test_a_read_only_disk_is_named(text, tmp_path):
 def test_a_profile_holds_the_steps_that_were_asked_for(text, tmp_path):
     c = short(text)
     c.pretrain.steps, c.loop.profile_steps = 6, "2:4"
+    set_sparsity(c.pretrain, rule="static", sparsity=0.8)
     jobs.train(spdf.resolve(c), tmp_path, progress=False)
     (trace,) = tmp_path.glob("profile/plugins/profile/*/*.xplane.pb")
     planes = jax.profiler.ProfileData.from_file(str(trace)).planes

@@ -1,6 +1,7 @@
 """Every field of a config has its range or its words, holds to them wherever it is made, and says so in one line."""
 
 import dataclasses
+import json
 import math
 import typing
 
@@ -8,9 +9,9 @@ import pytest
 from ml_collections import ConfigDict
 
 import spdf_jax as spdf
-from spdf_jax.config import PhaseConfig, RunConfig
+from spdf_jax.config import PhaseConfig, RunConfig, load_config
 from spdf_jax.data import DataConfig
-from spdf_jax.fields import OneOf, Range, Text, requirements
+from spdf_jax.fields import OneOf, Range, Text, Used, requirements
 from spdf_jax.generate import DecodeConfig
 from spdf_jax.optim import OptimizerConfig
 from spdf_jax.sharding import MeshConfig
@@ -133,3 +134,127 @@ def test_a_table_of_another_shape_is_refused():
         c["one"]["sparsity"] |= {"rule": "rigl", "schedule": "table", "table": table}
         with pytest.raises(spdf.InputError, match=r"config\.one\.sparsity\.table\[0\].*: expected"):
             spdf.resolve(ConfigDict(c))
+
+
+USED_BY_DEFAULT = {
+    *("data.tokenizer_vocab_size", "data.validation_fraction"),
+    *("one.steps", "one.optimizer.final_fraction"),
+}
+
+
+def another_value(hint, rule, default):
+    """A value that the field may have, other than its default."""
+    if hint is bool:
+        return not default
+    if isinstance(rule, OneOf):
+        return next(word for word in (*rule.words, *rule.more) if word not in (default, ""))
+    if isinstance(rule, Range):
+        return next(hint(v) for v in (0.5, 1, 2, 500) if rule.holds(hint(v)) and hint(v) != default)
+    return "2:4"  # is a pattern, a path and a name
+
+
+@pytest.mark.parametrize("path", [path for path in FIELDS if "." in path])
+def test_what_nothing_uses_is_refused_where_it_is_set(path):
+    """From the defaults, dense and greedy, one field is set at a time."""
+    hint, rule = FIELDS[path]
+    node = spdf.default_config("e", "v", variants=("v",), phases=("one",))
+    for key in path.split("."):
+        node = node[key]
+    value = 0.5 if path.endswith("table") else another_value(hint, rule, node)
+    said = ""
+    try:
+        spdf.resolve(change(path, value, hint))
+    except spdf.InputError as error:
+        said = str(error)
+    ignored = said.startswith(f"config.{path}: ") and "would be ignored, since it is for" in said
+    *sections, name = path.split(".")
+    owner = spdf.resolve(spdf.default_config("e", "v", variants=("v",), phases=("one",)))
+    for section in sections:
+        owner = owner.phases["one"] if section == "one" else getattr(owner, section)
+    hints = typing.get_type_hints(type(owner), include_extras=True)[name]
+    conditional = any(isinstance(extra, Used) for extra in getattr(hints, "__metadata__", ()))
+    assert ignored == (conditional and path not in USED_BY_DEFAULT)
+
+
+def resolved(phases=("one",), **changes):
+    c = spdf.default_config("e", "v", variants=("v",), phases=phases)
+    with c.unlocked():
+        for path, value in changes.items():
+            *sections, key = path.split("__")
+            node = c
+            for section in sections:
+                node = node[section]
+            node[key] = value
+    return spdf.resolve(c)
+
+
+RIGL = {"one__sparsity__rule": "rigl", "one__sparsity__sparsity": 0.8}
+MST = {"one__sparsity__rule": "mst", "one__sparsity__sparsity": 0.8, "one__sparsity__schedule": "three_phases"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"one__sparsity__sparsity": 0.75, "one__sparsity__distribution": "erk"},
+            r"config\.one\.sparsity\.sparsity: 0\.75 would be ignored, since it is for rules other than 'dense' .*; leave it "
+            r"at 0\.0 \(likewise config\.one\.sparsity\.distribution at 'uniform'\)",
+        ),
+        ({**RIGL, "one__sparsity__sparsity": 0.0}, r"sparsity: 0\.0 leaves rule 'rigl' no zeros to place; set a share"),
+        ({**RIGL, "one__sparsity__table": ((0.0, 0.5),)}, r"table: .* since it is for schedule 'table'"),
+        ({**RIGL, "one__sparsity__cycles": 2}, "cycles: 2 would be ignored, since it is for schedule 'alternate'"),
+        (
+            {**RIGL, "one__sparsity__exploration": 0.2},
+            "exploration: 0.2 would be ignored, since it is for rules that explore",
+        ),
+        (
+            {**RIGL, "one__sparsity__attention_width": 8},
+            "attention_width: 8 would be ignored, since it is for an attention_p",
+        ),
+        (
+            {**MST, "one__sparsity__init": "magnitude"},
+            "init: 'magnitude' would be ignored, since it is for masks that are",
+        ),
+        ({**MST, "one__sparsity__stop_fraction": 0.75}, "stop_fraction: 0.75 ends the topology steps before schedule"),
+        (
+            {**RIGL, "one__sparsity__rule": "static", "one__sparsity__update_every_steps": 5},
+            "update_every_steps: 5 would be",
+        ),
+        (
+            {"one__epochs": 3, "one__steps": 50, "one__task__name": "restaurant"},
+            "steps: 50 would be ignored, since it is for",
+        ),
+        (
+            {"one__optimizer__warmup_steps": 601},
+            "warmup_steps: 601 of 600 steps would end before the learning rate has",
+        ),
+        (
+            {"one__optimizer__schedule": "constant", "one__optimizer__final_fraction": 0.5},
+            "final_fraction: 0.5 would be",
+        ),
+        ({"one__reset_optimizer": False}, "reset_optimizer: False has nothing to carry over"),
+        (
+            {"decode__beam_size": 4},
+            "decode.beam_size: 4 would be ignored, since it is for method 'beam'; leave it at 10",
+        ),
+        (
+            {"decode__method": "beam", "decode__top_p": 0.5},
+            "decode.top_p: 0.5 would be ignored, since it is for method 's",
+        ),
+        ({"model__mup_alpha": 2.0}, "model.mup_alpha: 2.0 would be ignored, since it is for a mup_base_width above 0"),
+        ({"variant": "124m"}, "config.variant: e has no variant '124m'"),
+    ],
+)
+def test_combinations_that_make_no_sense_are_refused(changes, message):
+    with pytest.raises(spdf.InputError, match=message) as caught:
+        resolved(**changes)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_an_earlier_run_ignored_is_at_its_default_when_it_is_read(tmp_path):
+    """Sparsity on rule dense trained dense; its folder stays usable, and means what it did."""
+    values = resolved().as_dict()
+    values["one"]["sparsity"] |= {"sparsity": 0.75, "sparsify_head": True}
+    values["decode"]["beam_size"] = 4
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert load_config(tmp_path / "config.json") == resolved()

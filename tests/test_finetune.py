@@ -6,7 +6,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from tiny import tiny_config, write_text
+from tiny import set_sparsity, tiny_config, write_text
 
 import spdf_jax as spdf
 from spdf_jax import jobs, train, use
@@ -35,8 +35,8 @@ def base(text, phase):
 def pretrained(text, tmp_path_factory):
     """24 static steps at 80 %."""
     c = base(text, "pretrain")
-    s = c.pretrain.sparsity
-    c.pretrain.steps, s.rule, s.schedule, s.attention_pattern = 24, "static", "constant", "causal"
+    c.pretrain.steps = 24
+    set_sparsity(c.pretrain, rule="static", sparsity=0.8, sparsify_head=True)
     workdir = tmp_path_factory.mktemp("pretrained")
     jobs.train(spdf.resolve(c), workdir, progress=False)
     return workdir
@@ -204,7 +204,8 @@ def test_a_phase_stops_early_by_its_own_losses_alone(text, tmp_path, monkeypatch
     c = restaurant(text)
     c.phases, c.pretrain, c.pretrain.steps = ("pretrain", "finetune"), base(text, "pretrain").pretrain, 2
     c.finetune.epochs, c.finetune.patience_evaluations = 6, 1
-    c.pretrain.sparsity.rule = "dense"
+    set_sparsity(c.pretrain)
+    c.pretrain.optimizer.warmup_steps = 1
     config = spdf.resolve(c)
     summary = jobs.train(config, tmp_path, progress=False)
     epoch = make_plan(config)[1].epoch_steps
@@ -277,7 +278,7 @@ def restaurant(text, phase="finetune"):
     c = base(text, phase)
     c.finetune.task.name, c.finetune.task.train_examples = "restaurant", 12
     c.finetune.task.validation_examples, c.finetune.task.test_examples = 4, 5
-    c.finetune.epochs, c.finetune.batch_size = 2, 8
+    c.finetune.steps, c.finetune.epochs, c.finetune.batch_size = 600, 2, 8  # steps at their default
     c.decode.method, c.decode.beam_size, c.decode.max_new_tokens, c.decode.no_repeat_ngram = "beam", 2, 12, 4
     c.model.context = 128
     return c
@@ -312,6 +313,7 @@ def test_a_sweep_runs_its_cells_chooses_and_tabulates_and_resumes(text, tmp_path
 
     cells = {"pretrain": base(text, "pretrain")}
     cells["pretrain"].pretrain.steps, cells["pretrain"].model.context = 6, 128
+    set_sparsity(cells["pretrain"].pretrain, rule="static", sparsity=0.8)
     cells["pretrain"].pretrain.seq_len = 32
     choices = []
     for rate, seed in ((1e-2, 0), (1e-2, 1), (1e-7, 0), (1e-7, 1)):

@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from tiny import QUICKLY, can_mount, tiny_config, write_text
+from tiny import QUICKLY, can_mount, set_sparsity, tiny_config, write_text
 
 import spdf_jax as spdf
 from spdf_jax import jobs, main, processes
@@ -45,6 +45,27 @@ BAD_COMMANDS = {
     "no config": ([], "--config FILE[:VARIANT] is needed"),
     "missing file": (["--config", "experiments/nope.py"], "experiments/nope.py is not there"),
     "unknown variant": (["--config", f"{MST}:125m"], "no variant '125m'; did you mean '124m'?"),
+    "a variant as a setting": (
+        ["--config", MST, "--config.variant=124m"],
+        f"a variant is chosen as --config {MST}:VARIANT",
+    ),
+    "what nothing uses": (
+        ["--config", "experiments/gpt2_dense.py", "--config.pretrain.sparsity.sparsity=0.75"],
+        "config.pretrain.sparsity.sparsity: 0.75 would be ignored, since it is for rules other than 'dense'",
+    ),
+    "NaN": (["--config", MST, "--config.pretrain.optimizer.peak_learning_rate=nan"], "nan must be a number above 0"),
+    "below its range": (
+        ["--config", MST, "--config.pretrain.optimizer.clip_norm=-1"],
+        "clip_norm: -1.0 must be at least 0",
+    ),
+    "stops before it restores": (
+        ["--config", MST, "--config.pretrain.sparsity.stop_fraction=.75"],
+        "stop_fraction: 0.75 ends the topology steps before schedule 'three_phases' has arrived, at 0.9",
+    ),
+    "an interval over the run": (
+        ["--config", "experiments/gpt2_rigl.py", "--config.pretrain.sparsity.update_every_steps=500"],
+        "'rigl' would never change a mask in 400 steps with update_every_steps 500",
+    ),
     "unknown section": (["--config", MST, "--config.modle.n_layer=2"], 'Did you mean "model" instead of "modle"?'),
     "unknown key": (["--config", MST, "--config.model.n_layr=2"], 'Did you mean "n_layer" instead of "n_layr"?'),
     "wrong type": (["--config", MST, "--config.model.n_layer=two"], "invalid literal for int()"),
@@ -174,10 +195,10 @@ def test_checkpoint_without_masks_where_the_phase_is_sparse(text, tmp_path):
     dense = fresh(text)
     dense.phases, dense.pretrain.steps = ("pretrain",), 10
     del dense.finetune
-    dense.pretrain.sparsity.rule, dense.pretrain.sparsity.sparsity = "dense", 0.0
+    set_sparsity(dense.pretrain)
     jobs.train(spdf.resolve(dense), tmp_path, progress=False)
     sparse = dense.copy_and_resolve_references()
-    sparse.pretrain.sparsity.rule, sparse.pretrain.sparsity.sparsity = "mst", 0.8
+    set_sparsity(sparse.pretrain, rule="mst", sparsity=0.8, update_every_steps=5)
     assert "pretrain.sparsity.rule was 'dense', is 'mst'" in in_process(sparse, tmp_path)
     message = refused_restore(sparse, tmp_path)
     assert "has no masks for" in message

@@ -198,7 +198,9 @@ def test_saved_by_two_processes_on_one_mesh_and_gone_on_from_elsewhere(text, tmp
         c = tiny_config(text, text.parent / "cache")
         c.model.n_head, c.model.vocab_size, c.pretrain.batch_size, c.finetune.batch_size = 4, 304, 8, 8
         c.mesh.data, c.mesh.fsdp, c.mesh.tensor = sizes
-        c.pretrain.sparsity.attention_end = 0.0
+        c.pretrain.sparsity.update(
+            attention_pattern="causal", attention_width=128, attention_start=0.0, attention_end=0.0
+        )
         run = spdf.resolve(c)
         state = saved_run(workdir, make_mesh(run.mesh), run).state
         arrays = state.replace(key=jax.random.key_data(state.key), masks=pack_masks(state.masks))

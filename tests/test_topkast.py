@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tiny import tiny_config, write_text
+from tiny import set_sparsity, tiny_config, write_text
 
 import spdf_jax as spdf
 from spdf_jax.checkpoint import Checkpoints
@@ -112,8 +112,8 @@ def topkast_config(text):
     del c["finetune"]
     c.pretrain.steps = 20
     c.pretrain.optimizer.regrowth = "keep"
-    s = c.pretrain.sparsity
-    s.rule, s.schedule, s.exploration, s.attention_pattern = "topkast", "constant", 0.3, "causal"
+    settings = {"sparsity": 0.8, "sparsify_head": True, "update_every_steps": 6, "exploration": 0.3}
+    set_sparsity(c.pretrain, rule="topkast", **settings)
     return c
 
 
@@ -199,7 +199,7 @@ def test_flops_count_the_explored_gradients():
 )
 def test_what_cannot_be_is_refused_by_name(change, message, text):
     c = tiny_config(text, text.parent / "cache")
-    c.pretrain.sparsity.rule, c.pretrain.sparsity.schedule = "topkast", "constant"
+    set_sparsity(c.pretrain, rule="topkast", sparsity=0.8, update_every_steps=6)
     c.pretrain.optimizer.regrowth = "keep"
     change(c)
     with pytest.raises(spdf.InputError, match=message):

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from tiny import tiny_config, write_text
+from tiny import set_sparsity, tiny_config, write_text
 
 import spdf_jax as spdf
 from spdf_jax import checkpoint as checkpointing
@@ -133,8 +133,7 @@ def test_summary_has_every_key_and_the_planned_flops(uninterrupted, text):
 def test_dropping_the_masks_changes_no_value_and_then_masked_weights_move(text, tmp_path):
     c = tiny_config(text, text.parent / "cache")
     c.pretrain.steps, c.finetune.steps = 10, 1
-    c.pretrain.sparsity.rule, c.pretrain.sparsity.schedule = "static", "constant"
-    c.pretrain.sparsity.attention_end = 0.0
+    set_sparsity(c.pretrain, rule="static", sparsity=0.8, sparsify_head=True)
     jobs.train(spdf.resolve(c), tmp_path, progress=False)
     sparse, dense = checkpoint(tmp_path, 10), checkpoint(tmp_path, 11)
     name = "blocks/mlp_up/kernel"
@@ -208,7 +207,7 @@ def test_a_disk_that_fills_while_a_save_is_written_is_named(tmp_path):
 def test_going_sparse_with_the_optimiser_carried_over_leaves_no_moment_under_the_masks(text, tmp_path):
     c = tiny_config(text, text.parent / "cache")
     c.pretrain.steps, c.finetune.steps = 5, 1
-    c.pretrain.sparsity.rule = "dense"
+    set_sparsity(c.pretrain)
     c.finetune.sparsity.rule, c.finetune.sparsity.sparsity, c.finetune.reset_optimizer = "static", 0.5, False
     jobs.train(spdf.resolve(c), tmp_path, progress=False)
     arrays, name = checkpoint(tmp_path, 6), "blocks/mlp_up/kernel"

@@ -4,6 +4,7 @@ As a program it trains such a run and dies by SIGKILL at a named moment:
 ``python tiny.py WORKDIR DATA save|topology|phase``.
 """
 
+import dataclasses
 import os
 import shutil
 import signal
@@ -15,6 +16,7 @@ from pathlib import Path
 import jax
 
 import spdf_jax as spdf
+from spdf_jax.sparsity.programme import SparsityConfig
 
 #: Environment of processes that compile for longer than they run: XLA's older emitters, all kernels in one module.
 QUICKLY = {
@@ -42,7 +44,7 @@ def tiny_config(text: Path, cache: Path):
     c.pretrain.steps, c.finetune.steps = 60, 12
     for phase in (c.pretrain, c.finetune):
         phase.batch_size = 4
-        phase.optimizer.warmup_steps = 4
+        phase.optimizer.warmup_steps = 4 if phase is c.pretrain else 1
         phase.optimizer.peak_learning_rate = 1e-2
     s = c.pretrain.sparsity
     s.rule, s.schedule, s.sparsity, s.sparsify_head, s.update_every_steps = "mst", "three_phases", 0.8, True, 6
@@ -51,6 +53,11 @@ def tiny_config(text: Path, cache: Path):
     c.loop.log_every_steps, c.loop.eval_every_steps, c.loop.checkpoint_every_steps = 1, 20, 10
     c.loop.eval_batch_size, c.loop.keep_checkpoints = 8, 100
     return c
+
+
+def set_sparsity(phase, **settings):
+    """The section ``sparsity`` of a phase: its defaults, but for these."""
+    phase.sparsity.update(dataclasses.asdict(SparsityConfig()) | settings)
 
 
 def can_mount() -> bool:

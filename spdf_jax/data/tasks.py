@@ -10,9 +10,10 @@ from spdf_jax.data.restaurant import restaurant_task
 from spdf_jax.data.task_files import RELEASES, read_task_files
 from spdf_jax.data.tfds_tasks import read_tfds, write_tfds
 from spdf_jax.errors import InputError
-from spdf_jax.fields import CountOrZero, Line, OneOf, Range, check_fields
+from spdf_jax.fields import CountOrZero, Line, OneOf, Range, check_fields, used_with
 
 _Examples = Annotated[int, Range(least=1, most=100_000)]  # of `restaurant`, far under the number of different inputs
+_GENERATED = used_with("name", "restaurant")
 _STYLES: dict[str, Style] = {"restaurant": "e2e", **{name: release.style for name, release in RELEASES.items()}}
 
 
@@ -30,11 +31,11 @@ class TaskConfig:
     """
 
     name: Annotated[str, OneOf(("", *_STYLES, "tfds"))] = ""
-    path: Line = ""
-    train_examples: _Examples = 2000
-    validation_examples: _Examples = 200
-    test_examples: _Examples = 200
-    seed: CountOrZero = 0
+    path: Annotated[Line, used_with("name", *RELEASES, "tfds")] = ""
+    train_examples: Annotated[_Examples, _GENERATED] = 2000
+    validation_examples: Annotated[_Examples, _GENERATED] = 200
+    test_examples: Annotated[_Examples, _GENERATED] = 200
+    seed: Annotated[CountOrZero, _GENERATED] = 0
 
     def __post_init__(self) -> None:
         check_fields(self, "task")

@@ -33,12 +33,15 @@ from spdf_jax.data.tokenizer import (
     vocabulary_size,
 )
 from spdf_jax.errors import InputError
-from spdf_jax.fields import LARGEST, Line, OneOf, Range, check_fields
+from spdf_jax.fields import LARGEST, Line, OneOf, Range, Used, check_fields, used_with
 
 _FORMAT_VERSION = 1  # raise it when the same documents and tokenizer give other files
 _FILES: dict[Split, str] = {"train": "train.bin", "validation": "val.bin"}
 _GPT2_END_OF_TEXT = 50256
 _SOURCES = ("embedded", "text", "token_files", "tfds")
+_TRAINED = Used(
+    lambda c: not c.tokenizer and c.source != "token_files", "tokenizers that are trained here, on documents"
+)
 
 
 @dataclass(frozen=True)
@@ -69,16 +72,18 @@ class DataConfig:
     """
 
     source: Annotated[str, OneOf(_SOURCES)] = "embedded"
-    path: Line = ""
-    tfds_name: Line = ""
-    text_key: Line = "text"
-    train_files: Line = ""
-    validation_files: Line = ""
-    split_by: Annotated[str, OneOf(("text", "name"))] = "text"
-    token_dtype: Annotated[str, OneOf(("", *TOKEN_DTYPES))] = ""
+    path: Annotated[Line, used_with("source", "text", "token_files", "tfds")] = ""
+    tfds_name: Annotated[Line, used_with("source", "tfds")] = ""
+    text_key: Annotated[Line, used_with("source", "text", "tfds")] = "text"
+    train_files: Annotated[Line, used_with("source", "text")] = ""
+    validation_files: Annotated[Line, used_with("source", "text")] = ""
+    split_by: Annotated[str, OneOf(("text", "name")), used_with("source", "text", "tfds")] = "text"
+    token_dtype: Annotated[str, OneOf(("", *TOKEN_DTYPES)), used_with("source", "token_files")] = ""
     tokenizer: Line = ""
-    tokenizer_vocab_size: Annotated[int, Range(least=SMALLEST_VOCAB, most=LARGEST)] = 4096
-    validation_fraction: Annotated[float, Range(above=0, below=1)] = 0.02
+    tokenizer_vocab_size: Annotated[int, Range(least=SMALLEST_VOCAB, most=LARGEST), _TRAINED] = 4096
+    validation_fraction: Annotated[float, Range(above=0, below=1), used_with("source", "embedded", "text", "tfds")] = (
+        0.02
+    )
     separate_documents: bool = True
     end_of_text_id: Annotated[int, Range(least=-1, most=LARGEST)] = -1
     cache_dir: Line = ""

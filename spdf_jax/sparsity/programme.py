@@ -15,7 +15,7 @@ from typing import Annotated, Any, NamedTuple
 
 from spdf_jax import attention_patterns
 from spdf_jax.errors import InputError
-from spdf_jax.fields import Count, Line, OneOf, Range, Share, check_fields
+from spdf_jax.fields import Count, Line, OneOf, Range, Share, Used, check_fields, used_with
 from spdf_jax.sparsity import schedules
 from spdf_jax.sparsity.blocks import block_grid
 from spdf_jax.sparsity.distributions import DISTRIBUTIONS, MatrixGroup, target_counts
@@ -25,6 +25,24 @@ from spdf_jax.sparsity.topkast import TOPKAST
 
 RULES["topkast"] = TOPKAST
 SCHEDULES = ("constant", "cubic", "three_phases", "table", "alternate")
+
+# What uses which field of `SparsityConfig`.
+SPARSE = Used(lambda c: not c.dense, "rules other than 'dense'")
+LEVEL = Used(
+    lambda c: not c.dense and c.schedule != "table", "rules other than 'dense' with schedules other than 'table'"
+)
+EXCHANGE = Used(lambda c: c.exchanges, "rules that exchange weights")
+MOVES = Used(lambda c: c.exchanges or bool(c.curve.ramps), "rules that exchange weights and schedules with a ramp")
+SHARE = Used(
+    lambda c: c.topology_rule.evolves and not c.topology_rule.evolve, "rules that exchange a share of the weights"
+)
+EXPLORED = Used(lambda c: not c.dense and RULES[c.rule].exploration > 0, "rules that explore, such as 'topkast'")
+CHOSEN = Used(
+    lambda c: not c.dense and c.topology_rule.evolve is None and c.curve(0.0) > 0,
+    "masks that are sparse from the first step and that the rule does not choose itself",
+)
+WINDOW = Used(lambda c: c.attention_end > c.attention_start, "phases with attention_end above attention_start")
+ATTENTION = Used(lambda c: c.attention_pattern != "causal", "an attention_pattern other than 'causal'")
 
 
 @dataclass(frozen=True)
@@ -55,26 +73,26 @@ class SparsityConfig:
     """
 
     rule: Annotated[str, OneOf(RULES, ("dense",))] = "dense"
-    sparsity: Annotated[float, Range(least=0, below=1)] = 0.0
-    distribution: Annotated[str, OneOf(DISTRIBUTIONS)] = "uniform"
-    pattern: Line = "unstructured"
-    sparse_compute: Annotated[str, OneOf(("masked", "blocks"))] = "masked"
-    schedule: Annotated[str, OneOf(SCHEDULES)] = "constant"
-    ramp_end: Share = 0.1
-    ultra_end: Share = 0.75
-    restoration_end: Share = 0.9
-    cycles: Count = 5
-    table: Annotated[tuple[tuple[float, float], ...], Range(least=0, most=1)] = ()
-    update_every_steps: Count = 100
-    stop_fraction: Share = 1.0
-    drop_fraction: Annotated[float, Range(least=0, most=1, special=-1)] = -1.0
-    exploration: Annotated[float, Range(least=0, most=1, special=-1)] = -1.0
-    sparsify_head: bool = False
-    init: Annotated[str, OneOf(("random", "magnitude"))] = "random"
-    attention_pattern: Annotated[str, OneOf(attention_patterns.PATTERNS)] = "causal"
-    attention_width: Count = 128
-    attention_start: Share = 0.0
-    attention_end: Share = 0.0
+    sparsity: Annotated[float, Range(least=0, below=1), LEVEL] = 0.0
+    distribution: Annotated[str, OneOf(DISTRIBUTIONS), SPARSE] = "uniform"
+    pattern: Annotated[Line, SPARSE] = "unstructured"
+    sparse_compute: Annotated[str, OneOf(("masked", "blocks")), SPARSE] = "masked"
+    schedule: Annotated[str, OneOf(SCHEDULES), SPARSE] = "constant"
+    ramp_end: Annotated[Share, used_with("schedule", "cubic", "three_phases", "alternate")] = 0.1
+    ultra_end: Annotated[Share, used_with("schedule", "three_phases", "alternate")] = 0.75
+    restoration_end: Annotated[Share, used_with("schedule", "three_phases")] = 0.9
+    cycles: Annotated[Count, used_with("schedule", "alternate")] = 5
+    table: Annotated[tuple[tuple[float, float], ...], Range(least=0, most=1), used_with("schedule", "table")] = ()
+    update_every_steps: Annotated[Count, MOVES] = 100
+    stop_fraction: Annotated[Share, EXCHANGE] = 1.0
+    drop_fraction: Annotated[float, Range(least=0, most=1, special=-1), SHARE] = -1.0
+    exploration: Annotated[float, Range(least=0, most=1, special=-1), EXPLORED] = -1.0
+    sparsify_head: Annotated[bool, SPARSE] = False
+    init: Annotated[str, OneOf(("random", "magnitude")), CHOSEN] = "random"
+    attention_pattern: Annotated[str, OneOf(attention_patterns.PATTERNS), WINDOW] = "causal"
+    attention_width: Annotated[Count, ATTENTION] = 128
+    attention_start: Annotated[Share, ATTENTION] = 0.0
+    attention_end: Annotated[Share, ATTENTION] = 0.0
 
     def __post_init__(self) -> None:
         check_fields(self, "sparsity")
@@ -108,6 +126,12 @@ class SparsityConfig:
     def density(self) -> float:
         """Share of weights that `sparsity` leaves: constant, final or lowest; 1 without masks."""
         return 1.0 if self.dense else 1 - self.sparsity
+
+    @property
+    def exchanges(self) -> bool:
+        """Whether weights come and go under one sparsity too."""
+        rule = self.topology_rule
+        return rule.evolves and (rule.drop_fraction > 0 or rule.evolve is not None)
 
     @property
     def blocks(self) -> bool:
@@ -279,11 +303,10 @@ class Programme:
     def _check_moves(self) -> None:
         """Raises `InputError` where no topology step would change a mask."""
         config, rule = self.config, self.config.topology_rule
-        exchanges = rule.drop_fraction > 0 or rule.evolve is not None
         every = config.update_every_steps
         for step in chain(self.turning_steps, range(every, self.total_steps, every)):
             level = self._aim(step)
-            if self._due(step) and (level != self.level(step) or (exchanges and level > 0)):
+            if self._due(step) and (level != self.level(step) or (config.exchanges and level > 0)):
                 return
         most = max(config.curve(turn) for turn in (0.0, *config.curve.turns))
         raise InputError(

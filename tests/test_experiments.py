@@ -1,0 +1,37 @@
+"""Every experiment of the repository, in every variant, resolves and can be planned: nothing in it is out of range or idle."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+import spdf_jax as spdf
+from spdf_jax import plan
+from spdf_jax.config import resolve_sweep
+from spdf_jax.data import TaskConfig, load_task
+
+FOLDER = Path(__file__).parent.parent / "experiments"
+
+
+def get_config(name, variant):
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(variant) if variant else module.get_config()
+
+
+EXPERIMENTS = [
+    (path.stem, variant) for path in sorted(FOLDER.glob("*.py")) for variant in get_config(path.stem, "").variants
+]
+
+
+@pytest.mark.parametrize(("name", "variant"), EXPERIMENTS)
+def test_it_resolves_and_is_planned(name, variant, monkeypatch):
+    monkeypatch.setattr(plan, "load_task", lambda config: load_task(TaskConfig("restaurant")))  # the files are not here
+    config = get_config(name, variant)
+    assert config.variant == variant
+    if "cells" not in config:
+        assert plan.make_plan(spdf.resolve(config))[-1].end > 0
+        return
+    for cell in resolve_sweep(config).cells.values():
+        assert plan.make_plan(cell)[-1].end > 0
