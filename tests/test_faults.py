@@ -351,7 +351,7 @@ def test_a_checkpoint_without_checksums_is_still_read(interrupted, whole):
 
 def test_a_finished_run_whose_result_is_damaged_is_not_finished(whole, text, tmp_path, capfd):
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
-    flip(largest(tmp_path / "checkpoints" / "12", ARRAYS))
+    change_step(largest(tmp_path / "checkpoints" / "12", RECORD))
     config = spdf.resolve(short(text))
     with pytest.raises(spdf.InputError, match=r"step 12 is damaged .*; --job train falls back to the one before it"):
         use.evaluate_checkpoint(config, tmp_path)
