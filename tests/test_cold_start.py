@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import optax
 import pytest
-from tiny import tiny_config, write_text
+from tiny import NO_WINDOW, tiny_config, write_text
 
 import spdf_jax as spdf
 from spdf_jax import jobs
@@ -129,7 +129,7 @@ def test_the_comparison_has_a_row_a_cell_and_is_resumed(tmp_path, monkeypatch, c
 def test_a_watched_run_is_the_run_itself_with_smet_s_counts_in_the_checkpoint(text, tmp_path):
     c = tiny_config(text, text.parent / "cache")
     c.model.n_layer, c.pretrain.steps, c.finetune.steps, c.loop.eval_every_steps = 1, 20, 4, 10
-    c.pretrain.sparsity.update(attention_pattern="causal", attention_width=128, attention_start=0.0, attention_end=0.0)
+    c.pretrain.sparsity.update(NO_WINDOW)
     c.pretrain.optimizer.regrowth = c.finetune.optimizer.regrowth = "smet"
     c.pretrain.optimizer.density_exponent, c.finetune.reset_optimizer = 0.5, False
     config = spdf.resolve(c)

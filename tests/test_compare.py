@@ -176,7 +176,7 @@ def test_a_column_that_cannot_be_filled_is_refused_before_anything_runs(column, 
 def test_it_runs_and_goes_on_cell_by_cell(compare, tmp_path, capsys):
     """Two of the methods, made small."""
     text = write_text(tmp_path / "text")
-    compare.METHODS, compare.SEEDS, compare.STEPS, compare.BATCH = ("dense", "SPDF"), {"mini": 1}, 40, 8
+    compare.METHODS, compare.SEEDS, compare.STEPS, compare.BATCH = ("dense", "SPDF"), {"mini": 1}, 64, 8
     compare.MODEL = spdf.GPTConfig(n_layer=2, n_head=2, d_model=32, vocab_size=300, context=32)
     config = compare.get_config()
     for name in config.order:

@@ -37,7 +37,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import QUICKLY, can_mount, set_sparsity, tiny_config, write_text
+from tiny import NO_WINDOW, QUICKLY, can_mount, set_sparsity, tiny_config, write_text
 
 import spdf_jax as spdf
 from spdf_jax import checkpoint as checkpointing
@@ -60,7 +60,7 @@ def short(text: Path):
     c = tiny_config(text, text.parent / "cache")
     c.pretrain.steps, c.loop.checkpoint_every_steps, c.phases = 12, 4, ("pretrain",)
     c.pretrain.sparsity.update_every_steps = 3
-    c.pretrain.sparsity.update(attention_pattern="causal", attention_width=128, attention_start=0.0, attention_end=0.0)
+    c.pretrain.sparsity.update(NO_WINDOW)
     del c.finetune
     return c
 

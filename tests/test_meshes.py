@@ -9,7 +9,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from many import finish, start, wait_for_rows
-from tiny import tiny_config, write_text
+from tiny import NO_WINDOW, NO_WINDOW_FLAGS, tiny_config, write_text
 
 import spdf_jax as spdf
 from spdf_jax import jobs
@@ -181,7 +181,7 @@ def test_saved_by_two_processes_on_one_mesh_and_gone_on_from_elsewhere(text, tmp
         "--config.model.n_head=4",
         "--config.model.vocab_size=304",
         "--config.loop.checkpoint_every_steps=1000",
-        "--config.pretrain.sparsity.attention_end=0.0",
+        *NO_WINDOW_FLAGS,
     ]
     started = start(2, 4, whole, text, *arguments)
     wait_for_rows(whole, 20, started)
@@ -198,9 +198,7 @@ def test_saved_by_two_processes_on_one_mesh_and_gone_on_from_elsewhere(text, tmp
         c = tiny_config(text, text.parent / "cache")
         c.model.n_head, c.model.vocab_size, c.pretrain.batch_size, c.finetune.batch_size = 4, 304, 8, 8
         c.mesh.data, c.mesh.fsdp, c.mesh.tensor = sizes
-        c.pretrain.sparsity.update(
-            attention_pattern="causal", attention_width=128, attention_start=0.0, attention_end=0.0
-        )
+        c.pretrain.sparsity.update(NO_WINDOW)
         run = spdf.resolve(c)
         state = saved_run(workdir, make_mesh(run.mesh), run).state
         arrays = state.replace(key=jax.random.key_data(state.key), masks=pack_masks(state.masks))

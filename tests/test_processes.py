@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 from many import ROOT, finish, start, wait_for_rows
-from tiny import tiny_config, write_text
+from tiny import NO_WINDOW, NO_WINDOW_FLAGS, tiny_config, write_text
 
 import spdf_jax as spdf
 from spdf_jax import jobs, processes, tracking
@@ -23,7 +23,7 @@ from spdf_jax.tracking import read_metrics
 STEPS = ("--config.pretrain.steps=24", "--config.finetune.steps=4")
 BATCH = ("--config.pretrain.batch_size=8", "--config.finetune.batch_size=8")
 ALL_DEVICES = ("--config.mesh.data=1", "--config.mesh.fsdp=-1")
-TINY = (*STEPS, *BATCH, *ALL_DEVICES, "--config.pretrain.sparsity.attention_end=0.0", "--quiet")
+TINY = (*STEPS, *BATCH, *ALL_DEVICES, *NO_WINDOW_FLAGS, "--quiet")
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def alone(text, tmp_path_factory):
     """Losses of the same run in one process on one device."""
     c = tiny_config(text, text.parent / "cache")
     c.pretrain.steps, c.finetune.steps, c.pretrain.batch_size, c.finetune.batch_size = 24, 4, 8, 8
-    c.pretrain.sparsity.attention_end = 0.0
+    c.pretrain.sparsity.update(NO_WINDOW)
     workdir = tmp_path_factory.mktemp("runs") / "alone"
     jobs.train(spdf.resolve(c), workdir, progress=False)
     return losses(workdir)

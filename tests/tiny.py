@@ -60,6 +60,11 @@ def set_sparsity(phase, **settings):
     phase.sparsity.update(dataclasses.asdict(SparsityConfig()) | settings)
 
 
+#: Of a phase without a window of sparse attention, whose programs are then fewer.
+NO_WINDOW = {"attention_pattern": "causal", "attention_width": 128, "attention_start": 0.0, "attention_end": 0.0}
+NO_WINDOW_FLAGS = tuple(f"--config.pretrain.sparsity.{name}={value}" for name, value in NO_WINDOW.items())
+
+
 def can_mount() -> bool:
     """Whether this machine lets tests mount disks of their own."""
     unshare = shutil.which("unshare")
