@@ -97,7 +97,7 @@ def step_flops(
       pattern: attention pattern.
       width: its width.
       gradient: weights whose gradient is needed, as `active`, where these are not the active ones (one product of three):
-        all of them at a topology step, the explored ones of Top-KAST.
+        all of them at a topology step that grows by it, the explored ones of Top-KAST.
 
     Returns:
       FLOPs.

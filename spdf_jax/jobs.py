@@ -23,7 +23,7 @@ from spdf_jax.errors import InputError
 from spdf_jax.feed import Feed, make_feed
 from spdf_jax.flops import parameter_count
 from spdf_jax.model import GPT
-from spdf_jax.plan import PhasePlan, make_plan, total_cost
+from spdf_jax.plan import PhasePlan, StepCost, make_plan, total_cost
 from spdf_jax.report import write_report
 from spdf_jax.restore import (
     BEST,
@@ -100,7 +100,7 @@ def train(config: RunConfig, workdir: Path, *, command: str = "", progress: bool
                 checkpoints=checkpoints,
                 best=best,
                 tracker=tracker,
-                total=total_cost(plans, step),
+                total=_counted(record, plans, step),
                 seconds=record["seconds"],
                 evaluations=_evaluations(workdir, step) if step else {},
             )
@@ -224,6 +224,13 @@ def _elsewhere(record: dict[str, Any]) -> str:
     return what if before != here else ""
 
 
+def _counted(record: dict[str, Any], plans: list[PhasePlan], step: int) -> StepCost:
+    """What the run has cost so far; a record of a release that counted full rows alone does not say all of it."""
+    if set(StepCost._fields) <= record.keys():
+        return StepCost(*(record[name] for name in StepCost._fields))
+    return total_cost(plans, step)
+
+
 def _evaluations(workdir: Path, step: int) -> dict[tuple[str, int], float]:
     rows = (row for row in read_metrics(workdir) if "val_loss" in row and row["step"] <= step)
     return {(row["phase"], row["step"]): row["val_loss"] for row in rows}
@@ -240,12 +247,10 @@ def _finish(run: Run, step: int, tokens: TokenData | None) -> dict[str, Any]:
         "experiment": run.config.experiment,
         "variant": run.config.variant,
         "steps": step,
-        "tokens": run.total.tokens,
+        **run.total._asdict(),
         "val_loss": losses[result],
         "initial_val_loss": next(iter(run.evaluations.values())),
         "sparsity": last.programme.sparsity(step - last.start),
-        "train_flops": run.total.train_flops,
-        "dense_flops": run.total.dense_flops,
         "flops_reduction": run.total.dense_flops / run.total.train_flops,
         "tokens_per_second": run.total.tokens / seconds,
         "wall_seconds": seconds,

@@ -25,15 +25,28 @@ from spdf_jax.tree import Filter
 
 
 class StepCost(NamedTuple):
-    """Exact counts of one step, or summed over steps."""
+    """Exact counts of one step, or summed over steps.
+
+    Attributes:
+      tokens: read from the data; what fills rows up is none.
+      train_flops, dense_flops: of all positions that are computed, by a machine that skips zeros and without masks.
+      padded_tokens: positions that are computed, what fills rows up included.
+      topology_tokens: of `tokens`, those of topology steps, which update no weight.
+    """
 
     tokens: int = 0
     train_flops: int = 0
     dense_flops: int = 0
+    padded_tokens: int = 0
+    topology_tokens: int = 0
 
     def plus(self, other: "StepCost", count: int = 1) -> "StepCost":
         """Sum with `count` steps like `other`."""
         return StepCost(*(a + b * count for a, b in zip(self, other, strict=True)))
+
+    def of_tokens(self, tokens: int) -> "StepCost":
+        """The same step with so many tokens in its rows."""
+        return self._replace(tokens=tokens, topology_tokens=tokens if self.topology_tokens else 0)
 
 
 @dataclass(frozen=True)
@@ -50,7 +63,7 @@ class PhasePlan:
     programme: Programme
     tx: optax.GradientTransformationExtraArgs
     learning_rate: Callable[[jax.Array], jax.Array]
-    cost: Callable[[int], StepCost]
+    cost: Callable[..., StepCost]  # of a step; (step, seq_len) where its rows are shorter than the phase's
     epoch_steps: int  # 0 where the phase is counted in steps
     eval_every_steps: int
 
@@ -126,30 +139,31 @@ def _shifted(schedule: Callable[[jax.Array], jax.Array], start: int) -> Callable
     return lambda step: schedule(step - start)
 
 
-def _cost(config: RunConfig, phase: PhaseConfig, programme: Programme) -> Callable[[int], StepCost]:
-    """Cost of a phase's step; equal steps are computed once."""
-    seq_len = config.seq_len(phase)
-    tokens = phase.batch_size * seq_len
-    dense = step_flops(config.model, seq_len=seq_len, sequences=phase.batch_size, active={})
+def _cost(config: RunConfig, phase: PhaseConfig, programme: Programme) -> Callable[..., StepCost]:
+    """Cost of a phase's step, of full rows unless their length is given; equal steps are computed once."""
 
     def totals(counts: Mapping[str, int]) -> dict[str, int]:
         return {name: n * programme.groups[name].count for name, n in counts.items()}
 
     @cache
-    def flops(level: float, moves: bool, pattern: str, width: int) -> int:
+    def flops(active: Any, gradient: Any, seq_len: int, pattern: str, width: int) -> int:
         return step_flops(
             config.model,
             seq_len=seq_len,
             sequences=phase.batch_size,
-            active=totals(programme.counts_for(level)),
-            gradient=totals(programme.gradient_counts(level, moves)),
+            active=totals(dict(active)),
+            gradient=totals(dict(gradient)),
             pattern=pattern,
             width=width,
         )
 
-    def cost(step: int) -> StepCost:
-        moves = programme.topology(step) is not None
-        return StepCost(tokens, flops(programme.level(step), moves, *programme.attention(step)), dense)
+    def cost(step: int, seq_len: int = 0) -> StepCost:
+        length = seq_len or config.seq_len(phase)
+        tokens = phase.batch_size * length
+        active, gradient = (tuple(f(step).items()) for f in (programme.counts, programme.gradient_counts))
+        sparse = flops(active, gradient, length, *programme.attention(step))
+        dense = flops((), (), length, "causal", 1)
+        return StepCost(tokens, sparse, dense, tokens, 0 if programme.topology(step) is None else tokens)
 
     return cost
 
@@ -171,8 +185,9 @@ def run_cost(config: RunConfig) -> StepCost:
       config: from `spdf_jax.resolve`.
 
     Returns:
-      ``(tokens, train_flops, dense_flops)`` of the whole run: FLOPs of a machine that skips zeros, and of the same model and
-      tokens without masks. Exact integers, by the formula in `spdf_jax.flops`.
+      ``(tokens, train_flops, dense_flops, padded_tokens, topology_tokens)`` of the whole run: FLOPs of a machine that skips
+      zeros, and of the same model and tokens without masks; tokens of topology steps, which update no weight. Exact integers,
+      by the formula in `spdf_jax.flops`; of a task, whose batches are as long as their rows, at most these.
 
     Raises:
       InputError: a phase counted in epochs whose task files are not there.
@@ -196,8 +211,7 @@ def flops_without_head(config: RunConfig, plans: list[PhasePlan]) -> tuple[int, 
         tokens = plan.config.batch_size * plan.seq_len
         for step, count in plan.programme.alike(plan.config.steps).items():
             cost, active = plan.cost(step), plan.programme.active(step).get(head_name, size)
-            moves = plan.programme.topology(step) is not None
-            weight_gradient = plan.programme.gradient_counts(plan.programme.level(step), moves).get(head_name, size)
+            weight_gradient = plan.programme.gradient_counts(step).get(head_name, size)
             train += count * (cost.train_flops - tokens * 2 * (2 * active + weight_gradient))
             dense += count * (cost.dense_flops - tokens * 6 * size)
     return train, dense
@@ -218,7 +232,9 @@ def describe(config: RunConfig, device_count: int = 1) -> str:
     for plan in plans:
         lines += _describe_phase(plan, config.model, config.separates_documents(plan.config))
     lines += [
-        f"tokens                  {total.tokens:,}",
+        f"tokens                  {total.tokens:,}"
+        + (" at most: a task's rows are padded to the longest of their batch" if _has_task(config) else ""),
+        f"  in topology steps     {total.topology_tokens:,} (they update no weight)",
         f"train FLOPs             {total.train_flops:.4g}",
         f"dense FLOPs             {total.dense_flops:.4g}",
         f"FLOP reduction          {total.dense_flops / total.train_flops:.3f}x ({dense / train:.3f}x without the head)",
@@ -226,6 +242,10 @@ def describe(config: RunConfig, device_count: int = 1) -> str:
         f"(parameters, masks, optimiser; activations not counted)",
     ]
     return "\n".join(lines)
+
+
+def _has_task(config: RunConfig) -> bool:
+    return any(phase.task.name for phase in config.phases.values())
 
 
 def fewest_active(config: RunConfig, plans: list[PhasePlan]) -> int:

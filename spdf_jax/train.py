@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -63,7 +64,7 @@ def run_phase(run: Run, plan: PhasePlan, state: TrainState) -> TrainState:
     if first == plan.start and _starts_anew(run, plan):
         _evaluate_and_log(run, plan, steps, state, first)
     run.last_log = (time.perf_counter(), run.total.tokens)
-    pending: tuple[int, Any] | None = None
+    pending: tuple[int, StepCost, Any] | None = None
     for step in traced(range(first, plan.end), loop.profiled_steps, run.workdir):
         local = step - plan.start
         processes.beat(step + 1, loop.watchdog_seconds)
@@ -71,10 +72,13 @@ def run_phase(run: Run, plan: PhasePlan, state: TrainState) -> TrainState:
             return state
         if local in plan.picture_steps:
             save_mask_pictures(run.workdir, step, state.element_masks())
-        state, metrics = one_step(steps, plan, local, state, next(batches))
+        batch_ABT = next(batches)
+        state, metrics = one_step(steps, plan, local, state, batch_ABT)
         if pending is not None:
             _fetch_and_log(run, plan, *pending)
-        pending = (step, metrics)
+        if plan.config.task.name:
+            metrics |= {"tokens": _filled(batch_ABT.weights_BT)}
+        pending = (step, plan.cost(local, batch_ABT.tokens_BT.shape[-1]), metrics)
         done = step + 1
         evaluate, preempted = plan.evaluates_after(done), processes.preempted(done)
         save = preempted or done == plan.end or done % loop.checkpoint_every_steps == 0
@@ -119,7 +123,14 @@ def _starts_anew(run: Run, plan: PhasePlan) -> bool:
     return plan.index == 0 or before != run.feeds[plan.index].fingerprint or plan.config.patience_evaluations > 0
 
 
-def _fetch_and_log(run: Run, plan: PhasePlan, step: int, metrics: dict[str, Any]) -> None:
+@jax.jit
+def _filled(weights_ABT: jax.Array) -> jax.Array:
+    """Positions of a task's rows up to their last target: what comes after fills them up."""
+    ends_T = jnp.arange(1, weights_ABT.shape[-1] + 1)[None, None]
+    return jnp.sum(jnp.max(jnp.where(weights_ABT > 0, ends_T, 0), axis=-1))
+
+
+def _fetch_and_log(run: Run, plan: PhasePlan, step: int, cost: StepCost, metrics: dict[str, Any]) -> None:
     """Metrics of one step: fetched, checked, counted, and written when it is a step to log."""
     metrics = jax.device_get(metrics)
     if not math.isfinite(metrics["loss"]) or not math.isfinite(metrics["grad_norm"]):
@@ -128,7 +139,7 @@ def _fetch_and_log(run: Run, plan: PhasePlan, step: int, metrics: dict[str, Any]
             f"{run.checkpoints.kept()} Lower the learning rate or look at the data, and use another --workdir"
         )
     local, done = step - plan.start, step + 1
-    run.total = run.total.plus(plan.cost(local))
+    run.total = run.total.plus(cost.of_tokens(int(metrics["tokens"])) if "tokens" in metrics else cost)
     run.tracker.advance(done)
     row = {"step": done, "phase": plan.name}
     if done % run.config.loop.log_every_steps == 0 or done == plan.end:
@@ -141,7 +152,7 @@ def _fetch_and_log(run: Run, plan: PhasePlan, step: int, metrics: dict[str, Any]
             row
             | scalars
             | {"sparsity": plan.programme.sparsity(local)}
-            | _cost_columns(run.total)
+            | run.total._asdict()
             | {"tokens_per_second": round(rate, 1)}
         )
     if "churn" in metrics:
@@ -149,10 +160,6 @@ def _fetch_and_log(run: Run, plan: PhasePlan, step: int, metrics: dict[str, Any]
         density = {n: [c / plan.programme.groups[n].size] * plan.programme.groups[n].count for n, c in counts.items()}
         churn = {name: [round(float(c), 6) for c in values] for name, values in metrics["churn"].items()}
         run.tracker.log(row | {"sparsity": plan.programme.sparsity(local + 1), "density": density, "churn": churn})
-
-
-def _cost_columns(total: StepCost) -> dict[str, int]:
-    return {"train_flops": total.train_flops, "dense_flops": total.dense_flops, "tokens": total.tokens}
 
 
 def _evaluate_and_log(run: Run, plan: PhasePlan, steps: Steps, state: TrainState, done: int) -> None:
@@ -166,7 +173,7 @@ def _evaluate_and_log(run: Run, plan: PhasePlan, steps: Steps, state: TrainState
     loss = evaluate(validation(), run.mesh, steps, state.variables, *plan.attention_after(done))
     run.evaluations[plan.name, done] = loss
     row = {"step": done, "phase": plan.name, "val_loss": loss, "sparsity": plan.programme.sparsity(done - plan.start)}
-    run.tracker.log(row | _cost_columns(run.total))
+    run.tracker.log(row | run.total._asdict())
     if plan.config.patience_evaluations and best_evaluation(of_phase(run.evaluations, plan.name)) == done:
         assert run.best is not None, "a phase that may stop early has where to keep its best state"
         _save(run, run.best, plan, state)
@@ -198,6 +205,6 @@ def _save(run: Run, checkpoints: Checkpoints, plan: PhasePlan, state: TrainState
         "sparsity": plan.programme.sparsity(step - plan.start),
         "seconds": run.seconds,
         "device": device_name(),
-        **_cost_columns(run.total),
+        **run.total._asdict(),
     }
     checkpoints.save(state, record)

@@ -10,7 +10,9 @@ from tiny import set_sparsity, tiny_config, write_text
 
 import spdf_jax as spdf
 from spdf_jax import jobs, train, use
-from spdf_jax.plan import make_plan
+from spdf_jax.data import encode_task, load_task, load_tokenizer, task_batches
+from spdf_jax.flops import step_flops
+from spdf_jax.plan import make_plan, total_cost
 from spdf_jax.restore import saved_run
 from spdf_jax.sparsity.masks import active_counts
 from spdf_jax.tracking import read_metrics
@@ -294,6 +296,7 @@ def test_a_task_is_trained_by_epochs_evaluated_after_each_decoded_and_scored(tex
     assert [row["step"] for row in rows] == [0, steps, 2 * steps]
     assert rows[-1]["val_loss"] < rows[0]["val_loss"] - 0.5
     assert "unigram_loss" not in summary
+    _counts_what_its_batches_hold(config, plan, tmp_path, summary, rows[-1])
     result = use.evaluate_checkpoint(config, tmp_path)
     assert result == json.loads((tmp_path / "evaluation.json").read_text())
     assert {"bleu", "nist", "rouge_l", "cider", "perplexity", "signatures", "absent"} <= result.keys()
@@ -304,6 +307,27 @@ def test_a_task_is_trained_by_epochs_evaluated_after_each_decoded_and_scored(tex
     assert all(line["references"] for line in lines)
     text = use.generate_text(config, tmp_path, lines[0]["context"])
     assert text == lines[0]["text"], "one context alone decodes as it did among others"
+
+
+def _counts_what_its_batches_hold(config, plan, workdir, summary, last_row):
+    """Tokens as in the pairs; padded ones and FLOPs as in the batches, as long as these are."""
+    pairs = encode_task(load_task(plan.config.task), load_tokenizer(workdir / "tokenizer.json"), plan.seq_len).train
+    assert summary["tokens"] == 2 * sum(len(pair.tokens) - 1 for pair in pairs)
+    how = {"seq_len": plan.seq_len, "batch_size": plan.config.batch_size, "seed": config.seed}
+    shapes = [
+        batch.tokens_BT.shape for _, batch in zip(range(plan.config.steps), task_batches(pairs, **how), strict=False)
+    ]
+    assert summary["padded_tokens"] == sum(rows * length for rows, length in shapes)
+    assert summary["tokens"] < summary["padded_tokens"] <= plan.config.steps * plan.config.batch_size * plan.seq_len
+    of_batches = sum(step_flops(config.model, seq_len=t, sequences=b, active={}) for b, t in shapes)
+    assert summary["train_flops"] == summary["dense_flops"] == of_batches <= total_cost([plan]).train_flops
+    assert summary["topology_tokens"] == 0
+    counted = ("tokens", "padded_tokens", "topology_tokens", "train_flops", "dense_flops")
+    assert {name: last_row[name] for name in counted} == {name: summary[name] for name in counted}
+    report = (workdir / "report.html").read_text()
+    assert "Positions computed" in report
+    assert f"{summary['padded_tokens']:,}" in report
+    assert "Tokens of topology steps" not in report
 
 
 @pytest.mark.slow

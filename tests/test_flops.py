@@ -9,7 +9,7 @@ import spdf_jax as spdf
 from spdf_jax.config import resolve_sweep
 from spdf_jax.data import load_task
 from spdf_jax.flops import step_flops
-from spdf_jax.plan import flops_without_head, make_plan, state_bytes, total_cost
+from spdf_jax.plan import describe, flops_without_head, make_plan, state_bytes, total_cost
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 
@@ -78,6 +78,10 @@ def test_a_finetuning_phase_counts_its_epochs_at_full_length():
     assert plan.config.steps == 5 * -(-pairs // phase.batch_size)
     per_sequence = spdf.train_flops(run.model, seq_len=256)
     assert plan.cost(0).train_flops == pytest.approx(phase.batch_size * per_sequence, rel=1e-6)
+    short = plan.cost(0, 64)
+    assert short.padded_tokens == phase.batch_size * 64
+    assert short.train_flops == step_flops(run.model, seq_len=64, sequences=phase.batch_size, active={})
+    assert short.of_tokens(700).tokens == 700
 
 
 def test_mst_mini_saves_three_times():
@@ -127,6 +131,50 @@ def test_a_topology_step_pays_for_dense_weight_gradients():
     weights = 85e6 * 0.8  # weights that only the topology step multiplies
     extra = topology.train_flops - sparse.train_flops
     assert extra == pytest.approx(2 * weights * sparse.tokens, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("rule", "schedule", "dense"),
+    [
+        ("rigl", "constant", True),
+        ("mst", "constant", True),
+        ("sensitivity", "constant", True),
+        ("set", "constant", False),
+        ("mest", "constant", False),
+        ("topkast", "constant", False),
+        ("gmp", "cubic", False),
+        ("acdc", "alternate", False),
+    ],
+)
+def test_only_growth_by_gradient_is_charged_a_dense_one(rule, schedule, dense):
+    """Random growth looks at no gradient of what is masked, nor does pruning alone, nor a turn that brings everything back."""
+    c = spdf.default_config("x", "x", variants=("x",))
+    c.pretrain.sparsity.rule, c.pretrain.sparsity.sparsity, c.pretrain.sparsity.schedule = rule, 0.8, schedule
+    c.pretrain.sparsity.ramp_end = c.pretrain.sparsity.ultra_end = 0.5
+    if schedule == "alternate":
+        c.pretrain.sparsity.ramp_end, c.pretrain.sparsity.cycles = 0.1, 2
+    c.pretrain.optimizer.regrowth, c.pretrain.steps, c.pretrain.sparsity.update_every_steps = "keep", 100, 10
+    run = spdf.resolve(c)
+    (plan,) = make_plan(run)
+    moving = [step for step in range(100) if plan.programme.topology(step)]
+    charged = {step for step in moving if plan.cost(step).train_flops > _as_an_ordinary_step(run, plan, step)}
+    assert len(moving) >= 3
+    assert charged == (set(moving) if dense else set())
+    total = total_cost([plan])
+    assert total.topology_tokens == len(moving) * plan.cost(0).tokens
+    assert f"in topology steps     {total.topology_tokens:,} (they update no weight)" in describe(run)
+
+
+def _as_an_ordinary_step(run, plan, step):
+    programme = plan.programme
+    of_all = {name: group.count for name, group in programme.groups.items()}
+    explored = {
+        n: programme.config.topology_rule.explored_count(k, programme.groups[n].size)
+        for n, k in programme.counts(step).items()
+    }
+    totals = [{n: k * of_all[n] for n, k in counts.items()} for counts in (programme.counts(step), explored)]
+    how = {"seq_len": plan.seq_len, "sequences": plan.config.batch_size}
+    return step_flops(run.model, active=totals[0], gradient=totals[1], **how)
 
 
 def test_step_flops_refuse_a_leaf_that_is_no_linear_layer():

@@ -137,7 +137,7 @@ def test_the_loop_keeps_sets_and_values_together(text):
         jax.tree.map(same, state.params, apply_masks(values, state.masks))
         if i >= 1:
             wider = active_counts(explored, state.params, plan.filter)
-            expected = plan.programme.gradient_counts(0.8, False)
+            expected = plan.programme.gradient_counts(1)
             for name, n in expected.items():
                 assert set(np.asarray(wider[name]).tolist()) == {n}
         churn += [max(np.max(c) for c in metrics["churn"].values())] if "churn" in metrics else []

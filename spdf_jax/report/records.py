@@ -268,7 +268,8 @@ def _numbers_so_far(rows: Sequence[Row]) -> dict[str, Any]:
     numbers: dict[str, Any] = {}
     for row in rows:
         numbers["steps"] = row["step"]
-        numbers |= {key: row[key] for key in ("tokens", "sparsity", "tokens_per_second", "val_loss") if key in row}
+        counted = ("tokens", "padded_tokens", "topology_tokens")
+        numbers |= {key: row[key] for key in (*counted, "sparsity", "tokens_per_second", "val_loss") if key in row}
         if "train_flops" in row:
             numbers |= {"train_flops": row["train_flops"], "dense_flops": row["dense_flops"]}
         if "val_loss" in row and row["step"] == 0:

@@ -123,14 +123,28 @@ def _number_lines(run: Run) -> Iterator[tuple[str, str, str]]:
         "train_flops": ("Training FLOPs, counted", flops, left_out),
         "dense_flops": ("The same tokens, dense", flops, "same model without masks"),
         "flops_reduction": ("FLOP reduction", lambda v: f"{v:.2f}x", "counted, not measured in seconds"),
-        "tokens": ("Training tokens", lambda v: f"{v:,}", ""),
+        "tokens": ("Training tokens", lambda v: f"{v:,}", "read from the data" if _padded(run) else ""),
+        "padded_tokens": (
+            "Positions computed",
+            lambda v: f"{v:,}",
+            "what fills rows up included; the FLOPs are of these",
+        ),
+        "topology_tokens": (
+            "Tokens of topology steps",
+            lambda v: f"{v:,}",
+            "of the training tokens; they update no weight",
+        ),
         "steps": ("Training steps", lambda v: f"{v:,}", "stopped early" if _stopped_early(run) else ""),
         "parameters": ("Parameters", lambda v: f"{v:,}", zeros),
         "tokens_per_second": ("Throughput", lambda v: f"{v:,.0f} tokens/s", "measured"),
         "wall_seconds": ("Wall-clock time", duration, "measured"),
         "device": ("Device", str, ""),
     }
-    hidden = ("sparsity", "dense_flops", "flops_reduction") if run.is_dense else ()
+    hidden: tuple[str, ...] = ("sparsity", "dense_flops", "flops_reduction") if run.is_dense else ()
+    if not _padded(run):
+        hidden += ("padded_tokens",)
+    if not run.numbers.get("topology_tokens"):
+        hidden += ("topology_tokens",)
     for key, (label, render, remark) in formats.items():
         if key in run.numbers and key not in hidden:
             yield label, render(run.numbers[key]), remark
@@ -138,6 +152,10 @@ def _number_lines(run: Run) -> Iterator[tuple[str, str, str]]:
         yield "Counted FLOPs of the run before", flops(before["train_flops"]), "that this one started from"
         if "train_flops" in run.numbers:
             yield "Both together", flops(before["train_flops"] + run.numbers["train_flops"]), ""
+
+
+def _padded(run: Run) -> bool:
+    return run.numbers.get("padded_tokens", 0) > run.numbers.get("tokens", 0)
 
 
 def _first_remark(run: Run) -> str:

@@ -247,10 +247,14 @@ class Programme:
         zeta = schedules.cosine_drop_fraction(rule.drop_fraction, progress, start, min(end, config.stop_fraction))
         return TopologyTarget(target, zeta)
 
-    def gradient_counts(self, level: float, moves: bool) -> Mapping[str, int]:
-        """Weights of one matrix of every sparse leaf that get a gradient at a sparsity: all where topology moves."""
-        sizes, rule = {name: group.size for name, group in self.groups.items()}, self.config.topology_rule
-        return sizes if moves else {n: rule.explored_count(k, sizes[n]) for n, k in self.counts_for(level).items()}
+    def gradient_counts(self, step: int) -> Mapping[str, int]:
+        """Weights of one matrix of every sparse leaf whose gradient `step` needs: all where topology moves by it."""
+        rule, target, needed = self.config.topology_rule, self.topology(step), {}
+        for name, active in self.counts(step).items():
+            size = self.groups[name].size
+            all_of_them = target and rule.grows_by_gradient(active, target.counts[name], size, target.drop_fraction)
+            needed[name] = size if all_of_them else rule.explored_count(active, size)
+        return needed
 
     def attention(self, step: int) -> tuple[str, int]:
         """Attention pattern and width of `step`."""
@@ -322,7 +326,9 @@ class Programme:
     def _alike(self, steps: int) -> dict[int, int]:
         """The first `steps` steps by what they cost: ``{the first of its kind: how many there are}``."""
         first: dict[Any, int] = {}  # by kind
-        of_kind = [
-            first.setdefault((self.level(t), self.topology(t) is not None, self.attention(t)), t) for t in range(steps)
-        ]
-        return Counter(of_kind)
+
+        def kind(t: int) -> Any:
+            moves = None if self.topology(t) is None else tuple(self.gradient_counts(t).values())
+            return self.level(t), moves, self.attention(t)
+
+        return Counter(first.setdefault(kind(t), t) for t in range(steps))

@@ -101,6 +101,22 @@ class Rule(NamedTuple):
         explored = active + int(self.exploration * size) // unit * unit
         return min(explored, size) if isinstance(active, int) else jnp.minimum(explored, size)
 
+    def grows_by_gradient(self, active: int, target: int, size: int, drop_fraction: float) -> bool:
+        """Whether a topology step from `active` to `target` of a matrix's `size` weights needs the gradients of masked ones.
+
+        Not where all that grows is drawn at random (SET, MEST), nothing grows (GMP), or everything does (AC/DC's dense turns).
+
+        >>> [RULES[name].grows_by_gradient(100, 100, 400, 0.3) for name in ("rigl", "mst", "set", "mest")]
+        [True, True, False, False]
+        >>> [RULES["gmp"].grows_by_gradient(200, target, 400, 0.0) for target in (100, 400, 300)]
+        [False, False, True]
+        """
+        if self.evolve is not None:
+            return self.gradient_share > 0
+        unit = parse_pattern(self.pattern).unit_size
+        dropped = max(int(active // unit * drop_fraction), (active - target) // unit)
+        return target < size and int(((target - active) // unit + dropped) * self.gradient_share) > 0
+
 
 RULES: dict[str, Rule] = {
     "static": Rule(evolves=False, schedules=("constant",)),
