@@ -7,6 +7,7 @@ from functools import cache, cached_property, partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from spdf_jax.attention_backends import attention_backend, target_platform
@@ -47,6 +48,13 @@ class StepCost(NamedTuple):
     def of_tokens(self, tokens: int) -> "StepCost":
         """The same step with so many tokens in its rows."""
         return self._replace(tokens=tokens, topology_tokens=tokens if self.topology_tokens else 0)
+
+
+@jax.jit
+def task_tokens(weights_ABT: jax.Array) -> jax.Array:
+    """Positions of a task's rows up to their last target: what comes after fills them up."""
+    ends_11T = jnp.arange(1, weights_ABT.shape[-1] + 1)[None, None]
+    return jnp.sum(jnp.max(jnp.where(weights_ABT > 0, ends_11T, 0), axis=-1))
 
 
 @dataclass(frozen=True)

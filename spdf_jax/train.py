@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -21,7 +20,7 @@ from spdf_jax.early_stopping import best_evaluation, of_phase, stops_early
 from spdf_jax.errors import InputError, Restart
 from spdf_jax.feed import Feed
 from spdf_jax.model import GPT
-from spdf_jax.plan import PhasePlan, StepCost
+from spdf_jax.plan import PhasePlan, StepCost, task_tokens
 from spdf_jax.sharding import batch_sharding, device_name
 from spdf_jax.state import TrainState, state_shardings
 from spdf_jax.step import Steps, make_steps
@@ -77,7 +76,7 @@ def run_phase(run: Run, plan: PhasePlan, state: TrainState) -> TrainState:
         if pending is not None:
             _fetch_and_log(run, plan, *pending)
         if plan.config.task.name:
-            metrics |= {"tokens": _filled(batch_ABT.weights_BT)}
+            metrics |= {"tokens": task_tokens(batch_ABT.weights_BT)}
         pending = (step, plan.cost(local, batch_ABT.tokens_BT.shape[-1]), metrics)
         done = step + 1
         evaluate, preempted = plan.evaluates_after(done), processes.preempted(done)
@@ -121,13 +120,6 @@ def _starts_anew(run: Run, plan: PhasePlan) -> bool:
     """Whether nothing comparable was measured before a phase: it is the first, on other data, or seeks the best of its own."""
     before = run.feeds[max(plan.index - 1, 0)].fingerprint
     return plan.index == 0 or before != run.feeds[plan.index].fingerprint or plan.config.patience_evaluations > 0
-
-
-@jax.jit
-def _filled(weights_ABT: jax.Array) -> jax.Array:
-    """Positions of a task's rows up to their last target: what comes after fills them up."""
-    ends_T = jnp.arange(1, weights_ABT.shape[-1] + 1)[None, None]
-    return jnp.sum(jnp.max(jnp.where(weights_ABT > 0, ends_T, 0), axis=-1))
 
 
 def _fetch_and_log(run: Run, plan: PhasePlan, step: int, cost: StepCost, metrics: dict[str, Any]) -> None:
