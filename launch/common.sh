@@ -30,6 +30,7 @@ parse() {
         (($# > 1)) || die "--$parse_name needs a value"
         shift
       fi
+      [[ $1 != *[[:cntrl:]]* ]] || die "--$parse_name: a control character is in its value; leave it out"
       printf -v "$parse_name" %s "${1#"--$parse_name="}"
     else
       die "unknown argument $1: --help lists the flags, and what to run follows --"

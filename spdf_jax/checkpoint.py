@@ -10,10 +10,9 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
-import time
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,14 +20,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from orbax.checkpoint._src.path.atomicity_types import TMP_DIR_SUFFIX  # has no public name
 
 from spdf_jax.errors import InputError
-from spdf_jax.processes import RESTART_CODE, stop, wait_for_first
+from spdf_jax.processes import RESTART_CODE, is_first, stop, wait_for_first
 from spdf_jax.sparsity.blocks import balanced_topologies
 from spdf_jax.sparsity.masks import active_counts, pack_masks, unpack_masks
 from spdf_jax.sparsity.programme import Programme
 from spdf_jax.state import TrainState
 from spdf_jax.tree import Filter, named_leaves
+from spdf_jax.workdir import checksum, set_aside
 
 # Metadata and index files of one checkpoint; about 60 kB were seen.
 _CHECKPOINT_OVERHEAD_BYTES = 256 * 1024
@@ -67,8 +68,8 @@ class Checkpoints:
         """Starts saving; the state may be donated right after. A step that is already saved is left alone.
 
         Raises:
-          InputError: a number in the state is not finite; nothing is saved.
-          OSError: no room for it.
+          InputError: a number in the state is not finite, or a checkpoint of a later step is there; nothing is saved.
+          OSError: no room for it, or the disk fails.
         """
         step = int(state.step)
         if step in self._manager.all_steps():
@@ -81,11 +82,16 @@ class Checkpoints:
                 f"Lower the learning rate or look at the data, and use another --workdir"
             )
         record = record | {"leaves": leaves}
-        record |= {"crc32": _crc32(record)}
+        record |= {"crc32": checksum(record)}
         args = ocp.args.Composite(state=ocp.args.StandardSave(packed), record=ocp.args.JsonSave(record))
-        with self._full_disk_named():
+        with self._disk_named():
             self._check_room(packed)
-            self._manager.save(step, args=args)
+            saved = self._manager.save(step, args=args)
+        if not saved:  # orbax saves nothing at or before its newest step, and only returns False
+            raise InputError(
+                f"{self.directory}: the state at step {step} was not saved, because a checkpoint at step "
+                f"{self.latest_step()} is there; move that away"
+            )
 
     def steps(self) -> list[int]:
         """Steps of all complete checkpoints, oldest first."""
@@ -108,8 +114,10 @@ class Checkpoints:
             raise InputError(f"{self.directory}: no checkpoint there; train first with --job train")
         with self._damage_named(step):
             record = self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))["record"]
-            if "crc32" in record and record.pop("crc32") != _crc32(record):  # absent: of an older version
+            if "crc32" in record and record.pop("crc32") != checksum(record):  # absent: of an older version
                 raise ValueError("its record is not what was written")
+            if record["step"] != step:
+                raise ValueError(f"it is a copy of that at step {record['step']}")
         return record
 
     def restore(self, abstract: TrainState, shardings: TrainState) -> TrainState:
@@ -151,9 +159,7 @@ class Checkpoints:
         *_, before, newest = (None, *sorted(self._manager.all_steps()))
         if before is None:
             raise InputError(f"{damage}, but there is none; start again with another --workdir") from damage
-        aside = self.directory / f"{newest}.damaged-{int(time.time())}"
-        with contextlib.suppress(FileNotFoundError):  # another process was first
-            (self.directory / str(newest)).rename(aside)
+        aside = set_aside(self.directory / str(newest), "damaged")
         message = f"{damage}, at step {before}. The damaged one is kept as {aside.name}"
         if jax.process_count() > 1:
             stop(RESTART_CODE, f"{message}. Give the same command again")
@@ -162,14 +168,20 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Until everything started is on disk, for all processes; raises what went wrong."""
-        with self._full_disk_named():
+        with self._disk_named():
             self._manager.wait_until_finished()
         wait_for_first()
 
     def close(self) -> None:
         """Waits and releases."""
-        with self._full_disk_named():
+        with self._disk_named():
             self._manager.close()
+
+    def sweep(self) -> None:
+        """Removes what a killed save has left. Only where no other process saves here."""
+        for left in self.directory.glob(f"*{TMP_DIR_SUFFIX}*"):
+            if is_first():
+                shutil.rmtree(left, ignore_errors=True)
 
     def _check_room(self, packed: TrainState) -> None:
         """Refuses to start what cannot end: a full disk found half-way costs pages of tracebacks from other threads."""
@@ -179,14 +191,15 @@ class Checkpoints:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     @contextlib.contextmanager
-    def _full_disk_named(self) -> Iterator[None]:
-        """A full disk reaches us from tensorstore as a ValueError, often from the save before."""
+    def _disk_named(self) -> Iterator[None]:
+        """What a disk refuses reaches us from tensorstore as a ValueError with the number in its text, often a save later."""
         try:
             yield
         except (ValueError, OSError) as error:
-            if "No space left on device" not in str(error):
+            number = error.errno if isinstance(error, OSError) else _os_error(str(error))
+            if number is None:
                 raise
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.directory)) from error
+            raise OSError(number, os.strerror(number), str(self.directory)) from error
 
     @contextlib.contextmanager
     def _damage_named(self, step: int) -> Iterator[None]:
@@ -246,6 +259,12 @@ def fingerprint(state: TrainState) -> str:
     return hashlib.sha256(json.dumps(_examined(_pack(state))[1], sort_keys=True).encode()).hexdigest()
 
 
+def _os_error(text: str) -> int | None:
+    """The number in what tensorstore says of a system call that failed."""
+    found = re.search(r"os_error_code='(\d+)'", text)
+    return int(found[1]) if found else None
+
+
 def _is_mask(leaf: jax.Array) -> bool:
     return leaf.ndim > 0 and leaf.dtype == bool
 
@@ -303,10 +322,6 @@ def _checksum(array: jax.Array) -> jax.Array:
         mixed = (mixed ^ place) * jnp.uint32(0x9E3779B1)
         mixed = mixed ^ (mixed >> 15)
     return jnp.sum(mixed, dtype=jnp.uint32)
-
-
-def _crc32(record: dict[str, Any]) -> int:
-    return zlib.crc32(json.dumps(record, sort_keys=True).encode())
 
 
 def check_invariants(programme: Programme, filter: Filter, state: TrainState, phase_start: int) -> None:

@@ -19,7 +19,7 @@ from typing import Annotated, Any, NamedTuple
 from ml_collections import ConfigDict, FieldReference
 
 from spdf_jax.data import DataConfig, TaskConfig
-from spdf_jax.errors import InputError
+from spdf_jax.errors import InputError, reading
 from spdf_jax.evals.exams import MODES
 from spdf_jax.evals.task_data import TASKS
 from spdf_jax.fields import (
@@ -41,6 +41,7 @@ from spdf_jax.gpt_config import GPTConfig
 from spdf_jax.optim import OptimizerConfig
 from spdf_jax.sharding import MeshConfig
 from spdf_jax.sparsity.programme import SparsityConfig
+from spdf_jax.workdir import read_json
 
 
 @dataclass(frozen=True)
@@ -439,19 +440,20 @@ def load_config(path: Path) -> RunConfig:
     Raises:
       InputError: no such file, or no such config.
     """
-    try:
-        values = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: no config of a run there ({error}); give the workdir of a run") from None
+    fix = "restore it, or give the workdir of a run"
+    values = read_json(path, fix)
     values.pop("command", None)
-    values = _as_of_today(values)
-    while unused := list(_unused(run := _built(dict(values)))):  # had no effect, whatever it said; is refused by now
-        for field_ in unused:
-            *sections, name = field_.place.split(".")[1:]
-            node = values
-            for section in sections:
-                node = node[section]
-            node[name] = field_.default
+    with reading(f"{path}: no config of a run", fix):
+        values = _as_of_today(values)
+        while unused := list(
+            _unused(run := _built(dict(values)))
+        ):  # had no effect, whatever it said; is refused by now
+            for field_ in unused:
+                *sections, name = field_.place.split(".")[1:]
+                node = values
+                for section in sections:
+                    node = node[section]
+                node[name] = field_.default
     return run
 
 

@@ -1,4 +1,7 @@
-"""The exceptions that the command line turns into an exit code."""
+"""The exceptions that the command line turns into an exit code, and where a file from outside becomes one of them."""
+
+import contextlib
+from collections.abc import Iterator
 
 
 class InputError(ValueError):
@@ -15,3 +18,37 @@ class InputError(ValueError):
 
 class Restart(Exception):
     """The run ends before its time, in all its processes, and the same command goes on. The command line exits with 75."""
+
+
+@contextlib.contextmanager
+def reading(what: str, fix: str) -> Iterator[None]:
+    """Where a file is read that others may have written, cut or replaced: whatever it does to the reader becomes one line.
+
+    Parsers of other people's files raise what they like, as deep nesting a RecursionError, a size that no memory holds a
+    MemoryError, or, where they are written in Rust, a panic that is no Exception at all. Only the reading itself belongs under
+    this, where an error can be of nothing but the file.
+
+    Args:
+      what: the file, and what it is not: ``"summary.json: not JSON"``.
+      fix: what to do.
+
+    Raises:
+      InputError: ``"WHAT (what was raised); FIX"``.
+
+    >>> with reading("a.json: not JSON", "get the file again"):
+    ...     [][0]
+    Traceback (most recent call last):
+    spdf_jax.errors.InputError: a.json: not JSON (list index out of range); get the file again
+    """
+    try:
+        yield
+    except (InputError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        raise InputError(f"{what} ({one_line(error)}); {fix}") from error
+
+
+def one_line(error: BaseException) -> str:
+    """What an exception says, on one line of sensible length; its type where that says more."""
+    said = " ".join(str(error).split())[:300]
+    return f"{type(error).__name__} {said}".rstrip() if isinstance(error, KeyError | MemoryError) or not said else said

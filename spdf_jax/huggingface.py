@@ -8,7 +8,6 @@ A folder is data: JSON and safetensors are read, a pickle never.
 import json
 import re
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from os import PathLike
@@ -23,12 +22,13 @@ from safetensors.numpy import save_file
 from tokenizers import Tokenizer
 
 from spdf_jax.data.tokenizer import END_OF_TEXT, vocabulary_size
-from spdf_jax.errors import InputError
+from spdf_jax.errors import InputError, reading
 from spdf_jax.gpt_config import GPTConfig
 from spdf_jax.model import GPT
 from spdf_jax.sparsity.masks import apply_masks
 from spdf_jax.sparsity.mupar import mup_scales
 from spdf_jax.tree import named_leaves
+from spdf_jax.workdir import make_durable, read_json, temporary_beside
 
 #: Modules of one GPT-2 layer, and ours whose outputs stand side by side in them.
 _MODULES = {
@@ -109,6 +109,7 @@ def save_gpt2(
     >>> import jax, spdf_jax as spdf
     >>> config = spdf.GPTConfig(n_layer=2, n_head=2, d_model=8, vocab_size=11, context=4)
     >>> params = spdf.GPT(config).init(jax.random.key(0), jax.numpy.zeros((1, 4), int))["params"]
+    >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     save_gpt2(folder, config, params)
     ...     loaded_config, loaded = load_gpt2(folder)
@@ -179,7 +180,11 @@ def load_gpt2(folder: str | PathLike[str]) -> tuple[GPTConfig, Any]:
             )
 
         def read(name: str) -> np.ndarray:
-            return tensors[name][:].astype(np.float32)
+            with reading(f"{folder}: {name} cannot be read", "get the file again"):
+                array: np.ndarray = tensors[name][:].astype(np.float32)
+            if not np.isfinite(array).all():
+                raise InputError(f"{folder}: {name} holds numbers that are not finite; get the files again")
+            return array
 
         if config.tied_head and "lm_head.weight" in tensors and (read("lm_head.weight") != read("wte.weight")).any():
             raise InputError(
@@ -208,14 +213,17 @@ def _write_folder(folder: Path, texts: Mapping[str, str], tensors: Mapping[str, 
     prefixed = {n if n.startswith("lm_head.") else f"transformer.{n}": tensor for n, tensor in tensors.items()}
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
-            staged = Path(temporary) / "gpt2"  # one inside, because the temporary folder is readable to its owner only
+        with temporary_beside(folder) as staged:
             staged.mkdir()
             for name, text in texts.items():
                 (staged / name).write_text(text, encoding="utf-8")
             save_file(prefixed, staged / "model.safetensors", metadata={"format": "pt"})
             shutil.copymode(staged / "config.json", staged / "model.safetensors")  # safetensors too leaves it private
+            for file in staged.iterdir():
+                make_durable(file)
+            make_durable(staged)
             staged.rename(folder)
+            make_durable(folder.parent)
     except (OSError, SafetensorError) as error:
         raise InputError(
             f"export to {folder}: cannot be written ({error}); make room, or choose another folder"
@@ -335,17 +343,9 @@ def _json_files(
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(
-            f"{path}: no such file; give a GPT-2 folder as transformers' save_pretrained writes it"
-        ) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not readable JSON ({error}); get the file again") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: holds a {type(content).__name__} instead of an object; get the file again")
-    return content
+    if not path.exists():
+        raise InputError(f"{path}: no such file; give a GPT-2 folder as transformers' save_pretrained writes it")
+    return read_json(path, "get the file again")
 
 
 def _read_config(path: Path) -> GPTConfig:
@@ -404,10 +404,8 @@ def _weight_paths(folder: Path) -> list[Path]:
 
 
 def _open(path: Path, stack: ExitStack) -> Any:
-    try:
+    with reading(f"{path}: not a readable safetensors file", "get the file again"):
         return stack.enter_context(safe_open(path, framework="numpy"))
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{path}: not a readable safetensors file ({error}); get the file again") from None
 
 
 def _params(config: GPTConfig, read: Callable[[str], np.ndarray]) -> dict[str, Any]:

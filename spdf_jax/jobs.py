@@ -26,8 +26,6 @@ from spdf_jax.model import GPT
 from spdf_jax.plan import PhasePlan, StepCost, make_plan, total_cost
 from spdf_jax.report import write_report
 from spdf_jax.restore import (
-    BEST,
-    CHECKPOINTS,
     check_same_run,
     cost_before,
     enter_phase,
@@ -40,8 +38,9 @@ from spdf_jax.restore import (
 )
 from spdf_jax.sharding import device_name, make_mesh
 from spdf_jax.state import TrainState, init_state
-from spdf_jax.tracking import Tracker, read_metrics, write_atomically, write_json
+from spdf_jax.tracking import Tracker, read_metrics
 from spdf_jax.train import Run, run_phase
+from spdf_jax.workdir import BEST, CHECKPOINTS, CONFIG_FILE, SUMMARY_FILE, sweep, write_atomically, write_json
 
 
 def train(config: RunConfig, workdir: Path, *, command: str = "", progress: bool = True) -> dict[str, Any]:
@@ -65,16 +64,23 @@ def train(config: RunConfig, workdir: Path, *, command: str = "", progress: bool
     plans = make_plan(config)
     make_workdir(workdir)
     with lock(workdir), jax.set_mesh(mesh):
+        begun = any(path.name.isdecimal() for path in (workdir / CHECKPOINTS).glob("*"))
+        if (begun or (workdir / SUMMARY_FILE).exists()) and not (workdir / CONFIG_FILE).exists():
+            raise InputError(
+                f"{workdir / CONFIG_FILE}: gone, but a run is there; restore it, or choose another --workdir"
+            )
         moved = check_same_run(config, workdir)
         finished = _finished(config, workdir, mesh)
         if finished and not moved:
             return _nothing_to_do(workdir, finished)
-        begun = any(path.name.isdecimal() for path in (workdir / CHECKPOINTS).glob("*"))
         tokens, tokenizer = load_data(config, workdir, plans, begun=begun, progress=progress)
         feeds = [make_feed(config, plan, tokens, tokenizer, mesh) for plan in plans]
         processes.agree("config.data", "".join(f.fingerprint for f in feeds), "give all of them the same data")
+        sweep(workdir)
         checkpoints = Checkpoints(workdir / CHECKPOINTS, config.loop.keep_checkpoints)
         best = Checkpoints(workdir / BEST, keep=1) if plans[-1].config.patience_evaluations else None
+        for each in filter(None, (checkpoints, best)):
+            each.sweep()
         try:
             if best:
                 _go_back_for_best(config, workdir, plans[-1], mesh, checkpoints, best)
@@ -83,12 +89,18 @@ def train(config: RunConfig, workdir: Path, *, command: str = "", progress: bool
                 return _nothing_to_do(workdir, finished)
             step = int(state.step)
             if step == 0:
-                write_json(workdir / "config.json", config.as_dict() | {"command": command})
+                write_json(workdir / CONFIG_FILE, config.as_dict() | {"command": command})
             else:
                 print(f"{workdir}: resuming after step {step} of {plans[-1].end}.{_elsewhere(record)}")
             if tokenizer is not None and (step == 0 or not (workdir / "tokenizer.json").is_file()):
                 write_atomically(workdir / "tokenizer.json", tokenizer.to_str(pretty=True).encode())
-            tracker = Tracker(workdir, resume_step=step, total_steps=plans[-1].end, progress=progress)
+            tracker = Tracker(
+                workdir,
+                resume_step=step,
+                total_steps=plans[-1].end,
+                progress=progress,
+                durable=record.get("rows"),
+            )
             run = Run(
                 config=config,
                 workdir=workdir,
@@ -102,7 +114,7 @@ def train(config: RunConfig, workdir: Path, *, command: str = "", progress: bool
                 tracker=tracker,
                 total=_counted(record, plans, step),
                 seconds=record["seconds"],
-                evaluations=_evaluations(workdir, step) if step else {},
+                evaluations=_evaluations(workdir, step, record) if step else {},
             )
             try:
                 for plan in plans[index:]:
@@ -167,7 +179,7 @@ def _go_back_for_best(
       InputError: there is nothing before it to go back to.
     """
     newest, kept = checkpoints.latest_step(), best.latest_step()
-    losses = of_phase(_evaluations(workdir, newest), plan.name) if newest is not None else {}
+    losses = of_phase(_evaluations(workdir, newest, {}), plan.name) if newest is not None else {}
     if newest is None or not losses or (kept is not None and kept > newest):
         return
     wanted = best_evaluation(losses)
@@ -231,7 +243,10 @@ def _counted(record: dict[str, Any], plans: list[PhasePlan], step: int) -> StepC
     return total_cost(plans, step)
 
 
-def _evaluations(workdir: Path, step: int) -> dict[tuple[str, int], float]:
+def _evaluations(workdir: Path, step: int, record: dict[str, Any]) -> dict[tuple[str, int], float]:
+    """Those up to a checkpoint, from its record; one of an older release leaves them to the rows."""
+    if "evaluations" in record:
+        return {(phase, step): loss for phase, step, loss in record["evaluations"]}
     rows = (row for row in read_metrics(workdir) if "val_loss" in row and row["step"] <= step)
     return {(row["phase"], row["step"]): row["val_loss"] for row in rows}
 
@@ -256,6 +271,7 @@ def _finish(run: Run, step: int, tokens: TokenData | None) -> dict[str, Any]:
         "wall_seconds": seconds,
         "device": device_name(),
         "parameters": parameter_count(run.config.model),
+        "rows": run.tracker.make_durable(),
     }
     yardstick = ""
     if not last.config.task.name and tokens is not None:
@@ -265,7 +281,7 @@ def _finish(run: Run, step: int, tokens: TokenData | None) -> dict[str, Any]:
         summary["best_step"] = result
     if before := run.origin.get("before"):
         summary["before"] = before
-    write_json(run.workdir / "summary.json", summary)
+    write_json(run.workdir / SUMMARY_FILE, summary)
     same_data = {
         p.name for p, feed in zip(run.plans, run.feeds, strict=True) if feed.fingerprint == run.feeds[-1].fingerprint
     }

@@ -1,8 +1,9 @@
 """Command line: ``python -m spdf_jax.main --config FILE[:VARIANT] [--job JOB] [--workdir DIR] [--config.a.b=value ...]``."""
 
 import contextlib
-import errno
 import io
+import os
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -50,16 +51,18 @@ def main(argv: Sequence[str]) -> int:
         if processes.is_first():
             print(notice, file=sys.stderr)
         return processes.RESTART_CODE
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+    except OSError as error:  # a disk that is full, gone, over its quota, read-only now
+        if isinstance(error, ConnectionError | TimeoutError):
             raise
-        return _fail(f"{error.filename or 'workdir'}: {error.strerror}; what was saved before is intact")
+        return _fail(f"{error.filename or 'workdir'}: {error.strerror or error}; what was saved before is intact")
     except KeyboardInterrupt:
         return _fail("interrupted; the same command goes on from the last checkpoint, if the run has saved one")
 
 
 def _fail(message: str) -> int:
-    return processes.stop(2, f"error: {message}")
+    # On one line, and nothing in it that a terminal obeys: a message may quote a file.
+    said = re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+", " ", message)
+    return processes.stop(2, f"error: {said}")
 
 
 def _parse(argv: Sequence[str]) -> None:
@@ -201,5 +204,31 @@ def _banner(config: "RunConfig | SweepConfig") -> str:
     )
 
 
+class _MayClose(io.FileIO):
+    """Standard output whose reader may leave, as ``| head -1`` does: the run goes on unheard."""
+
+    def write(self, content: Any) -> Any:
+        try:
+            return super().write(content)
+        except BrokenPipeError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.fileno())
+            os.close(nowhere)
+            return len(content)
+
+
+def keep_standard_streams() -> None:
+    """Neither a standard stream that is closed nor one whose reader leaves ends a run."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        else:
+            raw = io.BufferedWriter(_MayClose(stream.fileno(), "w", closefd=False))
+            how: dict[str, Any] = {"encoding": stream.encoding, "errors": stream.errors}
+            setattr(sys, name, io.TextIOWrapper(raw, **how, line_buffering=stream.line_buffering))
+
+
 if __name__ == "__main__":
+    keep_standard_streams()
     processes.end(main(sys.argv))

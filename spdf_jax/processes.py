@@ -10,6 +10,7 @@ where another process is gone.
 import contextlib
 import ctypes
 import faulthandler
+import hashlib
 import itertools
 import os
 import signal
@@ -18,6 +19,8 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
@@ -66,9 +69,25 @@ def initialise() -> None:
         # Programs of several processes that come from the cache mix up their collectives: gloo aborts (JAX 0.10.2).
         jax.config.update("jax_enable_compilation_cache", False)
     _catch_abort()
+    agree("code", code_version(), "install the same version of spdf_jax and of what it stands on in all of them")
     threading.Thread(target=_stop_with_the_others, daemon=True).start()
     # Devices connect now, all at the same point: on CPU they wait 30 s for each other, and compilation may take longer.
     multihost_utils.sync_global_devices("spdf_jax")
+
+
+def code_version() -> str:
+    """A hash of the library's source and of the versions of what compiles it: what differs in it compiles to other programs.
+
+    >>> len(code_version())
+    64
+    """
+    source = Path(__file__).parent
+    digest = hashlib.sha256(
+        " ".join([sys.version, *map(version, ("jax", "jaxlib", "flax", "optax", "numpy"))]).encode()
+    )
+    for file in sorted(source.rglob("*.py")):
+        digest.update(f"{file.relative_to(source)} ".encode() + file.read_bytes())
+    return digest.hexdigest()
 
 
 def is_first() -> bool:

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,9 +22,7 @@ from spdf_jax.sharding import make_mesh, parameter_shardings
 from spdf_jax.sparsity.blocks import as_masks
 from spdf_jax.sparsity.masks import dense_masks
 from spdf_jax.state import TrainState, abstract_state, start_phase, state_shardings
-
-#: Folders of a workdir: the newest checkpoints, and the best one of a phase that may stop early.
-CHECKPOINTS, BEST = "checkpoints", "best"
+from spdf_jax.workdir import BEST, CHECKPOINTS, CONFIG_FILE, SUMMARY_FILE, read_json
 
 #: What of a config may change between restarts and after the end: how the run reports, where and how it is computed, what is
 #: made of it; and where that lies which it reads. That the same lies there, fingerprints tell.
@@ -62,7 +59,7 @@ def check_same_run(config: RunConfig, workdir: Path) -> list[str]:
     Raises:
       InputError: another config, with what differs.
     """
-    path = workdir / "config.json"
+    path = workdir / CONFIG_FILE
     if not path.exists():
         return []
     saved, ours = (flat(c.as_dict()) for c in (load_config(path), config))
@@ -110,7 +107,7 @@ def saved_run_and_record(
         if not folder.is_dir():
             raise InputError(f"{folder}: no checkpoint there; train first with --job train")
         if config is None:
-            config = load_config(workdir / "config.json")
+            config = load_config(workdir / CONFIG_FILE)
         else:
             check_same_run(config, workdir)
         mesh, plans = mesh or make_mesh(config.mesh), make_plan(config)
@@ -171,7 +168,7 @@ def holds_run(folder: Path) -> bool:
     """
     if any((folder / name).is_dir() for name in (BEST, CHECKPOINTS)):
         return True
-    if not (folder / "config.json").is_file():
+    if not (folder / CONFIG_FILE).is_file():
         raise InputError(
             f"config.init_from: {str(folder)!r} is neither a run's workdir nor a Hugging Face GPT-2 folder; train one first"
         )
@@ -194,16 +191,13 @@ def read_summary(workdir: Path) -> dict[str, Any] | None:
     Raises:
       InputError: it is not as a run leaves it.
     """
-    path = workdir / "summary.json"
-    try:
-        summary = json.loads(path.read_bytes())
-        if all(isinstance(summary[name], int | float) for name in (*_COSTS, "steps")):
-            return summary
-    except FileNotFoundError:
+    path, fix = workdir / SUMMARY_FILE, "delete it, and train there: the run makes it again"
+    if not path.exists():
         return None
-    except (ValueError, KeyError, TypeError, RecursionError):
-        pass
-    raise InputError(f"{path}: not the summary of a finished run; delete it, and train there: the run makes it again")
+    summary = read_json(path, fix)
+    if not all(isinstance(summary.get(name), int | float) for name in (*_COSTS, "steps")):
+        raise InputError(f"{path}: not the summary of a finished run; {fix}")
+    return summary
 
 
 def enter_phase(state: TrainState, plan: PhasePlan, mesh: Mesh) -> TrainState:

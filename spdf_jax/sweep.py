@@ -9,7 +9,6 @@ a column asks for it) and ``curve``: the evaluations in its `metrics.jsonl` over
 (`CURVE_COLUMNS`; ``seconds`` are of training, evaluations left out).
 """
 
-import json
 import math
 import re
 import statistics
@@ -25,8 +24,8 @@ from spdf_jax.plan import describe
 from spdf_jax.processes import wait_for_first
 from spdf_jax.report import write_sweep_report
 from spdf_jax.report.records import read_run
-from spdf_jax.tracking import write_atomically, write_json
 from spdf_jax.use import evaluate_checkpoint
+from spdf_jax.workdir import read_json, write_atomically, write_json
 
 CELLS = "cells"
 
@@ -62,7 +61,7 @@ def run_sweep(config: SweepConfig, workdir: Path, *, command: str = "", progress
             print(f"[{i}/{len(config.cells)}] {name}", flush=True)
             summaries[name] = train(cell, workdir / CELLS / name, command=command, progress=progress)
         write_table(config, workdir, [_row(config, workdir, row, summaries) for row in config.rows])
-        return json.loads((workdir / "table.json").read_text())
+        return read_json(workdir / "table.json", "run the sweep again")
 
 
 def write_table(config: SweepConfig, workdir: Path, rows: list[dict[str, Any]]) -> None:
@@ -113,7 +112,8 @@ def _record(config: SweepConfig, workdir: Path, cell: str) -> dict[str, Any]:
             print(f"evaluating {cell}", flush=True)
             evaluate_checkpoint(config.cells[cell], folder)
     wait_for_first()
-    return {name: json.loads((folder / f"{name}.json").read_text()) for name in names} | {"curve": _curve(folder)}
+    fix = "delete it, and the same command makes it again"
+    return {name: read_json(folder / f"{name}.json", fix) for name in names} | {"curve": _curve(folder)}
 
 
 def _curve(folder: Path) -> dict[str, list[float]]:

@@ -6,10 +6,10 @@ A row is one JSON object a line, of one of three kinds told apart by a key: a tr
 
 import io
 import json
-import math
 import os
 import sys
 import time
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,14 +21,18 @@ from tensorboard.compat.proto import event_pb2, summary_pb2
 from tensorboard.summary.writer.record_writer import RecordWriter
 from tqdm import tqdm
 
-from spdf_jax.errors import InputError
+from spdf_jax.errors import InputError, reading
 from spdf_jax.processes import is_first
 from spdf_jax.tree import named_leaves
-
-METRICS_FILE = "metrics.jsonl"
-TENSORBOARD_FOLDER = "tensorboard"
-PICTURES_FOLDER = "mask_pictures"
-PROFILE_FOLDER = "profile"
+from spdf_jax.workdir import (
+    METRICS_FILE,
+    PICTURES_FOLDER,
+    PROFILE_FOLDER,
+    TENSORBOARD_FOLDER,
+    plain,
+    set_aside,
+    write_atomically,
+)
 
 # A row's kind is the first of these keys it holds.
 _KINDS = ("loss", "val_loss", "density")
@@ -37,17 +41,29 @@ _KINDS = ("loss", "val_loss", "density")
 class Tracker:
     """Writes a run's rows, exactly once each, however often the run is killed and started again. Only process 0 writes."""
 
-    def __init__(self, workdir: Path, *, resume_step: int, total_steps: int, progress: bool = True) -> None:
+    def __init__(
+        self,
+        workdir: Path,
+        *,
+        resume_step: int,
+        total_steps: int,
+        progress: bool = True,
+        durable: Mapping[str, int] | None = None,
+    ) -> None:
         """Opens `metrics.jsonl` for appending, after dropping every row of a step after `resume_step`.
+
+        Rows after step 0 where there is no checkpoint are set aside under another name, and this is said.
 
         Args:
             workdir: the run's folder; made if it is not there.
             resume_step: the step of the restored checkpoint; 0 for a fresh run, which keeps rows of step 0 only.
             total_steps: the run's last step, over all phases.
             progress: whether to show a progress bar (on a terminal) or occasional lines (elsewhere).
+            durable: what `make_durable` returned for that checkpoint.
 
         Raises:
-            InputError: the folder cannot be written, or a row in it cannot be read.
+            InputError: the folder cannot be written, a row in it cannot be read, or rows that the checkpoint counts are not as
+                they were.
         """
         self._workdir = Path(workdir)
         self._progress = _make_progress(progress and is_first(), resume_step, total_steps)
@@ -56,9 +72,10 @@ class Tracker:
         metrics_path = self._workdir / METRICS_FILE
         try:
             self._workdir.mkdir(parents=True, exist_ok=True)
-            kept_rows = _drop_rows_after(metrics_path, resume_step)
+            kept_rows = self._kept_rows(metrics_path, resume_step, durable)
             # Unbuffered: a row is with the operating system when `log` returns, and a failed write leaves no remainder.
             self._metrics = metrics_path.open("ab", buffering=0)
+            self._durable = durable_rows(metrics_path.read_bytes())
             self._events = _EventWriter(self._workdir / TENSORBOARD_FOLDER, resume_step)
         except OSError as error:
             message = f"workdir {self._workdir}: cannot write there ({error}); free it or choose another with --workdir"
@@ -78,12 +95,19 @@ class Tracker:
             ValueError: a number in the row is not finite; nothing is written.
             OSError: the disk is full; `metrics.jsonl` is left as it was.
         """
-        plain_row = _plain(row, "row")
+        plain_row = plain(row, "row")
         if not is_first() or _identity(plain_row) in self._already_logged:
             return
         self._append(json.dumps(plain_row).encode() + b"\n")
         self._events.scalars(plain_row["step"], dict(_scalars(plain_row)))
         self._progress.log(plain_row)
+
+    def make_durable(self) -> dict[str, int]:
+        """Has the disk keep all rows so far, before a checkpoint counts on them; returns their bytes and checksum."""
+        if not is_first():
+            return {}
+        os.fsync(self._metrics.fileno())
+        return dict(self._durable)
 
     def advance(self, step: int) -> None:
         """Moves the progress bar to `step`."""
@@ -110,6 +134,29 @@ class Tracker:
         except OSError:
             self._metrics.truncate(size_bytes)
             raise
+        self._durable = durable_rows(line, self._durable)
+
+    def _kept_rows(self, path: Path, resume_step: int, durable: Mapping[str, int] | None) -> list[dict[str, Any]]:
+        """The rows that a start at `resume_step` goes on from; the file then holds these and no others."""
+        if not path.exists():
+            if durable and durable["bytes"]:
+                self.message(f"{path}: gone, and with it the rows up to step {resume_step}; going on without them.")
+            return []
+        if durable:
+            check_rows(path, durable, f"the checkpoint at step {resume_step} counts on")
+            kept = path.read_bytes()[: durable["bytes"]]
+        elif resume_step == 0 and (steps := [row["step"] for row in read_rows(path) if row["step"] > 0]):
+            aside = set_aside(path, "set_aside")
+            self.message(
+                f"{path}: has rows up to step {max(steps)}, but no checkpoint is there: starting at step 0. The rows are kept "
+                f"as {aside.name}"
+            )
+            return []
+        else:
+            kept = b"".join(line + b"\n" for line, row in _read_lines(path) if row["step"] <= resume_step)
+        if kept != path.read_bytes():
+            write_atomically(path, kept)
+        return read_rows(path)
 
 
 def read_metrics(workdir: Path) -> list[dict[str, Any]]:
@@ -127,47 +174,29 @@ def read_metrics(workdir: Path) -> list[dict[str, Any]]:
     path = Path(workdir) / METRICS_FILE
     if not path.is_file():
         raise InputError(f"{path}: no such file, so no run is recorded there; give the --workdir of a run")
+    return read_rows(path)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file, see `read_metrics`."""
     return [row for _, row in _read_lines(path)]
 
 
-def write_json(path: Path, obj: Any) -> None:
-    """Writes `obj` as indented JSON, atomically, keys in the order given.
-
-    Args:
-        path: the file to write or replace.
-        obj: nested dicts, lists, strings and numbers (numpy and JAX numbers too).
-
-    Raises:
-        ValueError: a number is not finite; the file is left as it was.
-    """
-    text = json.dumps(_plain(obj, Path(path).name), indent=2, allow_nan=False, ensure_ascii=False)
-    write_atomically(path, text.encode() + b"\n")
+def durable_rows(content: bytes, before: Mapping[str, int] | None = None) -> dict[str, int]:
+    """The size of rows and their checksum, that of `content` after what `before` says."""
+    before = before or {"bytes": 0, "crc32": 0}
+    return {"bytes": before["bytes"] + len(content), "crc32": zlib.crc32(content, before["crc32"])}
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a file so that a reader, or a crash at any moment, sees the old content or the new and nothing between.
-
-    In a run of many processes process 0 writes it, and the others do nothing.
-
-    Args:
-        path: the file to write or replace.
-        content: its bytes.
-
-    Raises:
-        OSError: it cannot be written; the old file stays and no temporary file is left.
-    """
-    if not is_first():
-        return
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def check_rows(path: Path, durable: Mapping[str, int], whose: str) -> None:
+    """Refuses a file that does not begin with the rows that were durable when something was written that counts on them."""
+    with reading(f"{path}: cannot be read", "restore the file"), path.open("rb") as file:
+        found = file.read(durable["bytes"])
+    if durable_rows(found) != dict(durable):
+        raise InputError(
+            f"{path}: not the {durable['bytes']:,} bytes of rows that {whose} ({len(found):,} are there, or others); restore "
+            f"the file, or move it away to go on without them"
+        )
 
 
 def save_mask_picture(workdir: Path, step: int, pictures: Mapping[str, np.ndarray]) -> None:
@@ -264,19 +293,6 @@ def traced(steps: Iterable[int], span: range, workdir: Path) -> Iterator[int]:
 # --- rows ------------------------------------------------------------------------------------------------------------
 
 
-def _plain(value: Any, where: str) -> Any:
-    """`value` in Python's own types, refusing numbers that are not finite."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item, f"{where}.{key}") for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item, f"{where}[{index}]") for index, item in enumerate(value)]
-    if hasattr(value, "tolist"):
-        return _plain(value.tolist(), where)
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"{where} is {value}: only finite numbers are recorded; stop the run before logging it")
-    return value
-
-
 def _identity(row: Mapping[str, Any]) -> tuple[Any, ...]:
     """What no two rows of a run share: step, phase and kind."""
     return row["step"], row["phase"], next((kind for kind in _KINDS if kind in row), None)
@@ -284,32 +300,30 @@ def _identity(row: Mapping[str, Any]) -> tuple[Any, ...]:
 
 def _read_lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
     """Each row with the line it was read from."""
-    lines = [line for line in path.read_bytes().split(b"\n") if line]
+    with reading(f"{path}: cannot be read", "restore the file"):
+        *lines, last = path.read_bytes().split(b"\n")  # `last` has no end, and is empty unless a kill has torn it
     rows = []
-    for number, line in enumerate(lines, start=1):
-        try:
+    for number, line in enumerate([*lines, last], start=1):
+        # Of what a kill or a crash leaves of the last line, none is a row: its beginning, or zeros of its length.
+        if not line.strip(b"\0") or (number > len(lines) and _is_torn(line)):
+            continue
+        with reading(
+            f"{path}: line {number} is not a row with a step and a phase", "restore the file or delete that line"
+        ):
             row = json.loads(line)
-            complete = isinstance(row, dict) and isinstance(row["step"], int) and "phase" in row
-        except (ValueError, KeyError):
-            complete = False
-        if complete:
+            if type(row["step"]) is not int or not isinstance(row["phase"], str):
+                raise TypeError("step must be a whole number, phase a text")
             rows.append((line, row))
-        elif number < len(lines):  # only the last line can be torn by a kill
-            raise InputError(
-                f"{path}: line {number} is not a row with a step and a phase; restore the file or delete that line"
-            )
     return rows
 
 
-def _drop_rows_after(path: Path, resume_step: int) -> list[dict[str, Any]]:
-    """Rewrites the file without rows of later steps and without a torn last line; returns the rows kept."""
-    if not path.exists():
-        return []
-    kept = [(line, row) for line, row in _read_lines(path) if row["step"] <= resume_step]
-    content = b"".join(line + b"\n" for line, _ in kept)
-    if content != path.read_bytes():
-        write_atomically(path, content)
-    return [row for _, row in kept]
+def _is_torn(line: bytes) -> bool:
+    """Whether a line is the beginning of an object; two objects that have lost the end of line between them are not."""
+    try:
+        json.JSONDecoder().raw_decode(line.decode())
+    except (ValueError, RecursionError):
+        return True
+    return False
 
 
 def _scalars(value: Any, tag: str = "") -> Iterator[tuple[str, float]]:
@@ -340,8 +354,10 @@ class _EventWriter:
     def __init__(self, folder: Path, resume_step: int) -> None:
         folder.mkdir(exist_ok=True)
         is_restart = any("tfevents" in path.name for path in folder.iterdir())
-        # TensorBoard reads a folder's files in the order of their names.
-        self._file = (folder / f"events.out.tfevents.{time.time_ns():020d}.{os.getpid()}").open("wb")
+        before = [int(n) for path in folder.iterdir() if (n := path.name.partition(".tfevents.")[2][:20]).isdecimal()]
+        # TensorBoard reads a folder's files in the order of their names, also where the clock was set back between them.
+        now = max([time.time_ns(), *(number + 1 for number in before)])
+        self._file = (folder / f"events.out.tfevents.{now:020d}.{os.getpid()}").open("wb")
         self._records = RecordWriter(self._file)
         self._write(event_pb2.Event(file_version="brain.Event:2"))
         if is_restart:  # TensorBoard forgets events of this step and later

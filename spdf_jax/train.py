@@ -197,6 +197,8 @@ def _save(run: Run, checkpoints: Checkpoints, plan: PhasePlan, state: TrainState
         "sparsity": plan.programme.sparsity(step - plan.start),
         "seconds": run.seconds,
         "device": device_name(),
+        "evaluations": [[*place, loss] for place, loss in run.evaluations.items()],
+        "rows": run.tracker.make_durable(),
         **run.total._asdict(),
     }
     checkpoints.save(state, record)

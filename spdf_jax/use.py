@@ -35,8 +35,8 @@ from spdf_jax.report import write_report
 from spdf_jax.restore import SavedRun, saved_run, saved_run_and_record
 from spdf_jax.sharding import make_mesh
 from spdf_jax.step import make_steps
-from spdf_jax.tracking import write_atomically, write_json
 from spdf_jax.train import evaluate
+from spdf_jax.workdir import EVALUATION_FILE, GENERATIONS_FILE, METRICS_FILE, sweep, write_atomically, write_json
 
 
 def evaluate_checkpoint(config: RunConfig, workdir: Path, output: Path | None = None) -> dict[str, Any]:
@@ -57,6 +57,8 @@ def evaluate_checkpoint(config: RunConfig, workdir: Path, output: Path | None = 
     """
     mesh = make_mesh(config.mesh)
     check_devices(config, mesh.shape["data"] * mesh.shape["fsdp"])
+    processes.agree("config", json.dumps(config.as_dict()), "start all of them with the same command and files")
+    sweep(workdir)
     saved, record = saved_run_and_record(workdir, mesh, config)
     folder = output or workdir
     _check_writable(folder)
@@ -85,8 +87,8 @@ def evaluate_checkpoint(config: RunConfig, workdir: Path, output: Path | None = 
     if not same_data:
         result["data"] = "other than the run was trained with"
         print(f"These figures are of {result['data']}: its own losses are of other text.")
-    write_json(folder / "evaluation.json", result)
-    if folder == workdir and (workdir / "metrics.jsonl").is_file():
+    write_json(folder / EVALUATION_FILE, result)
+    if folder == workdir and (workdir / METRICS_FILE).is_file():
         write_report(workdir)
     figures = {name: value for name, value in result.items() if isinstance(value, int | float)}
     print(
@@ -144,7 +146,7 @@ def _score_task(saved: SavedRun, mesh: Mesh, tokenizer: Tokenizer, folder: Path)
         json.dumps({"context": e.context, "text": text, "references": e.references}, ensure_ascii=False)
         for e, text in zip(task.test, texts, strict=True)
     )
-    write_atomically(folder / "generations.jsonl", ("\n".join(lines) + "\n").encode())
+    write_atomically(folder / GENERATIONS_FILE, ("\n".join(lines) + "\n").encode())
 
     def scores(chosen: Sequence[int]) -> dict[str, Any]:
         return score_texts([texts[i] for i in chosen], [task.test[i].references for i in chosen], style=task.style)
@@ -212,6 +214,7 @@ def export(config: RunConfig, workdir: Path, output: Path | None = None) -> Path
       InputError: no checkpoint there, a run of another config, a folder that is there already or cannot be written, or what
         GPT-2 cannot express.
     """
+    sweep(workdir)
     folder = output or workdir / "huggingface"
     if folder.exists():
         raise InputError(f"{folder}: is there already; move or delete it, or choose another by --output")

@@ -12,7 +12,7 @@ import spdf_jax as spdf
 from spdf_jax.config import resolve_sweep
 from spdf_jax.flops import linear_size
 from spdf_jax.sweep import run_sweep
-from spdf_jax.tracking import write_json
+from spdf_jax.workdir import write_json
 
 EXPERIMENT = Path(__file__).parent.parent / "experiments" / "compare.py"
 TOKENS, FLOPS = "equal tokens", "equal FLOPs"

@@ -22,6 +22,7 @@ from spdf_jax.evals.harness import run_harness
 from spdf_jax.evals.likelihood import log_likelihoods
 from spdf_jax.generate import Generation
 from spdf_jax.restore import saved_run
+from spdf_jax.workdir import read_json, write_json
 
 QUESTIONS = [
     ("Weigher", "physics", "Which is it?", ["weight", "mask"], "A"),
@@ -63,7 +64,7 @@ def test_exams_of_a_file_are_sat_recorded_printed_and_shown(trained, tmp_path, c
     plain = use.evaluate_checkpoint(spdf.resolve(config), workdir)
     assert not {"exams", "zero_shot"} & plain.keys()
     result = use.evaluate_checkpoint(asked(config, exams=True, exam_questions=str(path)), workdir)
-    assert json.loads((workdir / "evaluation.json").read_text()) == result
+    assert read_json(workdir / "evaluation.json", "") == result
 
     saved, tokenizer = saved_run(workdir), load_tokenizer(workdir / "tokenizer.json")
     state, model = saved.state, saved.model
@@ -201,7 +202,7 @@ def test_runs_from_before_there_was_the_section_stay_usable(trained, tmp_path):
     _, workdir = trained
     values = json.loads((workdir / "config.json").read_text())
     del values["evaluation"]
-    (tmp_path / "config.json").write_text(json.dumps(values))
+    write_json(tmp_path / "config.json", values)
     assert load_config(tmp_path / "config.json") == load_config(workdir / "config.json")
 
 
@@ -214,7 +215,7 @@ def test_tasks_of_lm_eval_are_run_recorded_printed_and_shown(num_fewshot, traine
     c = asked(config, tasks=("ptb", "sst2"), data_dir=str(write_data(tmp_path)), num_fewshot=num_fewshot)
     c = dataclasses.replace(c, mesh=dataclasses.replace(c.mesh, data=2, fsdp=2))
     result = use.evaluate_checkpoint(c, workdir)
-    assert json.loads((workdir / "evaluation.json").read_text()) == result
+    assert read_json(workdir / "evaluation.json", "") == result
     assert list(result["zero_shot"]["tasks"]) == ["ptb", "sst2"]
     assert result["zero_shot"]["tasks"]["sst2"]["num_fewshot"] == (4 if num_fewshot < 0 else num_fewshot)
 

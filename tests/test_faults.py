@@ -30,6 +30,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -37,12 +38,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tensorstore
 from tiny import NO_WINDOW, QUICKLY, can_mount, set_sparsity, tiny_config, write_text
 
 import spdf_jax as spdf
 from spdf_jax import checkpoint as checkpointing
 from spdf_jax import jobs, processes, train, use
+from spdf_jax import workdir as workdir_files
 from spdf_jax.errors import Restart
+from spdf_jax.report import write_report
 from spdf_jax.restore import saved_run
 from spdf_jax.sharding import device_name
 from spdf_jax.tracking import read_metrics
@@ -222,18 +226,46 @@ def change_step(file: Path) -> None:
     file.write_text(file.read_text().replace('"next_example": 48', '"next_example": 49'))
 
 
-ARRAYS, INDEX, RECORD = "state/ocdbt.process_0/d/*", "state/d/*", "record/metadata"
+def array_bytes(step_folder: Path) -> tuple[Path, int]:
+    """The file and the place in it of the token embedding. Files beside hold what an index no longer points at: how much, and
+    in which of them, is a matter of time, and damage to it changes nothing."""
+    state = tensorstore.KvStore.open({"driver": "ocdbt", "base": f"file://{step_folder / 'state'}/"}).result()
+    value = state.read("params.wte.embedding/0.0").result().value
+    (found,) = (p for p in step_folder.glob("state/ocdbt.process_0/d/*") if value in p.read_bytes())
+    return found, found.read_bytes().index(value) + len(value) // 2
+
+
+def cut_array(step_folder: Path) -> None:
+    file, place = array_bytes(step_folder)
+    file.write_bytes(file.read_bytes()[:place])
+
+
+def flip_array(step_folder: Path) -> None:
+    file, place = array_bytes(step_folder)
+    content = bytearray(file.read_bytes())
+    content[place] ^= 4
+    file.write_bytes(content)
+
+
+def to(pattern: str, harm: Callable[[Path], None]) -> Callable[[Path], None]:
+    return lambda step_folder: harm(largest(step_folder, pattern))
+
+
 DAMAGES = {
-    "arrays cut": (ARRAYS, cut),
-    "a bit of an array": (ARRAYS, flip),
-    "a bit of the index": (INDEX, flip),
-    "a digit of the record": (RECORD, change_step),
+    "array cut": cut_array,
+    "a bit of an array": flip_array,
+    "a bit of the index": to("state/d/*", flip),
+    "a digit of the record": to("record/metadata", change_step),
 }
 MORE_DAMAGES = {
-    "arrays gone": (ARRAYS, Path.unlink),
-    "index cut": (INDEX, cut),
-    "record cut": (RECORD, cut),
-    "list of arrays cut": ("state/_METADATA", cut),
+    "arrays gone": lambda step_folder: array_bytes(step_folder)[0].unlink(),
+    "index cut": to("state/d/*", cut),
+    "record cut": to("record/metadata", cut),
+    "list of arrays cut": to("state/_METADATA", cut),
+    "a copy of another": lambda step_folder: (
+        shutil.rmtree(step_folder),
+        shutil.copytree(step_folder.with_name("8"), step_folder),
+    ),
 }
 
 
@@ -251,9 +283,8 @@ def interrupted(whole, tmp_path):
 def test_a_damaged_checkpoint_is_noticed_set_aside_and_the_one_before_it_gone_on_from(
     damage, whole, interrupted, text, capfd
 ):
-    pattern, harm = (DAMAGES | MORE_DAMAGES)[damage]
     folder = interrupted / "checkpoints"
-    harm(largest(folder / "12", pattern))
+    (DAMAGES | MORE_DAMAGES)[damage](folder / "12")
     with pytest.raises(spdf.InputError, match="the checkpoint at step 12 is damaged"):
         saved_run(interrupted)
     capfd.readouterr()
@@ -300,10 +331,134 @@ def test_where_no_checkpoint_is_sound_nothing_is_moved(interrupted, text):
     folder = interrupted / "checkpoints"
     shutil.rmtree(folder / "4")
     shutil.rmtree(folder / "8")
-    flip(largest(folder / "12", ARRAYS))
+    flip_array(folder / "12")
     with pytest.raises(spdf.InputError, match="but there is none; start again with another --workdir"):
         jobs.train(spdf.resolve(short(text)), interrupted, progress=False)
     assert [p.name for p in folder.iterdir()] == ["12"]
+
+
+def contents(workdir: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(workdir)): p.read_bytes() for p in sorted(workdir.rglob("*")) if p.is_file()}
+
+
+def refused(config, workdir: Path) -> str:
+    """What a start says that changes no file."""
+    before = contents(workdir)
+    with pytest.raises(spdf.InputError) as caught:
+        jobs.train(spdf.resolve(config), workdir, progress=False)
+    assert contents(workdir) == before
+    return str(caught.value)
+
+
+@pytest.fixture
+def halfway(interrupted):
+    """As the short run was after step 8."""
+    shutil.rmtree(interrupted / "checkpoints" / "12")
+    return interrupted
+
+
+def test_a_checkpoint_copied_under_a_higher_number_does_not_stand_in_the_way_of_later_ones(
+    halfway, whole, text, capsys
+):
+    folder = halfway / "checkpoints"
+    shutil.copytree(folder / "8", folder / "1000")
+    jobs.train(spdf.resolve(short(text)), halfway, progress=False)
+    assert capsys.readouterr().out.startswith(
+        f"{folder}: the checkpoint at step 1000 is damaged (it is a copy of that at step 8); --job train falls back to the one "
+        f"before it, at step 8. The damaged one is kept as 1000.damaged-1\n"
+    )
+    assert {p.name for p in folder.iterdir()} == {"4", "8", "12", "1000.damaged-1"}
+    shutil.rmtree(folder / "1000.damaged-1")
+    assert_ends_as(halfway, whole)
+
+
+def test_a_save_that_orbax_refuses_is_an_error(whole, interrupted):
+    state = saved_run(whole).state
+    checkpoints = checkpointing.Checkpoints(interrupted / "checkpoints")
+    with pytest.raises(spdf.InputError, match="the state at step 5 was not saved, because a checkpoint at step 12 is"):
+        checkpoints.save(state.replace(step=jnp.int32(5)), {"step": 5})
+    checkpoints.drop_from(8)  # as for the best one of a time that comes again
+    checkpoints.save(state.replace(step=jnp.int32(5)), {"step": 5})
+    checkpoints.close()
+    assert {p.name for p in (interrupted / "checkpoints").iterdir()} == {"4", "5"}
+
+
+# --- a folder that has lost something ---------------------------------------------------------------------------------
+
+
+def test_without_checkpoints_another_config_is_refused_and_the_same_sets_the_rows_aside(
+    interrupted, whole, text, capsys
+):
+    shutil.rmtree(interrupted / "checkpoints")
+    other = short(text)
+    other.seed = 1
+    (interrupted / "checkpoints").mkdir()
+    assert "holds a run of another config (seed was 0, is 1)" in refused(other, interrupted)
+    rows = (interrupted / "metrics.jsonl").read_bytes()
+    jobs.train(spdf.resolve(short(text)), interrupted, progress=False)
+    assert (
+        f"{interrupted}/metrics.jsonl: has rows up to step 12, but no checkpoint is there: starting at step 0. "
+        f"The rows are kept as metrics.jsonl.set_aside-1\n"
+    ) in capsys.readouterr().out
+    assert (interrupted / "metrics.jsonl.set_aside-1").read_bytes() == rows
+    assert_ends_as(interrupted, whole)
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_without_its_config_a_run_is_refused(finished, whole, halfway, text):
+    if finished:
+        shutil.copy(whole / "summary.json", halfway)
+    (halfway / "config.json").unlink()
+    assert "config.json: gone, but a run is there; restore it" in refused(short(text), halfway)
+
+
+@pytest.mark.parametrize("harm", ["emptied", "cut", "joined", "one digit"])
+def test_rows_that_are_not_those_of_the_checkpoint_are_refused(harm, halfway, text):
+    path = halfway / "metrics.jsonl"
+    rows = path.read_bytes()
+    lines = rows.splitlines(keepends=True)
+    digit = rows.index(b'"loss": ') + 12
+    harmed = {
+        "emptied": b"",
+        "cut": b"".join(lines[:5]),
+        "joined": b"".join(lines[:5]).removesuffix(b"\n") + b"".join(lines[5:]),
+        "one digit": rows[:digit] + bytes([rows[digit] ^ 1]) + rows[digit + 1 :],
+    }
+    path.write_bytes(harmed[harm])
+    assert "bytes of rows that the checkpoint at step 8 counts on" in refused(short(text), halfway)
+
+
+def test_without_rows_a_run_goes_on_says_so_and_knows_its_first_loss(halfway, whole, text, capsys):
+    (halfway / "metrics.jsonl").unlink()
+    summary = jobs.train(spdf.resolve(short(text)), halfway, progress=False)
+    assert "metrics.jsonl: gone, and with it the rows up to step 8; going on without them.\n" in capsys.readouterr().out
+    assert summary["initial_val_loss"] == json.loads((whole / "summary.json").read_text())["initial_val_loss"]
+    assert read_metrics(halfway)[0]["step"] == 9
+    assert "the rows before step 9 are lost" in (halfway / "report.html").read_text()
+
+
+def test_a_report_of_a_finished_run_refuses_other_rows(whole, tmp_path):
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "metrics.jsonl").write_bytes(b"")
+    with pytest.raises(spdf.InputError, match="bytes of rows that the finished run wrote"):
+        write_report(tmp_path)
+
+
+def test_what_killed_processes_left_is_swept_and_what_is_in_use_stays(halfway, text, monkeypatch):
+    left = [".evaluation.json.123.tmp", ".huggingface-x1/gpt2/model.safetensors", ".report.html.ab.tmp/report.html"]
+    left += ["mask_pictures/.step.npz.9.tmp", "checkpoints/12.orbax-checkpoint-tmp/state/x"]
+    for name in left:
+        (halfway / name).parent.mkdir(parents=True, exist_ok=True)
+        (halfway / name).write_text("half")
+    monkeypatch.setattr(jobs, "run_phase", lambda run, plan, state: state)
+    monkeypatch.setattr(jobs, "_finish", lambda *_: {})
+    with workdir_files.temporary_beside(halfway / "summary.json") as ours:
+        ours.write_text("half")
+        jobs.train(spdf.resolve(short(text)), halfway, progress=False)
+        assert ours.exists()
+        there = [p.relative_to(halfway) for p in halfway.rglob("*") if p.name.endswith(("tmp", "half"))]
+        assert [p.name for p in there] == [ours.parent.name]
+    assert not (halfway / ".huggingface-x1").exists()
 
 
 def test_of_what_no_one_can_catch_only_late_reads_go_unsaid():
@@ -351,7 +506,7 @@ def test_a_checkpoint_without_checksums_is_still_read(interrupted, whole):
 
 def test_a_finished_run_whose_result_is_damaged_is_not_finished(whole, text, tmp_path, capfd):
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
-    change_step(largest(tmp_path / "checkpoints" / "12", RECORD))
+    flip_array(tmp_path / "checkpoints" / "12")
     config = spdf.resolve(short(text))
     with pytest.raises(spdf.InputError, match=r"step 12 is damaged .*; --job train falls back to the one before it"):
         use.evaluate_checkpoint(config, tmp_path)

@@ -17,6 +17,7 @@ from spdf_jax.restore import saved_run
 from spdf_jax.sparsity.masks import active_counts
 from spdf_jax.tracking import read_metrics
 from spdf_jax.tree import named_leaves
+from spdf_jax.workdir import read_json
 
 UP = "blocks/mlp_up/kernel"
 
@@ -145,7 +146,7 @@ def spdf_config(workdir):
     from ml_collections import ConfigDict
 
     values = json.loads((workdir / "config.json").read_text())
-    values.pop("command")
+    del values["command"], values["crc32"]
     return ConfigDict(values)
 
 
@@ -298,7 +299,7 @@ def test_a_task_is_trained_by_epochs_evaluated_after_each_decoded_and_scored(tex
     assert "unigram_loss" not in summary
     _counts_what_its_batches_hold(config, plan, tmp_path, summary, rows[-1])
     result = use.evaluate_checkpoint(config, tmp_path)
-    assert result == json.loads((tmp_path / "evaluation.json").read_text())
+    assert result == read_json(tmp_path / "evaluation.json", "")
     assert {"bleu", "nist", "rouge_l", "cider", "perplexity", "signatures", "absent"} <= result.keys()
     assert result["perplexity"] > 1
     assert "lc" in result["signatures"]["bleu"]

@@ -387,7 +387,7 @@ def test_a_size_left_out_is_named(folder, key):
 @pytest.mark.parametrize("text", ["", "{", "[1]", "\xff", "[" * 100_000])
 def test_damaged_json(folder, text):
     (folder / "config.json").write_bytes(text.encode("latin-1"))
-    with pytest.raises(InputError, match=r"config\.json: (not readable JSON|holds a list instead of an object)"):
+    with pytest.raises(InputError, match=r"config\.json: (not readable JSON|holds a list, not an object)"):
         load_gpt2(folder)
 
 

@@ -39,6 +39,7 @@ FLOORS = [
         "layer_norm",
         "sparsity.blocks",
     ],
+    ["workdir"],
     ["sparsity.programme", "gpt_config", "model", "flops", "optim", "data"],
     ["huggingface", "generate", "evals"],
     ["state"],

@@ -19,7 +19,8 @@ from spdf_jax.errors import InputError
 from spdf_jax.evals.exams import CertificationResult, ExamResults
 from spdf_jax.report import write_report, write_sweep_report
 from spdf_jax.report.records import changed_settings, read_run
-from spdf_jax.tracking import Tracker, mask_picture, save_mask_picture, write_json
+from spdf_jax.tracking import Tracker, mask_picture, save_mask_picture
+from spdf_jax.workdir import write_json
 
 LAYERS = 4
 LEAVES = [f"blocks/{name}/kernel" for name in ("attn/q", "attn/k", "attn/v", "attn/o", "mlp/up", "mlp/down")]
@@ -422,7 +423,7 @@ def test_folders_without_a_readable_run_are_refused(tmp_path):
     with pytest.raises(InputError, match=r"config\.json: missing"):
         write_report(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(InputError, match=r"config\.json: not JSON"):
+    with pytest.raises(InputError, match=r"config\.json: not readable JSON"):
         write_report(tmp_path)
     write_json(tmp_path / "config.json", make_config())
     (tmp_path / "mask_pictures" / "step_00000000.npz").write_bytes(b"not a picture")

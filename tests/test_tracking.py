@@ -1,6 +1,5 @@
 """A run's rows are written exactly once, whatever kills it; nothing half-written is ever seen."""
 
-import json
 import resource
 import sys
 from pathlib import Path
@@ -10,7 +9,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from spdf_jax.errors import InputError
-from spdf_jax.tracking import Tracker, mask_picture, read_metrics, save_mask_picture, write_json
+from spdf_jax.tracking import Tracker, mask_picture, read_metrics, save_mask_picture
+from spdf_jax.workdir import read_json, write_json
 
 TOTAL_STEPS = 40
 
@@ -145,7 +145,7 @@ def test_numbers_that_are_not_finite_are_refused(tmp_path, bad):
     write_json(tmp_path / "summary.json", {"val_loss": 3.0})
     with pytest.raises(ValueError, match="val_loss"):
         write_json(tmp_path / "summary.json", {"val_loss": bad})
-    assert json.loads((tmp_path / "summary.json").read_text()) == {"val_loss": 3.0}
+    assert read_json(tmp_path / "summary.json", "") == {"val_loss": 3.0}
     assert files_in(tmp_path) == ["metrics.jsonl", "summary.json"]
 
 
@@ -188,13 +188,14 @@ def test_tensorboard_reads_the_same_numbers_and_forgets_what_a_restart_redid(tmp
 
 def test_json_keeps_its_order_and_replaces_whole_files(tmp_path):
     path = tmp_path / "summary.json"
-    write_json(path, {"b": 1, "a": {"c": np.float64(0.5), "ü": [True, None]}})
-    assert (
-        path.read_text()
-        == '{\n  "b": 1,\n  "a": {\n    "c": 0.5,\n    "ü": [\n      true,\n      null\n    ]\n  }\n}\n'
+    content = {"b": 1, "a": {"c": np.float64(0.5), "ü": [True, None]}}
+    write_json(path, content)
+    assert path.read_text() == (
+        '{\n  "b": 1,\n  "a": {\n    "c": 0.5,\n    "ü": [\n      true,\n      null\n    ]\n  },\n  "crc32": 3282878176\n}\n'
     )
+    assert read_json(path, "") == content
     write_json(path, {})
-    assert path.read_text() == "{}\n"
+    assert read_json(path, "") == {}
     assert files_in(tmp_path) == ["summary.json"]
 
 

@@ -22,6 +22,7 @@ from spdf_jax.plan import make_plan, total_cost
 from spdf_jax.step import Steps
 from spdf_jax.tracking import read_metrics
 from spdf_jax.tree import named_leaves
+from spdf_jax.workdir import read_json
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +117,7 @@ def test_a_finished_run_says_so_and_changes_nothing(uninterrupted, text, capsys)
     before = (uninterrupted / "metrics.jsonl").read_bytes()
     summary = jobs.train(spdf.resolve(tiny_config(text, text.parent / "cache")), uninterrupted)
     assert "finished" in capsys.readouterr().out
-    assert summary == json.loads((uninterrupted / "summary.json").read_text())
+    assert summary == read_json(uninterrupted / "summary.json", "")
     assert (uninterrupted / "metrics.jsonl").read_bytes() == before
 
 
@@ -197,10 +198,10 @@ def test_no_room_for_a_checkpoint_stops_before_writing_and_the_run_goes_on_later
 
 def test_a_disk_that_fills_while_a_save_is_written_is_named(tmp_path):
     checkpoints = checkpointing.Checkpoints(tmp_path)
-    with pytest.raises(OSError, match="No space left on device") as caught, checkpoints._full_disk_named():
+    with pytest.raises(OSError, match="No space left on device") as caught, checkpoints._disk_named():
         raise ValueError("RESOURCE_EXHAUSTED: Failed to write 116 bytes: No space left on device [os_error_code='28']")
     assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(tmp_path))
-    with pytest.raises(ValueError, match="something else"), checkpoints._full_disk_named():
+    with pytest.raises(ValueError, match="something else"), checkpoints._disk_named():
         raise ValueError("something else")
     checkpoints.close()
 

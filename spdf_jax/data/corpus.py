@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from spdf_jax.data.layout import Split, find_files, walk
 from spdf_jax.data.text_files import file_documents
-from spdf_jax.errors import InputError
+from spdf_jax.errors import InputError, reading
 
 _NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
 
@@ -207,10 +207,8 @@ def tfds_corpus(
 def _check_features(dataset: Path) -> None:
     """TFDS imports whatever module a `features.json` names: let it be one of its own features."""
     for file in sorted(dataset.rglob("features.json")):
-        try:
+        with reading(f"{file}: not JSON", "prepare the dataset anew"):
             named = list(_values(json.loads(file.read_bytes()), "pythonClassName"))
-        except ValueError as error:
-            raise InputError(f"{file}: not JSON ({error}); prepare the dataset anew") from error
         foreign = sorted({str(n) for n in named if not str(n).startswith("tensorflow_datasets.core.features.")})
         if foreign:
             raise InputError(

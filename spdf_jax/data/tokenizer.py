@@ -1,6 +1,8 @@
 """Text to ids, with Hugging Face `tokenizers`: train a byte-level BPE, load a `tokenizer.json`, encode documents."""
 
+import contextlib
 import itertools
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -8,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import ByteLevelBPETokenizer, Tokenizer
 
-from spdf_jax.errors import InputError
+from spdf_jax.errors import InputError, reading
 
 END_OF_TEXT = "<|endoftext|>"
 SMALLEST_VOCAB = 257  # every byte, and end of text
@@ -19,6 +21,7 @@ _TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 # a letter and ASCII punctuation (but for ', which starts "'s"), byte-level BPE never joins the sides: the ids stay the same.
 _PIECE_CHARS = 1 << 16
 _PIECES_PER_CHUNK = 64
+_SAMPLE = "Any text, 1 or 2: \u00e9\u2028\U0001f600<|endoftext|>\n"
 _SAFE_CUT = re.compile(r"(?<=\S\n)(?=\S)|(?<=\S)(?= \S)|(?<=[^\W\d_])(?=[!-&(-/:-@\[-^`{-~])")
 # Training takes a time that grows with the square of a word's length, a word being what merges never leave: letters, digits,
 # white space or other characters in a row.
@@ -63,7 +66,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         The tokenizer, with truncation and padding off.
 
     Raises:
-        InputError: No such file, not a tokenizer, or it has no `<|endoftext|>` to separate documents.
+        InputError: No such file, not a tokenizer, one of BPE dropout, or it has no `<|endoftext|>` to separate documents.
     """
     place = Path(path)
     single = place / "tokenizer.json" if place.is_dir() else place
@@ -73,16 +76,22 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             f"tokenizer {str(path)!r}: no such file; give the path of a Hugging Face tokenizer.json, or of a folder with one "
             f"or with vocab.json and merges.txt"
         )
-    try:
+    where = f"tokenizer {str(path)!r}"
+    with reading(f"{where}: not a Hugging Face tokenizer.json", "save it with Tokenizer.save"), _rust_unheard():
         if single.is_file():
             tokenizer = Tokenizer.from_file(str(single))
         else:
             tokenizer = Tokenizer.from_str(ByteLevelBPETokenizer.from_file(str(vocab), str(merges)).to_str())
             if tokenizer.token_to_id(END_OF_TEXT) is not None:
                 tokenizer.add_special_tokens([END_OF_TEXT])  # a vocab.json says of no token that it is special
-    except Exception as error:  # `tokenizers` raises bare Exception
-        message = f"tokenizer {str(path)!r}: not a Hugging Face tokenizer.json ({error}); save it with Tokenizer.save"
-        raise InputError(message) from error
+        # What a file asks for that cannot be done, some of its parts say only when they are used.
+        tokenizer.decode(tokenizer.encode(_SAMPLE, add_special_tokens=False).ids)
+        vocabulary_size(tokenizer)
+    if dropout := getattr(tokenizer.model, "dropout", None):
+        raise InputError(
+            f"{where}: its BPE drops merges at random (dropout {dropout:g}), so that a text has many encodings; set dropout to "
+            f"null"
+        )
     if tokenizer.token_to_id(END_OF_TEXT) is None:
         raise InputError(
             f"tokenizer {str(path)!r}: has no {END_OF_TEXT!r} token, which separates documents; "
@@ -91,6 +100,19 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
+
+
+@contextlib.contextmanager
+def _rust_unheard() -> Iterator[None]:
+    """Rust says of a panic on the process's own standard error that it is one, before Python gets to know and says it."""
+    heard, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(heard, 2)
+        os.close(heard)
+        os.close(nowhere)
 
 
 def end_of_text_id(tokenizer: Tokenizer) -> int:

@@ -222,7 +222,7 @@ def _open(folder: Path, key: str) -> TokenData | None:
             fingerprint=combined_fingerprint(meta["sha256"]["train"], meta["sha256"]["validation"]),
             validation_bytes=meta["validation_bytes"],
         )
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, MemoryError):
         return None
 
 

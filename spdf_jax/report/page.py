@@ -9,7 +9,7 @@ from pathlib import Path
 from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup, escape
 
-from spdf_jax.tracking import write_atomically
+from spdf_jax.workdir import write_atomically
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,6 @@
 """What a run or a sweep recorded, read from its folder."""
 
 import json
-import zipfile
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,9 +10,18 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from spdf_jax.config import default_config
-from spdf_jax.errors import InputError
+from spdf_jax.errors import InputError, reading
 from spdf_jax.report.words import flat, setting
-from spdf_jax.tracking import METRICS_FILE, PICTURES_FOLDER, read_metrics
+from spdf_jax.tracking import check_rows, read_metrics
+from spdf_jax.workdir import (
+    CONFIG_FILE,
+    EVALUATION_FILE,
+    GENERATIONS_FILE,
+    METRICS_FILE,
+    PICTURES_FOLDER,
+    SUMMARY_FILE,
+    read_json,
+)
 
 Row = Mapping[str, Any]
 
@@ -62,12 +69,14 @@ class Run:
 
     @property
     def status(self) -> str:
-        """Finished, or how far."""
+        """Finished, or how far, and what of its rows is lost."""
+        status = "unfinished, nothing logged yet"
         if "status" in self.numbers:
-            return str(self.numbers["status"])
-        if "steps" in self.numbers:
-            return f"unfinished, at step {self.numbers['steps']:,}"
-        return "unfinished, nothing logged yet"
+            status = str(self.numbers["status"])
+        elif "steps" in self.numbers:
+            status = f"unfinished, at step {self.numbers['steps']:,}"
+        first = self.all_rows[0]["step"] if self.all_rows else 0  # every run begins with an evaluation at step 0
+        return f"{status}; the rows before step {first:,} are lost" if first else status
 
     def task(self, row: Row) -> str:
         """The task whose target tokens a row's loss is over; "" for text."""
@@ -138,18 +147,21 @@ def read_run(workdir: Path) -> Run:
         InputError: the folder holds no run, or a file in it cannot be read.
     """
     rows = read_metrics(workdir)
-    config = _read_json(workdir / "config.json")
+    summary = _read_json(workdir / SUMMARY_FILE) or {}
+    if "rows" in summary:
+        check_rows(workdir / METRICS_FILE, summary["rows"], "the finished run wrote")
+    config = _read_json(workdir / CONFIG_FILE)
     if config is None or not {"experiment", "variant"} <= config.keys():
         raise InputError(
             f"{workdir / 'config.json'}: missing or without experiment and variant; give the --workdir of a run"
         )
-    numbers = {**_numbers_so_far(rows), **(_read_json(workdir / "summary.json") or {})}
+    numbers = {**_numbers_so_far(rows), **summary}
     arrays = _read_arrays(workdir)
     return Run(
         config=config,
         numbers={key: number for key, number in numbers.items() if number is not None},
-        scores=_read_json(workdir / "evaluation.json") or {},
-        generations=_read_generations(workdir / "generations.jsonl"),
+        scores=_read_json(workdir / EVALUATION_FILE) or {},
+        generations=_read_generations(workdir / GENERATIONS_FILE),
         train_rows=[row for row in rows if "loss" in row],
         evaluation_rows=[row for row in rows if "val_loss" in row],
         topology_rows=[row for row in rows if row.get("density")],
@@ -165,7 +177,7 @@ def read_sweep(workdir: Path) -> Sweep:
         InputError: the folder holds no cell that has begun, or a file in it cannot be read.
     """
     folders = sorted(path.parent for path in (workdir / "cells").glob(f"*/{METRICS_FILE}"))
-    begun = [folder for folder in folders if (folder / "config.json").is_file()]
+    begun = [folder for folder in folders if (folder / CONFIG_FILE).is_file()]
     if not begun:
         raise InputError(f"{workdir / 'cells'}: no run has begun there; give the --workdir of a sweep, or start it")
     cells = {folder.name: read_run(folder) for folder in begun}
@@ -202,7 +214,7 @@ def differing_settings(configs: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _read_rows(path: Path, table: Mapping[str, Any], cells: Mapping[str, Run]) -> list[TableRow]:
-    try:
+    with reading(f"{path}: not a sweep's table", "delete it and run the sweep again"):
         rows = [
             TableRow(
                 row["row"],
@@ -213,8 +225,6 @@ def _read_rows(path: Path, table: Mapping[str, Any], cells: Mapping[str, Run]) -
             )
             for row in table["rows"]
         ]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: not a sweep's table ({error}); delete it and run the sweep again") from error
     if missing := {name for row in rows for name in row.cells} - cells.keys():
         raise InputError(f"{path}: names cells that are not there ({', '.join(sorted(missing))}); run the sweep again")
     return rows
@@ -222,38 +232,28 @@ def _read_rows(path: Path, table: Mapping[str, Any], cells: Mapping[str, Run]) -
 
 def _read_json(path: Path) -> dict[str, Any] | None:
     """The object in a JSON file; None where there is no such file."""
-    if not path.is_file():
-        return None
-    try:
-        obj = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise InputError(f"{path}: not JSON ({error}); restore the file or run the job again") from error
-    if not isinstance(obj, dict):
-        raise InputError(f"{path}: holds {type(obj).__name__}, not an object; restore the file or run the job again")
-    return obj
+    return read_json(path, "restore the file or run the job again") if path.is_file() else None
 
 
 def _read_generations(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
-    try:
-        found = [json.loads(line) for line in path.read_text().splitlines()]
+    with reading(f"{path}: not generated texts", "run --job evaluate again"):
+        # Not splitlines: a text may hold other characters that count as line ends there.
+        found = [json.loads(line) for line in path.read_bytes().split(b"\n") if line]
         return [{key: one[key] for key in ("context", "text", "references")} for one in found]
-    except (ValueError, KeyError, TypeError) as error:
-        message = f"{path}: not generated texts ({error}); run --job evaluate again"
-        raise InputError(message) from error
 
 
 def _read_arrays(workdir: Path) -> dict[int, dict[str, np.ndarray]]:
     """Step -> name -> array, of all mask pictures and degrees."""
     arrays = {}
     for path in sorted((workdir / PICTURES_FOLDER).glob("step_*.npz")):
-        try:
-            # Opened here: of a file that is cut, np.load would leave it open.
-            with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
-                arrays[int(path.stem.removeprefix("step_"))] = {name: file[name] for name in file.files}
-        except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            raise InputError(f"{path}: not a mask picture ({error}); delete it and write the report again") from error
+        with (
+            reading(f"{path}: not a mask picture", "delete it and write the report again"),
+            path.open("rb") as opened,
+            np.load(opened, allow_pickle=False) as file,
+        ):
+            arrays[int(path.stem.removeprefix("step_"))] = {name: file[name] for name in file.files}
     return arrays
 
 

@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from spdf_jax.errors import InputError
+from spdf_jax.errors import InputError, reading
 from spdf_jax.sparsity.distributions import MatrixGroup, target_counts
 from spdf_jax.sparsity.patterns import parse_pattern
 from spdf_jax.tree import (
@@ -327,12 +327,12 @@ def load_masks(path: str | PathLike[str], params: Any) -> Any:
     ...     load_masks(pathlib.Path(folder) / "masks.safetensors", {"w": jnp.ones((1, 2))})["w"].tolist()
     [[True, False]]
     """
-    try:
-        with safe_open(path, framework="numpy") as file:
-            index = _mask_index(path, file.metadata())
-            packed = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{path}: not a readable mask file: {error}") from None
+    with (
+        reading(f"{path}: not a readable mask file", "get the file again"),
+        safe_open(path, framework="numpy") as file,
+    ):
+        index = _mask_index(path, file.metadata())
+        packed = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     wanted = dict(named_leaves(params))
     missing, extra = sorted(wanted.keys() - index.keys()), sorted(index.keys() - wanted.keys())
     if missing or extra:
@@ -359,12 +359,15 @@ def _mask_index(path: str | PathLike[str], metadata: dict[str, str] | None) -> d
     """``{leaf name: (shape, crc32)}`` from a mask file's metadata."""
     if MASK_FORMAT not in (metadata or {}):
         raise InputError(f"{path}: a safetensors file, but not of masks; write them with spdf_jax.save_masks")
-    try:
+    with reading(f"{path}: the mask file's index is damaged", "get the file again"):
         index = json.loads((metadata or {})[MASK_FORMAT])
         if index["version"] != MASK_FORMAT_VERSION:
             raise InputError(
                 f"{path}: mask format version {index['version']}; this library reads {MASK_FORMAT_VERSION}, update it"
             )
-        return {name: (tuple(leaf["shape"]), int(leaf["crc32"])) for name, leaf in index["leaves"].items()}
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-        raise InputError(f"{path}: the mask file's index is damaged ({error!r}); get the file again") from None
+        found = {name: (tuple(leaf["shape"]), leaf["crc32"]) for name, leaf in index["leaves"].items()}
+        if odd := [
+            n for n, (shape, crc32) in found.items() if any(type(x) is not int or x < 0 for x in (*shape, crc32))
+        ]:
+            raise ValueError(f"{odd[0]}: shape and crc32 must be whole numbers, not {found[odd[0]]}")
+        return found
