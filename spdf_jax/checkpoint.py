@@ -97,11 +97,12 @@ class Checkpoints:
         """Steps of all complete checkpoints, oldest first."""
         return sorted(self._manager.all_steps())
 
-    def drop_from(self, step: int) -> None:
-        """Deletes the checkpoints of this step and later ones: of a time before a restart, that comes again."""
+    def drop_from(self, step: int) -> "Checkpoints":
+        """These, without those of this step and later ones, which it deletes: of a time before a restart, that comes again."""
         for there in self._manager.all_steps():
             if there >= step:
                 self._manager.delete(there)
+        return self
 
     def record(self) -> dict[str, Any]:
         """The JSON record of the newest checkpoint.

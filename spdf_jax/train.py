@@ -168,8 +168,7 @@ def _evaluate_and_log(run: Run, plan: PhasePlan, steps: Steps, state: TrainState
     run.tracker.log(row | run.total._asdict())
     if plan.config.patience_evaluations and best_evaluation(of_phase(run.evaluations, plan.name)) == done:
         assert run.best is not None, "a phase that may stop early has where to keep its best state"
-        run.best.drop_from(done)
-        _save(run, run.best, plan, state)
+        _save(run, run.best.drop_from(done), plan, state)
         run.best.wait()  # before a checkpoint that comes after it
     run.last_log = (run.last_log[0] + time.perf_counter() - started, run.last_log[1])  # tokens/s is of training
 

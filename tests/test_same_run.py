@@ -18,6 +18,7 @@ from spdf_jax.data import DataConfig, load_tokenizer, prepare
 from spdf_jax.errors import Restart
 from spdf_jax.plan import make_plan
 from spdf_jax.tracking import read_metrics
+from spdf_jax.workdir import read_json
 
 
 @pytest.fixture(scope="module")
@@ -313,7 +314,7 @@ def test_a_workdir_that_cannot_be_written_is_used_from_another_folder(text, trai
                 f"{trained}: cannot write there (Read-only file system); choose another folder by --output"
             )
     result = use.evaluate_checkpoint(config, trained, tmp_path / "figures")
-    assert json.loads((tmp_path / "figures" / "evaluation.json").read_text()) == result
+    assert read_json(tmp_path / "figures" / "evaluation.json", "") == result
     assert (use.export(config, trained, tmp_path / "gpt2") / "model.safetensors").is_file()
     assert files(trained) == before
 
