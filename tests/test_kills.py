@@ -17,7 +17,7 @@ from pathlib import Path
 
 import jax
 import pytest
-from tiny import QUICKLY, tiny_config, write_text
+from tiny import NO_WINDOW, QUICKLY, tiny_config, write_text
 
 import spdf_jax as spdf
 from spdf_jax import jobs, use
@@ -43,7 +43,7 @@ def config(text: Path, cache: Path, seed: int = 0) -> RunConfig:
         6,
     )
     c.pretrain.sparsity.update_every_steps = 3
-    c.pretrain.sparsity.update(attention_pattern="causal", attention_width=128, attention_start=0.0, attention_end=0.0)
+    c.pretrain.sparsity.update(NO_WINDOW)
     del c.finetune
     return spdf.resolve(c)
 
