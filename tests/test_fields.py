@@ -136,10 +136,7 @@ def test_a_table_of_another_shape_is_refused():
             spdf.resolve(ConfigDict(c))
 
 
-USED_BY_DEFAULT = {
-    *("data.tokenizer_vocab_size", "data.validation_fraction"),
-    *("one.steps", "one.optimizer.final_fraction"),
-}
+USED_BY_DEFAULT = {"data.validation_fraction", "one.steps", "one.optimizer.final_fraction"}
 
 
 def another_value(hint, rule, default):

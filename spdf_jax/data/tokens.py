@@ -39,9 +39,7 @@ _FORMAT_VERSION = 1  # raise it when the same documents and tokenizer give other
 _FILES: dict[Split, str] = {"train": "train.bin", "validation": "val.bin"}
 _GPT2_END_OF_TEXT = 50256
 _SOURCES = ("embedded", "text", "token_files", "tfds")
-_TRAINED = Used(
-    lambda c: not c.tokenizer and c.source != "token_files", "tokenizers that are trained here, on documents"
-)
+_STREAM = Used(lambda c: c.source == "token_files" and c.separate_documents, "token files kept apart by document")
 
 
 @dataclass(frozen=True)
@@ -61,7 +59,7 @@ class DataConfig:
             its file and line (as before this setting).
         tokenizer: A local Hugging Face `tokenizer.json`, or a folder with one or with `vocab.json` and `merges.txt`; "" takes
             that of `init_from`, or trains a byte-level BPE on the training documents.
-        tokenizer_vocab_size: Ids of the tokenizer to train.
+        tokenizer_vocab_size: Ids of the tokenizer to train, where none is given.
         validation_fraction: Share of the documents held out where the source has no validation split of its own.
         separate_documents: Whether nothing passes between documents that share a sequence; False, as most papers have it,
             makes them one stream, in which a document sees those before it.
@@ -80,12 +78,12 @@ class DataConfig:
     split_by: Annotated[str, OneOf(("text", "name")), used_with("source", "text", "tfds")] = "text"
     token_dtype: Annotated[str, OneOf(("", *TOKEN_DTYPES)), used_with("source", "token_files")] = ""
     tokenizer: Line = ""
-    tokenizer_vocab_size: Annotated[int, Range(least=SMALLEST_VOCAB, most=LARGEST), _TRAINED] = 4096
+    tokenizer_vocab_size: Annotated[int, Range(least=SMALLEST_VOCAB, most=LARGEST)] = 4096
     validation_fraction: Annotated[float, Range(above=0, below=1), used_with("source", "embedded", "text", "tfds")] = (
         0.02
     )
     separate_documents: bool = True
-    end_of_text_id: Annotated[int, Range(least=-1, most=LARGEST)] = -1
+    end_of_text_id: Annotated[int, Range(least=-1, most=LARGEST), _STREAM] = -1
     cache_dir: Line = ""
 
     def __post_init__(self) -> None:
