@@ -36,10 +36,10 @@ def blocks_config(rule="static", phases=("pretrain",), **model):
         setattr(c.model, name, value)
     c.pretrain.steps, c.pretrain.batch_size, c.pretrain.optimizer.warmup_steps = 12, 4, 2
     c.pretrain.sparsity.rule = rule
-    if rule != "static":
+    if rule not in ("static", "dense"):
         c.pretrain.sparsity.update_every_steps = 3
-    for name, value in BLOCKS.items():
-        setattr(c.pretrain.sparsity, name, value)
+    if rule != "dense":
+        c.pretrain.sparsity.update(BLOCKS)
     return c
 
 

@@ -151,7 +151,7 @@ def test_contexts_too_long_or_empty_are_continued(lm):
     [
         ({"top_k": 5}, "generation_kwargs: top_k unknown: use some of do_sample"),
         ({"max_gen_toks": 64}, "decode.max_new_tokens: 64 leaves no room for a prompt"),
-        ({"do_sample": True, "top_p": 2.0}, r"decode.top_p: 2.0 is outside \(0, 1\]"),
+        ({"do_sample": True, "top_p": 2.0}, "decode.top_p: 2.0 must be above 0 and at most 1"),
     ],
 )
 def test_impossible_generation_settings_are_refused(lm, settings, message):

@@ -231,7 +231,7 @@ def test_without_libtpu_the_message_says_what_to_install(monkeypatch):
 def test_remat_is_a_choice_and_runs_from_when_it_was_a_boolean_stay_usable(tmp_path):
     c = tiny()
     c.model.remat = "all"
-    with pytest.raises(spdf.InputError, match=r"model.remat: 'all' is not 'none' or 'dots' or 'mlp' or 'block'"):
+    with pytest.raises(spdf.InputError, match=r"model.remat: 'all' is not one of 'none', 'dots', 'mlp', 'block'"):
         spdf.resolve(c)
     values = spdf.resolve(tiny()).as_dict()
     for was, now in ((True, "block"), (False, "none")):

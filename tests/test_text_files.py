@@ -347,7 +347,8 @@ def test_a_damaged_file_gives_texts_or_one_line_and_stays_as_it_is(data, suffix,
 
 def test_a_config_from_before_there_was_a_choice_splits_by_name(tmp_path):
     config = default_config("e", "v", variants=("v",)).to_dict()
+    config["data"] |= {"source": "text", "path": "texts"}
     for name in ("split_by", "train_files", "validation_files", "token_dtype"):
         del config["data"][name]
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert load_config(tmp_path / "config.json").data == DataConfig(split_by="name")
+    assert load_config(tmp_path / "config.json").data == DataConfig("text", "texts", split_by="name")
