@@ -64,11 +64,7 @@ def train(config: RunConfig, workdir: Path, *, command: str = "", progress: bool
     plans = make_plan(config)
     make_workdir(workdir)
     with lock(workdir), jax.set_mesh(mesh):
-        begun = any(path.name.isdecimal() for path in (workdir / CHECKPOINTS).glob("*"))
-        if (begun or (workdir / SUMMARY_FILE).exists()) and not (workdir / CONFIG_FILE).exists():
-            raise InputError(
-                f"{workdir / CONFIG_FILE}: gone, but a run is there; restore it, or choose another --workdir"
-            )
+        begun = _has_begun(workdir)
         moved = check_same_run(config, workdir)
         finished = _finished(config, workdir, mesh)
         if finished and not moved:
@@ -88,12 +84,9 @@ def train(config: RunConfig, workdir: Path, *, command: str = "", progress: bool
             if finished:
                 return _nothing_to_do(workdir, finished)
             step = int(state.step)
-            if step == 0:
-                write_json(workdir / CONFIG_FILE, config.as_dict() | {"command": command})
-            else:
+            if step:
                 print(f"{workdir}: resuming after step {step} of {plans[-1].end}.{_elsewhere(record)}")
-            if tokenizer is not None and (step == 0 or not (workdir / "tokenizer.json").is_file()):
-                write_atomically(workdir / "tokenizer.json", tokenizer.to_str(pretty=True).encode())
+            _keep_identity(config, workdir, command, tokenizer, new=step == 0)
             tracker = Tracker(
                 workdir,
                 resume_step=step,
@@ -116,19 +109,40 @@ def train(config: RunConfig, workdir: Path, *, command: str = "", progress: bool
                 seconds=record["seconds"],
                 evaluations=_evaluations(workdir, step, record) if step else {},
             )
-            try:
-                for plan in plans[index:]:
-                    if plan.index > index:
-                        state = enter_phase(state, plan, mesh)
-                    state = run_phase(run, plan, state)
-                processes.beat(0, 0)
-                return _finish(run, int(state.step), tokens)
-            finally:
-                tracker.close()
+            return _run_phases(run, index, state, tokens)
         finally:
             checkpoints.close()
             if best:
                 best.close()
+
+
+def _has_begun(workdir: Path) -> bool:
+    """Whether a run has saved something there; without its config, nobody knows whose it is."""
+    begun = any(path.name.isdecimal() for path in (workdir / CHECKPOINTS).glob("*"))
+    if (begun or (workdir / SUMMARY_FILE).exists()) and not (workdir / CONFIG_FILE).exists():
+        raise InputError(f"{workdir / CONFIG_FILE}: gone, but a run is there; restore it, or choose another --workdir")
+    return begun
+
+
+def _keep_identity(config: RunConfig, workdir: Path, command: str, tokenizer: Tokenizer | None, *, new: bool) -> None:
+    """Writes what says whose run it is: its config, and the tokenizer if it has one."""
+    if new:
+        write_json(workdir / CONFIG_FILE, config.as_dict() | {"command": command})
+    if tokenizer is not None and (new or not (workdir / "tokenizer.json").is_file()):
+        write_atomically(workdir / "tokenizer.json", tokenizer.to_str(pretty=True).encode())
+
+
+def _run_phases(run: Run, index: int, state: TrainState, tokens: TokenData | None) -> dict[str, Any]:
+    """Phases from `index` on, whose state it is, and the summary at their end."""
+    try:
+        for plan in run.plans[index:]:
+            if plan.index > index:
+                state = enter_phase(state, plan, run.mesh)
+            state = run_phase(run, plan, state)
+        processes.beat(0, 0)
+        return _finish(run, int(state.step), tokens)
+    finally:
+        run.tracker.close()
 
 
 def _nothing_to_do(workdir: Path, summary: dict[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ gradients were 0 so far, as those of one that grows, does not begin with an upda
 
 import functools
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -99,19 +100,24 @@ class Inside:
         """Refuses what cannot go on when masks move. Which leaves of the state are copies of the parameters; [] for none."""
         if self.moving and any(mask.ndim for mask in jax.tree.leaves(masks)):
             check_followed(self.inner, params, masks)
-        with jax.ensure_compile_time_eval():
-            ones = jax.tree.map(lambda p: jnp.ones([min(n, 2) for n in p.shape], p.dtype), params)
-            if self.moving and extra.keys() <= _KNOWN:
-                self._check_growth(
-                    ones, jax.tree.map(lambda m, p: jnp.ones(p.shape if m.ndim else (), bool), masks, ones)
-                )
-            try:
-                states = [self.inner.init(tree) for tree in (ones, jax.tree.map(jnp.zeros_like, ones))]
-            except _REFUSALS:  # arrays of the real shapes inside it
-                return []
-            pairs = zip(*map(jax.tree.leaves, states), strict=True)
-            copies = [_differ(a, b) for a, b in pairs]
+        ones = jax.tree.map(lambda p: np.ones([min(n, 2) for n in p.shape], p.dtype), params)
+        small = jax.tree.map(lambda m, p: np.ones(p.shape if m.ndim else (), bool), masks, ones)
+        tries_growth = self.moving and extra.keys() <= _KNOWN
+        # In a thread of its own nothing is being traced and no mesh is set: those of a pod that is not there compute nothing.
+        with ThreadPoolExecutor(1) as aside:
+            copies = aside.submit(self._try_out, ones, small, tries_growth).result()
         return copies if any(copies) else []
+
+    def _try_out(self, ones: Any, masks: Any, tries_growth: bool) -> list[bool]:
+        """Which leaves of the state of a small problem follow the parameters' values; and `_check_growth`, if asked for."""
+        ones, masks = jax.tree.map(jnp.asarray, (ones, masks))
+        if tries_growth:
+            self._check_growth(ones, masks)
+        try:
+            states = [self.inner.init(tree) for tree in (ones, jax.tree.map(jnp.zeros_like, ones))]
+        except _REFUSALS:  # arrays of the real shapes inside it
+            return []
+        return [_differ(a, b) for a, b in zip(*map(jax.tree.leaves, states), strict=True)]
 
     def _check_growth(self, ones: Any, masks: Any) -> None:
         """Raises `InputError` if a weight whose gradients were 0 takes an update out of proportion to the others'."""
