@@ -407,7 +407,7 @@ def test_a_commit_that_the_disk_refuses_is_an_os_error_and_the_run_goes_on_later
 def started(text: Path, workdir: Path, shell: str) -> subprocess.CompletedProcess:
     run = f"{sys.executable} -m spdf_jax.main --config tests/tiny_experiment.py --workdir {workdir}"
     env = os.environ | QUICKLY | {"PYTHONPATH": str(Path(__file__).parent), "TINY_TEXT": str(text)}
-    few = "--config.pretrain.steps=6 --config.finetune.steps=1"
+    few = "--config.pretrain.steps=60 --config.finetune.steps=4"
     return subprocess.run(
         ["bash", "-o", "pipefail", "-c", shell.format(run=f"{run} {few}")],
         cwd=ROOT,
