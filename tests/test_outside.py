@@ -322,7 +322,9 @@ def test_files_of_a_hugging_face_folder_are_read_or_refused(name, gpt2, tmp_path
         read = (
             (lambda f=folder: load_tokenizer(f / name)) if name == "tokenizer.json" else (lambda f=folder: load_gpt2(f))
         )
+        before = contents(folder)
         outcome(read, folder, f"{name} {how}")
+        assert contents(folder) == before, f"{name} {how}"
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
