@@ -38,14 +38,14 @@ def write_windows(folder, seed):
     return folder
 
 
-def base(folder, **data):
+def base(folder, separate_documents=True):
     """Whatever may carry something from one position to another: Primer's taps, sparse attention, blocks, micro-batches."""
     c = spdf.default_config("documents", "test", variants=("test",))
     c.model.n_layer, c.model.n_head, c.model.d_model, c.model.vocab_size, c.model.context = 1, 2, 16, 24, LENGTH
     c.model.init_std = 0.2
     c.model.dconv, c.model.shared_qk, c.model.activation = True, True, "squared_relu"
-    c.data.source, c.data.path, c.data.cache_dir, c.data.end_of_text_id = "token_files", str(folder), str(folder), END
-    c.data.update(data)
+    c.data.source, c.data.path, c.data.cache_dir = "token_files", str(folder), str(folder)
+    c.data.separate_documents, c.data.end_of_text_id = separate_documents, END if separate_documents else -1
     c.mesh.data, c.loop.eval_batch_size = 1, 2
     c.pretrain.steps, c.pretrain.batch_size, c.pretrain.grad_accumulation_steps = 2, 4, 2
     c.pretrain.optimizer.warmup_steps, c.pretrain.optimizer.peak_learning_rate = 0, 1e-2
@@ -64,12 +64,14 @@ def second_documents_alone(logits_BTV, targets_BT, weights_BT):
     return cross_entropy(logits_BTV, targets_BT, weights_BT.at[:, :FIRST].set(0))
 
 
-def ends(folder, monkeypatch, **data):
+def ends(folder, monkeypatch, separate_documents=True):
     """Losses and parameters that a run comes to when only second documents count, for two versions of the first ones."""
     monkeypatch.setattr(step, "cross_entropy", second_documents_alone)
     found = []
     for seed in (1, 2):
-        *_, (state, metrics) = watch_training(spdf.resolve(base(write_windows(folder / f"{seed}", seed), **data)))
+        *_, (state, metrics) = watch_training(
+            spdf.resolve(base(write_windows(folder / f"{seed}", seed), separate_documents))
+        )
         found.append(jax.device_get((state.params, metrics["loss"], metrics["val_loss"])))
     return found
 
@@ -88,7 +90,7 @@ def test_as_one_stream_a_document_sees_those_before_it(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("apart", [True, False])
 def test_the_planned_program_is_the_one_that_runs(apart, tmp_path):
-    config = spdf.resolve(base(write_windows(tmp_path / "data", 0), separate_documents=apart))
+    config = spdf.resolve(base(write_windows(tmp_path / "data", 0), apart))
     (plan,), mesh = make_plan(config), make_mesh(config.mesh)
     real = next(device_batches(feed_of(config), mesh, plan, 0))
     assert (real.segments_BT is not None) == apart
@@ -123,8 +125,7 @@ def test_no_gradient_crosses_from_one_document_to_another(pattern):
 
 def test_every_batch_of_a_run_says_which_document_a_token_is_of_and_counts_every_target(tmp_path):
     apart, stream = (
-        feed_of(spdf.resolve(base(write_windows(tmp_path / str(apart), 0), separate_documents=apart)))
-        for apart in (True, False)
+        feed_of(spdf.resolve(base(write_windows(tmp_path / str(apart), 0), apart))) for apart in (True, False)
     )
     for ours, plain in zip(
         [*itertools.islice(apart.train(1), 3), *apart.validation()],
