@@ -9,9 +9,9 @@ multiplies once a token, as a weight does. Counts are exact integers: a resumed 
 
 from collections.abc import Mapping
 
-from spdf_jax.attention_patterns import causal_share
 from spdf_jax.errors import InputError
 from spdf_jax.gpt_config import GPTConfig
+from spdf_jax.ops.attention_patterns import causal_share
 from spdf_jax.primer import TAPS
 
 

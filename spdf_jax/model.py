@@ -12,13 +12,13 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from spdf_jax.attention import attention
-from spdf_jax.attention_backends import SPLASH_OUTPUT
-from spdf_jax.attention_cached import cached_attention
-from spdf_jax.block_linear import BLOCK_OUTPUT, Linear, dense_linear
 from spdf_jax.errors import InputError
 from spdf_jax.gpt_config import GPTConfig
 from spdf_jax.layer_norm import LayerNorm
+from spdf_jax.ops.attention import attention
+from spdf_jax.ops.attention_backends import SPLASH_OUTPUT
+from spdf_jax.ops.attention_cached import cached_attention
+from spdf_jax.ops.block_linear import BLOCK_OUTPUT, Linear, dense_linear
 from spdf_jax.primer import DConv, squared_relu
 from spdf_jax.sharding import split_wide
 from spdf_jax.sparsity.masks import apply_masks
@@ -106,7 +106,7 @@ class GPT(nn.Module):
 
     Attributes:
       config: `spdf_jax.GPTConfig`.
-      pattern, width: attention where a call does not say, as `spdf_jax.attention.attention` takes them.
+      pattern, width: attention where a call does not say, as `spdf_jax.ops.attention.attention` takes them.
 
     ``model.apply({"params": params}, tokens_BT)`` returns logits_BTV in the compute dtype; a sequence longer than the context
     raises InputError. Source: GPT-2 (Radford et al. 2019), GPT-3 (Brown et al. 2020), Primer (So et al. 2021).

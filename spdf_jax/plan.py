@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from spdf_jax.attention_backends import attention_backend, target_platform
 from spdf_jax.config import PhaseConfig, RunConfig, check_length
 from spdf_jax.data import load_task, steps_per_epoch
 from spdf_jax.errors import InputError
 from spdf_jax.flops import head_size, linear_size, parameter_count, step_flops
 from spdf_jax.gpt_config import GPTConfig
 from spdf_jax.model import GPT
+from spdf_jax.ops.attention_backends import attention_backend, target_platform
 from spdf_jax.optim import learning_rate_schedule, make_optimizer
 from spdf_jax.sparsity.masks import matrix_groups
 from spdf_jax.sparsity.mupar import mup_multipliers

@@ -14,8 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from spdf_jax.attention_patterns import pattern_mask
 from spdf_jax.hlo import Collective, Instruction, Items, Loop
+from spdf_jax.ops.attention_patterns import pattern_mask
 
 #: Of the peak that splash attention is taken to reach: an assumption. Heads narrower than the matrix unit reach less of it.
 SPLASH_SHARE = 0.5

@@ -15,10 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from spdf_jax.attention import attention
-from spdf_jax.attention_backends import attention_backend, choose_backend, cudnn_attention, target_platform
-from spdf_jax.attention_patterns import PATTERNS, attended_pairs, causal_share, pattern_mask
 from spdf_jax.errors import InputError
+from spdf_jax.ops.attention import attention
+from spdf_jax.ops.attention_backends import attention_backend, choose_backend, cudnn_attention, target_platform
+from spdf_jax.ops.attention_patterns import PATTERNS, attended_pairs, causal_share, pattern_mask
 
 # Widths that divide the length, do not, and exceed it; with both ends of each.
 LENGTHS_AND_WIDTHS = [(1, 128), (7, 3), (128, 128), (129, 16), (200, 1), (300, 128), (512, 16)]
@@ -355,8 +355,8 @@ import functools, json
 import jax, numpy as np
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
-from spdf_jax.attention import attention
-from spdf_jax.attention_patterns import PATTERNS
+from spdf_jax.ops.attention import attention
+from spdf_jax.ops.attention_patterns import PATTERNS
 
 devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices
 mesh = Mesh(np.array(devices).reshape(2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)

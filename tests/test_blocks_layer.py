@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from spdf_jax.block_linear import Linear, block_linear, live_inputs
 from spdf_jax.errors import InputError
+from spdf_jax.ops.block_linear import Linear, block_linear, live_inputs
 from spdf_jax.sparsity.blocks import BlockGrid, expand, random_topology
 
 

@@ -11,10 +11,10 @@ from ml_collections import ConfigDict
 
 import spdf_jax as spdf
 from spdf_jax import step
-from spdf_jax.attention_patterns import PATTERNS
 from spdf_jax.data import DataConfig, document_end, document_ids, prepare
 from spdf_jax.feed import make_feed
 from spdf_jax.losses import cross_entropy
+from spdf_jax.ops.attention_patterns import PATTERNS
 from spdf_jax.plan import describe, make_plan
 from spdf_jax.pod_plan import lower_steps
 from spdf_jax.sharding import make_mesh

@@ -11,11 +11,11 @@ import pytest
 
 import spdf_jax as spdf
 from spdf_jax import layer_norm
-from spdf_jax.attention_patterns import PATTERNS
-from spdf_jax.block_linear import dense_linear
 from spdf_jax.flops import parameter_count
 from spdf_jax.generate import empty_cache
 from spdf_jax.layer_norm import LayerNorm
+from spdf_jax.ops.attention_patterns import PATTERNS
+from spdf_jax.ops.block_linear import dense_linear
 from spdf_jax.state import abstract_params
 
 TINY = spdf.GPTConfig(n_layer=2, n_head=2, d_model=16, vocab_size=50, context=12)

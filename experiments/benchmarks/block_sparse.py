@@ -31,10 +31,10 @@ import numpy as np
 from runner import announce, arguments, print_head, print_row, time_in_turn, times_faster, write_json
 
 import spdf_jax as spdf
-from spdf_jax.block_linear import block_linear, live_inputs
 from spdf_jax.config import RunConfig
 from spdf_jax.data import Batch
 from spdf_jax.hlo import Instruction, executed, matrix_flops, read_program
+from spdf_jax.ops.block_linear import block_linear, live_inputs
 from spdf_jax.plan import make_plan
 from spdf_jax.pod import SPLASH_SHARE, Generation, estimate, splash_seconds
 from spdf_jax.pod_plan import lower_steps, make_pod

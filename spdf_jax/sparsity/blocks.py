@@ -2,8 +2,8 @@
 
 The topology of a matrix is ``live [I, J]``, a bool a block: exactly K True in every column, so that every output block costs
 the same, and exactly R = J K / I in every row, so that every input is read as often. The live blocks, column by column and in
-it from top to bottom, are ``data [J, K, b, b]``, with which `spdf_jax.block_linear` computes. Optimiser state follows them and
-is as small.
+it from top to bottom, are ``data [J, K, b, b]``, with which `spdf_jax.ops.block_linear` computes. Optimiser state follows them
+and is as small.
 
 Blocks move by *exchange*: two live blocks of different columns swap their input blocks, which leaves every count as it was. A
 topology step drops the blocks of smallest score and lets them swap while the gradient of what grows gains by it: prune and grow
@@ -24,8 +24,8 @@ import optax
 from flax import traverse_util
 from jax import lax
 
-from spdf_jax.block_linear import live_inputs
 from spdf_jax.errors import InputError
+from spdf_jax.ops.block_linear import live_inputs
 from spdf_jax.sparsity.distributions import target_counts
 from spdf_jax.sparsity.masks import dense_masks, matrix_groups
 from spdf_jax.sparsity.patterns import Pattern, parse_pattern

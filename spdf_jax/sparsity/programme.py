@@ -13,9 +13,9 @@ from functools import cached_property, lru_cache
 from itertools import chain, pairwise
 from typing import Annotated, Any, NamedTuple
 
-from spdf_jax import attention_patterns
 from spdf_jax.errors import InputError
 from spdf_jax.fields import Count, Line, OneOf, Range, Share, Used, check_fields, used_with
+from spdf_jax.ops import attention_patterns
 from spdf_jax.sparsity import schedules
 from spdf_jax.sparsity.blocks import block_grid
 from spdf_jax.sparsity.distributions import DISTRIBUTIONS, MatrixGroup, target_counts
@@ -68,7 +68,7 @@ class SparsityConfig:
       exploration: share of the weights that get gradients without being active (Top-KAST); -1 takes the rule's.
       sparsify_head: whether the output head (tied to the embedding or not) is sparse too.
       init: ``random`` or ``magnitude`` initial masks.
-      attention_pattern, attention_width: sparse attention, see `spdf_jax.attention_patterns`, used while progress is in
+      attention_pattern, attention_width: sparse attention, see `spdf_jax.ops.attention_patterns`, used while progress is in
         [attention_start, attention_end); causal outside.
     """
 

@@ -10,7 +10,7 @@ backend    target    computes
 =========  ========  ======================================================================================
 ``loop``   CPU       one output block after the other: what it reads is gathered while it is in the cache
 ``gather`` GPU       all output blocks in one batched product, of K / I times as many copies of x as there are blocks
-``pallas`` TPU       the kernels of `spdf_jax.block_kernels`: blocks of a multiple of 128, tokens too
+``pallas`` TPU       the kernels of `spdf_jax.ops.block_kernels`: blocks of a multiple of 128, tokens too
 =========  ========  ======================================================================================
 
 Shape legend: N tokens, P inputs in I blocks, Q outputs in J blocks, K live blocks an output block, b side of a block.
@@ -27,9 +27,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec
 
-from spdf_jax.attention_backends import split_over_mesh, target_platform
-from spdf_jax.block_kernels import LANES, pallas_input_gradient, pallas_product, pallas_weight_gradient
 from spdf_jax.errors import InputError
+from spdf_jax.ops.attention_backends import split_over_mesh, target_platform
+from spdf_jax.ops.block_kernels import LANES, pallas_input_gradient, pallas_product, pallas_weight_gradient
 
 BACKENDS = ("auto", "loop", "gather", "pallas")
 #: Name of the layer's output, for `jax.checkpoint_policies`.

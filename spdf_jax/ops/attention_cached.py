@@ -6,7 +6,7 @@ Shape legend: B batch, T new tokens, S cached positions, H heads, K head width.
 import jax
 import jax.numpy as jnp
 
-from spdf_jax.attention_patterns import attends
+from spdf_jax.ops.attention_patterns import attends
 
 
 def cached_attention(
@@ -25,7 +25,7 @@ def cached_attention(
       q_BTHK, k_BTHK, v_BTHK: of the new tokens.
       cache: (keys, values), BSHK each.
       positions_BT: of the new tokens, below S; -1 is nowhere: such keys and values are not kept, and such outputs mean nothing.
-      pattern, width: as `spdf_jax.attention.attention` takes them.
+      pattern, width: as `spdf_jax.ops.attention.attention` takes them.
 
     Returns:
       (out_BTHK, new cache).

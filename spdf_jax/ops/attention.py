@@ -1,9 +1,9 @@
 """Causal attention in five patterns, each of which skips what it does not attend to, forward and backward.
 
-A pattern is a union of bands (`spdf_jax.attention_patterns.bands`). A band is computed in tiles, those outside it never;
+A pattern is a union of bands (`spdf_jax.ops.attention_patterns.bands`). A band is computed in tiles, those outside it never;
 bands and tiles are merged by their log-sum-exp. Only the output and the log-sum-exp are kept for the backward pass, which
 computes the probabilities again: memory is linear in the length. Accelerators' own kernels take over where they can
-(`spdf_jax.attention_backends`).
+(`spdf_jax.ops.attention_backends`).
 
 Shape legend: B batch, T positions, H heads, D head size; folded: G rows of L positions, cut into blocks of C.
 
@@ -19,9 +19,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from spdf_jax.attention_backends import choose_backend, cudnn_attention, splash_attention, target_platform
-from spdf_jax.attention_patterns import Band, bands, check_pattern
 from spdf_jax.errors import InputError
+from spdf_jax.ops.attention_backends import choose_backend, cudnn_attention, splash_attention, target_platform
+from spdf_jax.ops.attention_patterns import Band, bands, check_pattern
 
 # Stands for -inf in scores and log-sum-exps: exp gives exactly 0 beside a real score, and no difference is NaN.
 _NOWHERE = -1e30
@@ -53,10 +53,10 @@ def attention(
     Args:
       q_BTHD: queries, floats.
       k_BTHD, v_BTHD: keys and values, same shape and dtype.
-      pattern: one of `spdf_jax.attention_patterns.PATTERNS`.
+      pattern: one of `spdf_jax.ops.attention_patterns.PATTERNS`.
       width: the pattern's width in positions; ``causal`` has none and ignores it.
       segments_BT: integer ids of the documents packed into each sequence: positions attend within equal ids only.
-      backend: one of `spdf_jax.attention_backends.BACKENDS`; ``auto`` chooses by where the program will run.
+      backend: one of `spdf_jax.ops.attention_backends.BACKENDS`; ``auto`` chooses by where the program will run.
 
     Returns:
       out_BTHD in the dtype of the inputs.

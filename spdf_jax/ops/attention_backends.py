@@ -3,7 +3,7 @@
 =============  =========  ==================================================================================
 backend        target     computes
 =============  =========  ==================================================================================
-``xla``        any        every pattern, by the tiles of `spdf_jax.attention`
+``xla``        any        every pattern, by the tiles of `spdf_jax.ops.attention`
 ``cudnn``      GPU        ``causal`` and ``local`` in half precision, head sizes up to 128 in steps of 8; of packed documents
                           ``causal`` in even lengths, which takes a [B, T, T] array
 ``splash``     TPU        every pattern in float32 and bfloat16, lengths that are multiples of 128
@@ -22,8 +22,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from spdf_jax.attention_patterns import pattern_mask
 from spdf_jax.errors import InputError
+from spdf_jax.ops.attention_patterns import pattern_mask
 
 BACKENDS = ("auto", "xla", "cudnn", "splash")
 #: Name of what splash attention's backward pass needs of the forward one, for `jax.checkpoint_policies`.
@@ -57,7 +57,7 @@ def attention_backend(
     """The backend that ``backend="auto"`` chooses.
 
     Args:
-      pattern: one of `spdf_jax.attention_patterns.PATTERNS`.
+      pattern: one of `spdf_jax.ops.attention_patterns.PATTERNS`.
       dtype: of queries, keys and values.
       head_size: D.
       platform: ``cpu``, ``gpu`` or ``tpu``, see `target_platform`.
@@ -85,7 +85,7 @@ def choose_backend(backend: str, pattern: str, q_BTHD: jax.Array, segments: bool
 
     Args:
       backend: one of ``BACKENDS``.
-      pattern: one of `spdf_jax.attention_patterns.PATTERNS`.
+      pattern: one of `spdf_jax.ops.attention_patterns.PATTERNS`.
       q_BTHD: queries.
       segments: whether documents are kept apart.
 
@@ -177,7 +177,7 @@ def splash_attention(
       k_BTHD: keys, same shape and dtype.
       v_BTHD: values, same shape and dtype.
       segments_BT: document ids; positions attend within equal ids only.
-      pattern: one of `spdf_jax.attention_patterns.PATTERNS`.
+      pattern: one of `spdf_jax.ops.attention_patterns.PATTERNS`.
       width: the pattern's width in positions.
 
     Returns:

@@ -1,9 +1,9 @@
-"""Kernels of `spdf_jax.block_linear` for the TPU, by Pallas. Elsewhere they are interpreted, for tests.
+"""Kernels of `spdf_jax.ops.block_linear` for the TPU, by Pallas. Elsewhere they are interpreted, for tests.
 
 Every kernel holds whole rows of x, or of its gradient, in fast memory and picks the blocks that an output block reads there, by
 indices in scalar memory: x is fetched once, not once for every block that reads it, and only live weights are fetched at all.
 
-Shape legend as in `spdf_jax.block_linear`.
+Shape legend as in `spdf_jax.ops.block_linear`.
 """
 
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from spdf_jax.attention_backends import target_platform
+from spdf_jax.ops.attention_backends import target_platform
 
 #: Blocks and token counts must be multiples of a vector register's width.
 LANES = 128

@@ -11,7 +11,7 @@ A pattern is defined on the distance ``d = i - j >= 0`` from a query at position
 =================  ===================================================================================
 
 A pattern is also a union of *bands*: fold the positions, then attend ``near <= d < far`` within each folded row, which is
-how `spdf_jax.attention` computes it. Folding by residue modulo w makes ``strided`` dense; folding by block makes the own
+how `spdf_jax.ops.attention` computes it. Folding by residue modulo w makes ``strided`` dense; folding by block makes the own
 block of ``fixed`` dense.
 
 Shape legend: B batch, T positions, H heads, D head size; folded: G rows of L positions.
