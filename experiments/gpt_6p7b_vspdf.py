@@ -1,6 +1,7 @@
 """Variable SPDF at 6.7B: 90 % static sparse, then dense pre-training.
 
-Claim   64 % fewer FLOPs than dense pre-training on the first phase's 133.2B tokens; 65.7 % by the formula of `spdf_jax.flops`.
+Claim   64 % fewer FLOPs than dense pre-training on the first phase's 133.2B tokens; 65.7 % by the formula of
+        `spdf_jax.model.flops`.
 Source  the Cerebras model zoo's configuration.
 Command python -m spdf_jax.main --config experiments/gpt_6p7b_vspdf.py      (GPT-2 tokens of the Pile in data/pile)
 

@@ -34,11 +34,11 @@ from spdf_jax.config import resolve as resolve
 from spdf_jax.config import shared_value as shared_value
 from spdf_jax.config import sweep_config as sweep_config
 from spdf_jax.errors import InputError as InputError
-from spdf_jax.flops import train_flops as train_flops
-from spdf_jax.gpt_config import GPT_SIZES as GPT_SIZES
-from spdf_jax.gpt_config import GPTConfig as GPTConfig
-from spdf_jax.model import GPT as GPT
-from spdf_jax.model import forward as forward
+from spdf_jax.model.config import GPT_SIZES as GPT_SIZES
+from spdf_jax.model.config import GPTConfig as GPTConfig
+from spdf_jax.model.flops import train_flops as train_flops
+from spdf_jax.model.gpt import GPT as GPT
+from spdf_jax.model.gpt import forward as forward
 from spdf_jax.plan import run_cost as run_cost
 from spdf_jax.recipes import finetuning_experiment as finetuning_experiment
 from spdf_jax.recipes import mini_finetuning as mini_finetuning

@@ -36,8 +36,8 @@ from spdf_jax.fields import (
     unused_fields,
     used_with,
 )
-from spdf_jax.generate import DecodeConfig
-from spdf_jax.gpt_config import GPTConfig
+from spdf_jax.model.config import GPTConfig
+from spdf_jax.model.generate import DecodeConfig
 from spdf_jax.optim import OptimizerConfig
 from spdf_jax.sharding import MeshConfig
 from spdf_jax.sparsity.programme import SparsityConfig

@@ -23,10 +23,9 @@ from tokenizers import Tokenizer
 
 from spdf_jax.data.tokenizer import END_OF_TEXT, vocabulary_size
 from spdf_jax.errors import InputError, reading
-from spdf_jax.gpt_config import GPTConfig
-from spdf_jax.model import GPT
+from spdf_jax.model.config import GPTConfig, mup_scales
+from spdf_jax.model.gpt import GPT
 from spdf_jax.sparsity.masks import apply_masks
-from spdf_jax.sparsity.mupar import mup_scales
 from spdf_jax.tree import named_leaves
 from spdf_jax.workdir import make_durable, read_json, temporary_beside
 

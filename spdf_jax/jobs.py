@@ -21,8 +21,8 @@ from spdf_jax.data.tokenizer import Tokenizer, vocabulary_size
 from spdf_jax.early_stopping import best_evaluation, of_phase
 from spdf_jax.errors import InputError
 from spdf_jax.feed import Feed, make_feed
-from spdf_jax.flops import parameter_count
-from spdf_jax.model import GPT
+from spdf_jax.model.flops import parameter_count
+from spdf_jax.model.gpt import GPT
 from spdf_jax.plan import PhasePlan, StepCost, make_plan, total_cost
 from spdf_jax.report import write_report
 from spdf_jax.restore import (

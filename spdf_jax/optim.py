@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from spdf_jax.fields import REGROWTH, SPARSE_PHASE, Count, CountOrZero, OneOf, Range, Share, check_fields, used_with
-from spdf_jax.sparsity.mupar import scale_by_mup
+from spdf_jax.model.mupar import scale_by_mup
 from spdf_jax.sparsity.regrowth import scale_by_density, scale_by_smet_adam
 from spdf_jax.sparsity.transforms import sparse
 from spdf_jax.tree import map_named

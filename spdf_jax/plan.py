@@ -13,13 +13,13 @@ import optax
 from spdf_jax.config import PhaseConfig, RunConfig, check_length
 from spdf_jax.data import load_task, steps_per_epoch
 from spdf_jax.errors import InputError
-from spdf_jax.flops import head_size, linear_size, parameter_count, step_flops
-from spdf_jax.gpt_config import GPTConfig
-from spdf_jax.model import GPT
+from spdf_jax.model.config import GPTConfig
+from spdf_jax.model.flops import head_size, linear_size, parameter_count, step_flops
+from spdf_jax.model.gpt import GPT
+from spdf_jax.model.mupar import mup_multipliers
 from spdf_jax.ops.attention_backends import attention_backend, target_platform
 from spdf_jax.optim import learning_rate_schedule, make_optimizer
 from spdf_jax.sparsity.masks import matrix_groups
-from spdf_jax.sparsity.mupar import mup_multipliers
 from spdf_jax.sparsity.programme import Programme
 from spdf_jax.state import abstract_params, abstract_state, sparse_filter
 from spdf_jax.tree import Filter
@@ -195,7 +195,7 @@ def run_cost(config: RunConfig) -> StepCost:
     Returns:
       ``(tokens, train_flops, dense_flops, padded_tokens, topology_tokens)`` of the whole run: FLOPs of a machine that skips
       zeros, and of the same model and tokens without masks; tokens of topology steps, which update no weight. Exact integers,
-      by the formula in `spdf_jax.flops`; of a task, whose batches are as long as their rows, at most these.
+      by the formula in `spdf_jax.model.flops`; of a task, whose batches are as long as their rows, at most these.
 
     Raises:
       InputError: a phase counted in epochs whose task files are not there.

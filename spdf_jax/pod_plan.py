@@ -22,9 +22,9 @@ from jax.sharding import Mesh
 from spdf_jax.config import RunConfig, check_devices
 from spdf_jax.data import Batch
 from spdf_jax.errors import InputError
-from spdf_jax.flops import step_flops
 from spdf_jax.hlo import Items, executed, executed_collectives, matrix_flops, read_program
-from spdf_jax.model import GPT
+from spdf_jax.model.flops import step_flops
+from spdf_jax.model.gpt import GPT
 from spdf_jax.plan import PhasePlan, describe, make_plan
 from spdf_jax.pod import GENERATIONS, Need, Pod, Times, estimate, splash_flops, splash_seconds, suggest
 from spdf_jax.sharding import batch_sharding, make_mesh, replicated

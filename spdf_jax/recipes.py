@@ -3,7 +3,7 @@
 from ml_collections import ConfigDict
 
 from spdf_jax.config import default_config, model_section
-from spdf_jax.gpt_config import GPT_SIZES
+from spdf_jax.model.config import GPT_SIZES
 
 #: Decoding of each task: length penalty as in LoRA (Hu et al. 2022, table 11), whose decoding SPDF follows.
 LENGTH_PENALTY = {"restaurant": 0.9, "e2e": 0.9, "webnlg": 0.8, "dart": 0.8, "curation": 1.0}

@@ -13,9 +13,9 @@ from jax.sharding import Mesh
 from spdf_jax.checkpoint import Checkpoints, DamagedCheckpointError
 from spdf_jax.config import RunConfig, check_transition, load_config
 from spdf_jax.errors import InputError
-from spdf_jax.gpt_config import GPTConfig
 from spdf_jax.huggingface import load_gpt2
-from spdf_jax.model import GPT
+from spdf_jax.model.config import GPTConfig
+from spdf_jax.model.gpt import GPT
 from spdf_jax.plan import PhasePlan, make_plan
 from spdf_jax.report.words import flat
 from spdf_jax.sharding import make_mesh, parameter_shardings

@@ -19,7 +19,7 @@ from spdf_jax.data import Batch
 from spdf_jax.early_stopping import best_evaluation, of_phase, stops_early
 from spdf_jax.errors import InputError, Restart
 from spdf_jax.feed import Feed
-from spdf_jax.model import GPT
+from spdf_jax.model.gpt import GPT
 from spdf_jax.plan import PhasePlan, StepCost, task_tokens
 from spdf_jax.sharding import batch_sharding, device_name
 from spdf_jax.state import TrainState, state_shardings

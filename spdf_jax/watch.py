@@ -8,7 +8,7 @@ import jax
 from spdf_jax.config import RunConfig, check_devices
 from spdf_jax.data import prepare
 from spdf_jax.feed import make_feed
-from spdf_jax.model import GPT
+from spdf_jax.model.gpt import GPT
 from spdf_jax.plan import make_plan
 from spdf_jax.sharding import make_mesh
 from spdf_jax.state import TrainState, init_state, start_phase, state_shardings

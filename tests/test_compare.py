@@ -10,7 +10,7 @@ from tiny import write_text
 
 import spdf_jax as spdf
 from spdf_jax.config import resolve_sweep
-from spdf_jax.flops import linear_size
+from spdf_jax.model.flops import linear_size
 from spdf_jax.sweep import run_sweep
 from spdf_jax.workdir import write_json
 

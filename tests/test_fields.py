@@ -12,7 +12,7 @@ import spdf_jax as spdf
 from spdf_jax.config import PhaseConfig, RunConfig, load_config
 from spdf_jax.data import DataConfig
 from spdf_jax.fields import OneOf, Range, Text, Used, requirements
-from spdf_jax.generate import DecodeConfig
+from spdf_jax.model.generate import DecodeConfig
 from spdf_jax.optim import OptimizerConfig
 from spdf_jax.sharding import MeshConfig
 from spdf_jax.sparsity.programme import SparsityConfig

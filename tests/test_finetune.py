@@ -11,7 +11,7 @@ from tiny import set_sparsity, tiny_config, write_text
 import spdf_jax as spdf
 from spdf_jax import jobs, train, use
 from spdf_jax.data import encode_task, load_task, load_tokenizer, task_batches
-from spdf_jax.flops import step_flops
+from spdf_jax.model.flops import step_flops
 from spdf_jax.plan import make_plan, total_cost
 from spdf_jax.restore import saved_run
 from spdf_jax.sparsity.masks import active_counts

@@ -8,7 +8,7 @@ import pytest
 import spdf_jax as spdf
 from spdf_jax.config import resolve_sweep
 from spdf_jax.data import load_task
-from spdf_jax.flops import step_flops
+from spdf_jax.model.flops import step_flops
 from spdf_jax.plan import describe, flops_without_head, make_plan, state_bytes, total_cost
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import spdf_jax as spdf
-from spdf_jax import generate as module
-from spdf_jax.generate import DecodeConfig, generate
+from spdf_jax.model import generate as module
+from spdf_jax.model.generate import DecodeConfig, generate
 from spdf_jax.sharding import MeshConfig, make_mesh
 
 CONFIG = spdf.GPTConfig(n_layer=2, n_head=2, d_model=16, vocab_size=13, context=40, init_std=0.35)

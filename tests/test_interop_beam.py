@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import spdf_jax as spdf
-from spdf_jax.generate import DecodeConfig, generate
+from spdf_jax.model.generate import DecodeConfig, generate
 
 pytestmark = [
     pytest.mark.slow,

@@ -11,9 +11,9 @@ from tokenizers import normalizers, pre_tokenizers
 
 import spdf_jax as spdf
 from spdf_jax import huggingface
-from spdf_jax import model as model_module
 from spdf_jax.data.tokenizer import train_tokenizer
 from spdf_jax.huggingface import load_gpt2, save_gpt2
+from spdf_jax.model import gpt as model_module
 
 pytestmark = pytest.mark.slow
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 import spdf_jax as spdf
-from spdf_jax import layer_norm
-from spdf_jax.flops import parameter_count
-from spdf_jax.generate import empty_cache
-from spdf_jax.layer_norm import LayerNorm
+from spdf_jax.model import layer_norm
+from spdf_jax.model.flops import parameter_count
+from spdf_jax.model.generate import empty_cache
+from spdf_jax.model.layer_norm import LayerNorm
 from spdf_jax.ops.attention_patterns import PATTERNS
 from spdf_jax.ops.block_linear import dense_linear
 from spdf_jax.state import abstract_params

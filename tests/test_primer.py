@@ -10,14 +10,14 @@ from test_flops import config as experiment
 from test_model import in_steps
 
 import spdf_jax as spdf
-from spdf_jax.flops import parameter_count, step_flops
-from spdf_jax.generate import DecodeConfig, empty_cache, generate
 from spdf_jax.huggingface import save_gpt2
+from spdf_jax.model.flops import parameter_count, step_flops
+from spdf_jax.model.generate import DecodeConfig, empty_cache, generate
+from spdf_jax.model.mupar import mup_multipliers
+from spdf_jax.model.primer import DConv
 from spdf_jax.optim import _decayed
 from spdf_jax.plan import make_plan, total_cost
-from spdf_jax.primer import DConv
 from spdf_jax.sharding import MeshConfig, batch_sharding, make_mesh, parameter_shardings
-from spdf_jax.sparsity.mupar import mup_multipliers
 from spdf_jax.state import abstract_params
 from spdf_jax.tree import named_leaves
 

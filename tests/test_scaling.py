@@ -14,9 +14,10 @@ import pytest
 
 import spdf_jax as spdf
 from spdf_jax.errors import InputError
-from spdf_jax.flops import linear_size
+from spdf_jax.model.config import MuParScales, mup_scales
+from spdf_jax.model.flops import linear_size
+from spdf_jax.model.mupar import mup_multipliers, scale_by_mup
 from spdf_jax.sparsity.masks import matrix_groups
-from spdf_jax.sparsity.mupar import MuParScales, mup_multipliers, mup_scales, scale_by_mup
 from spdf_jax.sparsity.scaling import best_density, dense_gain, plan, predicted_loss, table, widen
 from spdf_jax.state import abstract_params
 

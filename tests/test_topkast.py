@@ -12,7 +12,7 @@ from tiny import set_sparsity, tiny_config, write_text
 
 import spdf_jax as spdf
 from spdf_jax.checkpoint import Checkpoints
-from spdf_jax.model import GPT
+from spdf_jax.model.gpt import GPT
 from spdf_jax.plan import make_plan
 from spdf_jax.restore import restore_state
 from spdf_jax.sharding import make_mesh

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from spdf_jax.errors import InputError
-from spdf_jax.gpt_config import GPTConfig
-from spdf_jax.model import GPT
+from spdf_jax.model.config import GPTConfig
+from spdf_jax.model.gpt import GPT
 from spdf_jax.tree import (
     DECISIONS,
     LINEAR_KERNELS,

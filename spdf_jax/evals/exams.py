@@ -25,7 +25,7 @@ from spdf_jax.data import end_of_text_id
 from spdf_jax.data.tokenizer import Tokenizer
 from spdf_jax.errors import InputError
 from spdf_jax.evals.likelihood import log_likelihoods
-from spdf_jax.model import GPT
+from spdf_jax.model.gpt import GPT
 
 SHIPPED_QUESTIONS = Path(__file__).with_name("exam_questions.jsonl")
 PASS_OVER_PERCENT = 70

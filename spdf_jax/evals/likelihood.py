@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from spdf_jax.data import Batch, length_buckets
 from spdf_jax.data.tokenizer import Tokenizer, encode_plain
 from spdf_jax.errors import InputError
-from spdf_jax.model import GPT
+from spdf_jax.model.gpt import GPT
 from spdf_jax.sharding import batch_sharding, parameter_shardings, replicated
 
 
@@ -84,7 +84,7 @@ def log_likelihoods(
         InputError: a continuation without tokens of its own or longer than the context, or an id outside the vocabulary.
 
     >>> from spdf_jax.data.tokenizer import train_tokenizer
-    >>> from spdf_jax.gpt_config import GPTConfig
+    >>> from spdf_jax.model.config import GPTConfig
     >>> tokenizer = train_tokenizer(["to be or not to be"], vocab_size=260, progress=False)
     >>> model = GPT(GPTConfig(n_layer=1, n_head=1, d_model=8, vocab_size=260, context=16))
     >>> params = model.init(jax.random.key(0), jnp.zeros((1, 4), int))["params"]

@@ -1,7 +1,7 @@
 """Layer normalisation whose backward pass is quick on a CPU too.
 
 `flax.linen.LayerNorm` is the same function. Its gradients are sums of products over the axes of what was broadcast, which XLA's
-CPU backend computes many times as slowly as contractions where a batch holds one sequence. Shape legend: `spdf_jax.model`.
+CPU backend computes many times as slowly as contractions where a batch holds one sequence. Shape legend: `spdf_jax.model.gpt`.
 """
 
 from functools import partial

@@ -19,9 +19,9 @@ from jax.sharding import Mesh
 
 from spdf_jax.errors import InputError
 from spdf_jax.fields import Count, CountOrZero, OneOf, Range, Used, check_fields, used_with
-from spdf_jax.gpt_config import GPTConfig
-from spdf_jax.model import GPT
-from spdf_jax.primer import TAPS
+from spdf_jax.model.config import GPTConfig
+from spdf_jax.model.gpt import GPT
+from spdf_jax.model.primer import TAPS
 from spdf_jax.sharding import batch_sharding, parameter_shardings, replicated
 
 METHODS = ("greedy", "sample", "beam")

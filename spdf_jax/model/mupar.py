@@ -11,68 +11,16 @@ Hidden matrices then learn with ``eta / m_d``, as a dense matrix does: every pha
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import jax
 import optax
 
+from spdf_jax.model.config import GPTConfig, mup_scales
 from spdf_jax.tree import LINEAR_KERNELS, Filter, check_same_structure, map_named, match_filter
 
 
-class MuParConfig(Protocol):
-    """The fields of `spdf_jax.GPTConfig` that are read here."""
-
-    @property
-    def d_model(self) -> int: ...
-    @property
-    def n_head(self) -> int: ...
-    @property
-    def mup_base_width(self) -> int: ...
-    @property
-    def mup_density(self) -> float: ...
-    @property
-    def mup_alpha(self) -> float: ...
-
-
-class MuParScales(NamedTuple):
-    """Factors on what the model would be without S-muPar; all 1 when it is off.
-
-    Attributes:
-      init: on the initial standard deviation of hidden matrices.
-      query: on queries, before attention's own ``1 / sqrt(head width)``.
-      logits: on the output.
-      learning_rate: on Adam's learning rate of hidden matrices.
-    """
-
-    init: float = 1.0
-    query: float = 1.0
-    logits: float = 1.0
-    learning_rate: float = 1.0
-
-
-def mup_scales(config: MuParConfig) -> MuParScales:
-    """The factors of a model.
-
-    Args:
-      config: `spdf_jax.GPTConfig`; `mup_base_width` 0 turns S-muPar off.
-
-    Returns:
-      `MuParScales`.
-
-    >>> import spdf_jax as spdf
-    >>> config = spdf.GPTConfig(d_model=256, n_head=4, mup_base_width=64, mup_density=0.25)
-    >>> mup_scales(config)
-    MuParScales(init=1.0, query=0.125, logits=0.25, learning_rate=1.0)
-    """
-    if not config.mup_base_width:
-        return MuParScales()
-    width = config.d_model / config.mup_base_width
-    fan_in = width * config.mup_density
-    head_width = config.d_model // config.n_head
-    return MuParScales(fan_in**-0.5, head_width**-0.5, config.mup_alpha / width, 1 / fan_in)
-
-
-def mup_multipliers(config: MuParConfig, params: Any, filter: Filter = LINEAR_KERNELS) -> Any:
+def mup_multipliers(config: GPTConfig, params: Any, filter: Filter = LINEAR_KERNELS) -> Any:
     """Adam's learning-rate multiplier of every leaf: ``1 / (m_d rho)`` for hidden matrices, 1 elsewhere.
 
     Args:

@@ -13,16 +13,15 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from spdf_jax.errors import InputError
-from spdf_jax.gpt_config import GPTConfig
-from spdf_jax.layer_norm import LayerNorm
+from spdf_jax.model.config import GPTConfig, mup_scales
+from spdf_jax.model.layer_norm import LayerNorm
+from spdf_jax.model.primer import DConv, squared_relu
 from spdf_jax.ops.attention import attention
 from spdf_jax.ops.attention_backends import SPLASH_OUTPUT
 from spdf_jax.ops.attention_cached import cached_attention
 from spdf_jax.ops.block_linear import BLOCK_OUTPUT, Linear, dense_linear
-from spdf_jax.primer import DConv, squared_relu
 from spdf_jax.sharding import split_wide
 from spdf_jax.sparsity.masks import apply_masks
-from spdf_jax.sparsity.mupar import mup_scales
 
 # Computed again for the backward pass from what it is given: storing all between costs more than the arithmetic.
 _ACTIVATIONS = {
@@ -97,8 +96,8 @@ class GPT(nn.Module):
     with `dconv` ``blocks/dconv_{q, k, v}/taps [L, 3, D]``, but no ``dconv_q`` with `shared_qk`.
 
     With ``positions_BT``, the place of each token in its sequence, the tokens continue those of earlier calls: their keys and
-    values go into the ``cache`` collection (`spdf_jax.generate.empty_cache`, ``mutable=["cache"]``), and each sees all cached
-    positions up to its own. Padding, on the right of a prompt, is at position -1: nothing of it is kept.
+    values go into the ``cache`` collection (`spdf_jax.model.generate.empty_cache`, ``mutable=["cache"]``), and each sees all
+    cached positions up to its own. Padding, on the right of a prompt, is at position -1: nothing of it is kept.
 
     With kernels as live blocks and a ``topology`` collection (`spdf_jax.sparsity.blocks`), the layers compute those alone.
 

@@ -1,7 +1,7 @@
 """What a GPT is: its architecture as data, and the published sizes."""
 
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 from spdf_jax.errors import InputError
 from spdf_jax.fields import Count, CountOrZero, OneOf, Range, Used, check_fields
@@ -21,7 +21,7 @@ class GPTConfig:
       tied_head: output head shares the embedding.
       use_bias: biases in linear layers and norms.
       activation: of the MLP, ``gelu`` (GPT-2's tanh approximation), ``gelu_exact`` (Cerebras-GPT) or ``squared_relu``.
-      dconv: convolve queries, keys and values over three positions, see `spdf_jax.primer`; with squared ReLU, Primer-EZ.
+      dconv: convolve queries, keys and values over three positions, see `spdf_jax.model.primer`; with squared ReLU, Primer-EZ.
       shared_qk: queries are a projection of the (convolved) keys instead of the input. With all of these, Primer.
       mlp_norm: ``pre``: x + mlp(norm(x)); ``post``: x + norm(mlp(x)), as in Primer.
       dropout: rate on the embedding and on both residual branches, in [0, 1).
@@ -32,7 +32,7 @@ class GPTConfig:
       remat: what the backward pass computes again instead of finding it stored. ``none``: nothing; ``dots``: all of a block
         but its matrix products and splash attention; ``mlp``: all but the MLP's hidden layer and splash attention; ``block``:
         all of it. Fewer bytes, more FLOPs, same values.
-      mup_base_width, mup_density, mup_alpha: S-muPar, see `spdf_jax.sparsity.mupar`; a base width of 0 turns it off. The
+      mup_base_width, mup_density, mup_alpha: S-muPar, see `spdf_jax.model.mupar`; a base width of 0 turns it off. The
         density is the first phase's.
 
     Raises:
@@ -96,3 +96,41 @@ GPT_SIZES = {
     "1.5b": _size(48, 25, 1600, context=1024),
     "6.7b": _size(32, 32, 4096),
 }
+
+
+class MuParScales(NamedTuple):
+    """Factors on what the model would be without S-muPar; all 1 when it is off.
+
+    Attributes:
+      init: on the initial standard deviation of hidden matrices.
+      query: on queries, before attention's own ``1 / sqrt(head width)``.
+      logits: on the output.
+      learning_rate: on Adam's learning rate of hidden matrices.
+    """
+
+    init: float = 1.0
+    query: float = 1.0
+    logits: float = 1.0
+    learning_rate: float = 1.0
+
+
+def mup_scales(config: GPTConfig) -> MuParScales:
+    """The factors of a model.
+
+    Args:
+      config: `spdf_jax.GPTConfig`; `mup_base_width` 0 turns S-muPar off.
+
+    Returns:
+      `MuParScales`.
+
+    >>> import spdf_jax as spdf
+    >>> config = spdf.GPTConfig(d_model=256, n_head=4, mup_base_width=64, mup_density=0.25)
+    >>> mup_scales(config)
+    MuParScales(init=1.0, query=0.125, logits=0.25, learning_rate=1.0)
+    """
+    if not config.mup_base_width:
+        return MuParScales()
+    width = config.d_model / config.mup_base_width
+    fan_in = width * config.mup_density
+    head_width = config.d_model // config.n_head
+    return MuParScales(fan_in**-0.5, head_width**-0.5, config.mup_alpha / width, 1 / fan_in)

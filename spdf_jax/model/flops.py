@@ -10,9 +10,9 @@ multiplies once a token, as a weight does. Counts are exact integers: a resumed 
 from collections.abc import Mapping
 
 from spdf_jax.errors import InputError
-from spdf_jax.gpt_config import GPTConfig
+from spdf_jax.model.config import GPTConfig
+from spdf_jax.model.primer import TAPS
 from spdf_jax.ops.attention_patterns import causal_share
-from spdf_jax.primer import TAPS
 
 
 def linear_size(config: GPTConfig) -> int:
@@ -60,7 +60,7 @@ def train_flops(
       include_head: count the output head.
 
     Returns:
-      FLOPs a sequence, by the formula of SPDF at the head of `spdf_jax.flops`.
+      FLOPs a sequence, by the formula of SPDF at the head of `spdf_jax.model.flops`.
 
     Raises:
       InputError: a share outside [0, 1].
