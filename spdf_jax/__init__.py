@@ -39,12 +39,11 @@ from spdf_jax.model.config import GPTConfig as GPTConfig
 from spdf_jax.model.flops import train_flops as train_flops
 from spdf_jax.model.gpt import GPT as GPT
 from spdf_jax.model.gpt import forward as forward
-from spdf_jax.plan import run_cost as run_cost
+from spdf_jax.planning.scaling import widen as widen
 from spdf_jax.recipes import finetuning_experiment as finetuning_experiment
 from spdf_jax.recipes import mini_finetuning as mini_finetuning
 from spdf_jax.recipes import mini_pretraining as mini_pretraining
 from spdf_jax.recipes import spdf_finetuning as spdf_finetuning
-from spdf_jax.restore import saved_run as saved_run
 from spdf_jax.sparsity.blocks import as_masks as as_masks
 from spdf_jax.sparsity.masks import apply_masks as apply_masks
 from spdf_jax.sparsity.masks import dense_masks as dense_masks
@@ -60,14 +59,15 @@ from spdf_jax.sparsity.rules import RULES as RULES
 from spdf_jax.sparsity.rules import Rule as Rule
 from spdf_jax.sparsity.rules import prune_and_grow as prune_and_grow
 from spdf_jax.sparsity.rules import prune_and_grow_tree as prune_and_grow_tree
-from spdf_jax.sparsity.scaling import widen as widen
 from spdf_jax.sparsity.transforms import sparse as sparse
-from spdf_jax.state import TrainState as TrainState
-from spdf_jax.state import drop_masks as drop_masks
+from spdf_jax.training.phases import run_cost as run_cost
+from spdf_jax.training.restore import saved_run as saved_run
+from spdf_jax.training.state import TrainState as TrainState
+from spdf_jax.training.state import drop_masks as drop_masks
+from spdf_jax.training.watch import watch_training as watch_training
 from spdf_jax.tree import LINEAR_KERNELS as LINEAR_KERNELS
 from spdf_jax.tree import LINEAR_KERNELS_AND_HEAD as LINEAR_KERNELS_AND_HEAD
 from spdf_jax.tree import LINEAR_KERNELS_AND_TIED_HEAD as LINEAR_KERNELS_AND_TIED_HEAD
-from spdf_jax.watch import watch_training as watch_training
 
 __all__ = [
     "GPT",

@@ -78,7 +78,7 @@ class PhaseConfig:
 
 @dataclass(frozen=True)
 class LoopConfig:
-    """How often a run reports and saves. May change between restarts, see `spdf_jax.restore.check_same_run`.
+    """How often a run reports and saves. May change between restarts, see `spdf_jax.training.restore.check_same_run`.
 
     Attributes:
       log_every_steps, eval_every_steps, checkpoint_every_steps: intervals; evaluation and checkpoints also happen at the end
@@ -181,10 +181,22 @@ class RunConfig:
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready, in the layout of the experiment files: phase names under ``phases``, each phase by its name."""
-        flat = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "phases"}
-        values = {k: dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v for k, v in flat.items()}  # type: ignore[arg-type]
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "phases"}
+        values = {k: dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v for k, v in fields.items()}  # type: ignore[arg-type]
         phases = {name: dataclasses.asdict(phase) for name, phase in self.phases.items()}
         return json.loads(json.dumps(values | {"phases": list(self.phases)} | phases))
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections as one dict by dotted keys.
+
+    >>> flat({"model": {"n_layer": 2}, "seed": 0})
+    {'model.n_layer': 2, 'seed': 0}
+    """
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return found
 
 
 _SECTIONS: dict[str, type] = {

@@ -14,18 +14,21 @@ import jax
 from jax.sharding import Mesh
 
 from spdf_jax import processes
-from spdf_jax.checkpoint import Checkpoints, DamagedCheckpointError, fingerprint
 from spdf_jax.config import RunConfig, check_devices
 from spdf_jax.data import TokenData, holds_tokenizer, load_tokenizer, prepare, unigram_loss
 from spdf_jax.data.tokenizer import Tokenizer, vocabulary_size
-from spdf_jax.early_stopping import best_evaluation, of_phase
 from spdf_jax.errors import InputError
-from spdf_jax.feed import Feed, make_feed
 from spdf_jax.model.flops import parameter_count
 from spdf_jax.model.gpt import GPT
-from spdf_jax.plan import PhasePlan, StepCost, make_plan, total_cost
 from spdf_jax.report import write_report
-from spdf_jax.restore import (
+from spdf_jax.sharding import device_name, make_mesh
+from spdf_jax.training.checkpoint import Checkpoints, DamagedCheckpointError, fingerprint
+from spdf_jax.training.early_stopping import best_evaluation, of_phase
+from spdf_jax.training.feed import Feed, make_feed
+from spdf_jax.training.loop import Run, run_phase
+from spdf_jax.training.metrics import Tracker, read_metrics
+from spdf_jax.training.phases import PhasePlan, StepCost, make_plan, total_cost
+from spdf_jax.training.restore import (
     check_same_run,
     cost_before,
     enter_phase,
@@ -36,10 +39,7 @@ from spdf_jax.restore import (
     saved_run,
     source_folder,
 )
-from spdf_jax.sharding import device_name, make_mesh
-from spdf_jax.state import TrainState, init_state
-from spdf_jax.tracking import Tracker, read_metrics
-from spdf_jax.train import Run, run_phase
+from spdf_jax.training.state import TrainState, init_state
 from spdf_jax.workdir import BEST, CHECKPOINTS, CONFIG_FILE, SUMMARY_FILE, sweep, write_atomically, write_json
 
 

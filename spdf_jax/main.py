@@ -121,8 +121,8 @@ def _run(argv: Sequence[str]) -> int:
     from spdf_jax import use
     from spdf_jax.config import resolve
     from spdf_jax.jobs import train
-    from spdf_jax.plan import describe
-    from spdf_jax.pod_plan import describe_pod
+    from spdf_jax.planning.describe import describe
+    from spdf_jax.planning.pod_plan import describe_pod
     from spdf_jax.report import write_report
 
     workdir = Path(_WORKDIR.value or f"runs/{_CONFIG.value.experiment}-{_CONFIG.value.variant}")

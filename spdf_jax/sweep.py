@@ -20,7 +20,7 @@ import numpy as np
 
 from spdf_jax.config import CURVE_COLUMNS, Row, SweepConfig
 from spdf_jax.jobs import lock, make_workdir, train
-from spdf_jax.plan import describe
+from spdf_jax.planning.describe import describe
 from spdf_jax.processes import wait_for_first
 from spdf_jax.report import write_sweep_report
 from spdf_jax.report.records import read_run

@@ -26,16 +26,16 @@ from spdf_jax.errors import InputError
 from spdf_jax.evals.exams import SHIPPED_QUESTIONS, exam_results, read_questions
 from spdf_jax.evals.harness import harness_table, run_harness
 from spdf_jax.evals.metrics import score_texts
-from spdf_jax.feed import make_feed
 from spdf_jax.huggingface import save_gpt2
 from spdf_jax.jobs import load_data
 from spdf_jax.model.generate import generate
 from spdf_jax.model.gpt import GPT
 from spdf_jax.report import write_report
-from spdf_jax.restore import SavedRun, saved_run, saved_run_and_record
 from spdf_jax.sharding import make_mesh
-from spdf_jax.step import make_steps
-from spdf_jax.train import evaluate
+from spdf_jax.training.feed import make_feed
+from spdf_jax.training.loop import evaluate
+from spdf_jax.training.restore import SavedRun, saved_run, saved_run_and_record
+from spdf_jax.training.step import make_steps
 from spdf_jax.workdir import EVALUATION_FILE, GENERATIONS_FILE, METRICS_FILE, sweep, write_atomically, write_json
 
 

@@ -30,7 +30,7 @@ from spdf_jax.sparsity.blocks import (
 from spdf_jax.sparsity.masks import mask_report
 from spdf_jax.sparsity.regrowth import reset_masked_state
 from spdf_jax.sparsity.rules import RULES, Rule
-from spdf_jax.state import TrainState
+from spdf_jax.training.state import TrainState
 
 exchange = jax.jit(exchange, static_argnums=2)
 random_topology = jax.jit(random_topology, static_argnums=1)

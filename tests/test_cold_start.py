@@ -13,11 +13,11 @@ from tiny import NO_WINDOW, tiny_config, write_text
 
 import spdf_jax as spdf
 from spdf_jax import jobs
-from spdf_jax.checkpoint import Checkpoints
-from spdf_jax.plan import make_plan
 from spdf_jax.sharding import make_mesh
-from spdf_jax.state import abstract_state, state_shardings
-from spdf_jax.tracking import read_metrics
+from spdf_jax.training.checkpoint import Checkpoints
+from spdf_jax.training.metrics import read_metrics
+from spdf_jax.training.phases import make_plan
+from spdf_jax.training.state import abstract_state, state_shardings
 
 spec = importlib.util.spec_from_file_location(
     "cold_start", Path(__file__).parent.parent / "experiments" / "cold_start.py"

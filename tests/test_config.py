@@ -9,8 +9,8 @@ from ml_collections import ConfigDict
 
 import spdf_jax as spdf
 from spdf_jax import GPT
-from spdf_jax.plan import make_plan
-from spdf_jax.state import abstract_params
+from spdf_jax.training.phases import make_plan
+from spdf_jax.training.state import abstract_params
 
 
 def base():

@@ -10,16 +10,17 @@ import pytest
 from ml_collections import ConfigDict
 
 import spdf_jax as spdf
-from spdf_jax import step
 from spdf_jax.data import DataConfig, document_end, document_ids, prepare
-from spdf_jax.feed import make_feed
-from spdf_jax.losses import cross_entropy
 from spdf_jax.ops.attention_patterns import PATTERNS
-from spdf_jax.plan import describe, make_plan
-from spdf_jax.pod_plan import lower_steps
+from spdf_jax.planning.describe import describe
+from spdf_jax.planning.pod_plan import lower_steps
 from spdf_jax.sharding import make_mesh
-from spdf_jax.train import device_batches
-from spdf_jax.watch import watch_training
+from spdf_jax.training import step
+from spdf_jax.training.feed import make_feed
+from spdf_jax.training.loop import device_batches
+from spdf_jax.training.losses import cross_entropy
+from spdf_jax.training.phases import make_plan
+from spdf_jax.training.watch import watch_training
 
 END, LENGTH, FIRST = 0, 8, 3  # every window is 3 tokens of one document, end of text, 4 tokens of the next
 

@@ -21,7 +21,7 @@ from spdf_jax.evals.exams import exam_results, read_questions, take_exams
 from spdf_jax.evals.harness import run_harness
 from spdf_jax.evals.likelihood import log_likelihoods
 from spdf_jax.model.generate import Generation
-from spdf_jax.restore import saved_run
+from spdf_jax.training.restore import saved_run
 from spdf_jax.workdir import read_json, write_json
 
 QUESTIONS = [

@@ -6,8 +6,8 @@ import pytest
 from tiny import set_sparsity, tiny_config, write_text
 
 import spdf_jax as spdf
-from spdf_jax.plan import make_plan
 from spdf_jax.sparsity.masks import active_counts, apply_masks
+from spdf_jax.training.phases import make_plan
 
 
 @pytest.fixture(scope="module")

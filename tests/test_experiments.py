@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 import spdf_jax as spdf
-from spdf_jax import plan
 from spdf_jax.config import resolve_sweep
 from spdf_jax.data import TaskConfig, load_task
+from spdf_jax.training import phases as plan
 
 FOLDER = Path(__file__).parent.parent / "experiments"
 

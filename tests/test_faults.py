@@ -42,14 +42,15 @@ import tensorstore
 from tiny import NO_WINDOW, QUICKLY, can_mount, set_sparsity, tiny_config, write_text
 
 import spdf_jax as spdf
-from spdf_jax import checkpoint as checkpointing
-from spdf_jax import jobs, processes, train, use
+from spdf_jax import jobs, processes, use
 from spdf_jax import workdir as workdir_files
 from spdf_jax.errors import Restart
 from spdf_jax.report import write_report
-from spdf_jax.restore import saved_run
 from spdf_jax.sharding import device_name
-from spdf_jax.tracking import read_metrics
+from spdf_jax.training import checkpoint as checkpointing
+from spdf_jax.training import loop
+from spdf_jax.training.metrics import read_metrics
+from spdf_jax.training.restore import saved_run
 
 ROOT = Path(__file__).parent.parent
 
@@ -563,13 +564,13 @@ def test_a_cut_mask_picture_is_named_until_it_is_gone(whole, text, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(whole, text, tmp_path, monkeypatch):
-    config, one_step = spdf.resolve(short(text)), train.one_step
+    config, one_step = spdf.resolve(short(text)), loop.one_step
 
     def poisoned(steps, plan, local, state, batch):
         state, metrics = one_step(steps, plan, local, state, batch)
         return state, metrics | ({"loss": np.float32(np.nan)} if local == 6 else {})
 
-    monkeypatch.setattr(train, "one_step", poisoned)
+    monkeypatch.setattr(loop, "one_step", poisoned)
     with pytest.raises(spdf.InputError, match=r"step 7: loss nan.*checkpoint at step 4 is kept"):
         jobs.train(config, tmp_path, progress=False)
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["4"]
@@ -579,7 +580,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(w
 
 
 def test_where_nothing_was_saved_no_checkpoint_is_said_to_be_kept(text, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "one_step", lambda *a: (a[-2], {"loss": np.float32(np.nan), "grad_norm": np.float32(1)}))
+    monkeypatch.setattr(loop, "one_step", lambda *a: (a[-2], {"loss": np.float32(np.nan), "grad_norm": np.float32(1)}))
     with pytest.raises(
         spdf.InputError, match=r"^step 1: loss nan, gradient norm 1.0; stopped. Nothing was saved yet. Lower"
     ):
@@ -588,7 +589,7 @@ def test_where_nothing_was_saved_no_checkpoint_is_said_to_be_kept(text, tmp_path
 
 def test_parameters_that_are_not_finite_are_never_saved(whole, text, tmp_path, monkeypatch):
     """The loss of a step is of the parameters before it: that of step 8 is finite, what the step left is not."""
-    config, one_step = spdf.resolve(short(text)), train.one_step
+    config, one_step = spdf.resolve(short(text)), loop.one_step
 
     def poisoned(steps, plan, local, state, batch):
         state, metrics = one_step(steps, plan, local, state, batch)
@@ -597,7 +598,7 @@ def test_parameters_that_are_not_finite_are_never_saved(whole, text, tmp_path, m
             state = state.replace(params=state.params | {"ln_f": state.params["ln_f"] | {"bias": bias * np.nan}})
         return state, metrics
 
-    monkeypatch.setattr(train, "one_step", poisoned)
+    monkeypatch.setattr(loop, "one_step", poisoned)
     with pytest.raises(spdf.InputError, match=r"step 8: the loss is finite, but a parameter .*checkpoint at step 4 is"):
         jobs.train(config, tmp_path, progress=False)
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["4"]

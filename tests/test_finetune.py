@@ -9,13 +9,14 @@ import pytest
 from tiny import set_sparsity, tiny_config, write_text
 
 import spdf_jax as spdf
-from spdf_jax import jobs, train, use
+from spdf_jax import jobs, use
 from spdf_jax.data import encode_task, load_task, load_tokenizer, task_batches
 from spdf_jax.model.flops import step_flops
-from spdf_jax.plan import make_plan, total_cost
-from spdf_jax.restore import saved_run
 from spdf_jax.sparsity.masks import active_counts
-from spdf_jax.tracking import read_metrics
+from spdf_jax.training import loop
+from spdf_jax.training.metrics import read_metrics
+from spdf_jax.training.phases import make_plan, total_cost
+from spdf_jax.training.restore import saved_run
 from spdf_jax.tree import named_leaves
 from spdf_jax.workdir import read_json
 
@@ -175,12 +176,12 @@ def test_what_cannot_be_gone_on_from_is_refused_and_leaves_nothing(change, messa
 
 def test_early_stopping_keeps_the_best_and_survives_a_restart(text, pretrained, tmp_path, monkeypatch):
     losses = iter([5.0, 4.0, 3.0, 3.5, 3.0, 9.0])  # at steps 0, 2, 4, 6, 8: two in a row no better than 3.0
-    monkeypatch.setattr(train, "evaluate", lambda *_: next(losses))
+    monkeypatch.setattr(loop, "evaluate", lambda *_: next(losses))
     c = finetuning(text, pretrained)
     c.finetune.steps, c.finetune.patience_evaluations, c.loop.eval_every_steps = 40, 2, 2
     c.loop.checkpoint_every_steps = 7
 
-    save, calls = train._save, []
+    save, calls = loop._save, []
 
     def saving(run, checkpoints, plan, state):
         save(run, checkpoints, plan, state)
@@ -189,7 +190,7 @@ def test_early_stopping_keeps_the_best_and_survives_a_restart(text, pretrained, 
             checkpoints.wait()
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(train, "_save", saving)
+    monkeypatch.setattr(loop, "_save", saving)
     with pytest.raises(KeyboardInterrupt):
         jobs.train(spdf.resolve(c), tmp_path, progress=False)
     summary = jobs.train(spdf.resolve(c), tmp_path, progress=False)
@@ -203,7 +204,7 @@ def test_early_stopping_keeps_the_best_and_survives_a_restart(text, pretrained, 
 def test_a_phase_stops_early_by_its_own_losses_alone(text, tmp_path, monkeypatch, capsys):
     """The losses of the text before it are lower, and over something else."""
     losses = iter([1.1, 1.0, 9.0, 5.0, 4.0, 4.5, 0.1])  # of text at steps 0 and 2; of the task from step 2 on
-    monkeypatch.setattr(train, "evaluate", lambda *_: next(losses))
+    monkeypatch.setattr(loop, "evaluate", lambda *_: next(losses))
     c = restaurant(text)
     c.phases, c.pretrain, c.pretrain.steps = ("pretrain", "finetune"), base(text, "pretrain").pretrain, 2
     c.finetune.epochs, c.finetune.patience_evaluations = 6, 1
@@ -223,7 +224,7 @@ def test_a_phase_stops_early_by_its_own_losses_alone(text, tmp_path, monkeypatch
 
 def test_where_the_first_evaluation_is_the_best_its_state_is_the_result(text, pretrained, tmp_path, monkeypatch):
     losses = iter([3.0, 4.0, 3.0])
-    monkeypatch.setattr(train, "evaluate", lambda *_: next(losses))
+    monkeypatch.setattr(loop, "evaluate", lambda *_: next(losses))
     c = finetuning(text, pretrained)
     c.finetune.steps, c.finetune.patience_evaluations, c.loop.eval_every_steps = 40, 2, 1
     config = spdf.resolve(c)
@@ -240,13 +241,13 @@ def test_a_best_state_that_is_damaged_or_gone_is_made_again_or_said_to_be_lost(t
     c = finetuning(text, pretrained)
     c.finetune.steps, c.finetune.patience_evaluations, c.loop.eval_every_steps = 40, 2, 2
     c.loop.checkpoint_every_steps, c.loop.keep_checkpoints = 3, 2
-    config, evaluate_and_log = spdf.resolve(c), train._evaluate_and_log
+    config, evaluate_and_log = spdf.resolve(c), loop._evaluate_and_log
 
     def evaluating(run, plan, steps, state, done):
-        monkeypatch.setattr(train, "evaluate", lambda *_: by_step[done])
+        monkeypatch.setattr(loop, "evaluate", lambda *_: by_step[done])
         evaluate_and_log(run, plan, steps, state, done)
 
-    monkeypatch.setattr(train, "_evaluate_and_log", evaluating)
+    monkeypatch.setattr(loop, "_evaluate_and_log", evaluating)
     summary = jobs.train(config, tmp_path, progress=False)
     assert summary["best_step"] == 4
     best = saved_run(tmp_path).state

@@ -9,7 +9,8 @@ import spdf_jax as spdf
 from spdf_jax.config import resolve_sweep
 from spdf_jax.data import load_task
 from spdf_jax.model.flops import step_flops
-from spdf_jax.plan import describe, flops_without_head, make_plan, state_bytes, total_cost
+from spdf_jax.planning.describe import describe, flops_without_head, state_bytes
+from spdf_jax.training.phases import make_plan, total_cost
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 

@@ -21,7 +21,7 @@ from spdf_jax.evals.likelihood import (
     rolling_windows,
 )
 from spdf_jax.sharding import MeshConfig, make_mesh
-from spdf_jax.step import eval_step
+from spdf_jax.training.step import eval_step
 
 TEXT = "to be or not to be, that is the question: whether it is nobler to bear the slings and arrows of fortune\n" * 3
 TOKENIZER = train_tokenizer([TEXT], vocab_size=290, progress=False)

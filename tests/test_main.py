@@ -14,12 +14,12 @@ from tiny import QUICKLY, can_mount, set_sparsity, tiny_config, write_text
 
 import spdf_jax as spdf
 from spdf_jax import jobs, main, processes
-from spdf_jax.checkpoint import Checkpoints
 from spdf_jax.data import DataConfig
 from spdf_jax.errors import Restart
-from spdf_jax.plan import make_plan
-from spdf_jax.restore import restore_state
 from spdf_jax.sharding import make_mesh
+from spdf_jax.training.checkpoint import Checkpoints
+from spdf_jax.training.phases import make_plan
+from spdf_jax.training.restore import restore_state
 
 ROOT = Path(__file__).parent.parent
 MST = "experiments/gpt2_mst.py"

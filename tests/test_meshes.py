@@ -13,15 +13,15 @@ from tiny import NO_WINDOW, NO_WINDOW_FLAGS, tiny_config, write_text
 
 import spdf_jax as spdf
 from spdf_jax import jobs
-from spdf_jax.checkpoint import Checkpoints
-from spdf_jax.plan import make_plan
 from spdf_jax.processes import RESTART_CODE
-from spdf_jax.restore import saved_run
 from spdf_jax.sharding import MeshConfig, make_mesh, parameter_shardings
 from spdf_jax.sparsity.masks import pack_masks, unpack_masks
 from spdf_jax.sparsity.rules import evolve
-from spdf_jax.state import init_state, state_shardings
-from spdf_jax.tracking import read_metrics
+from spdf_jax.training.checkpoint import Checkpoints
+from spdf_jax.training.metrics import read_metrics
+from spdf_jax.training.phases import make_plan
+from spdf_jax.training.restore import saved_run
+from spdf_jax.training.state import init_state, state_shardings
 from spdf_jax.tree import named_leaves
 
 MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 1, 8)]

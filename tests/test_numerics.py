@@ -10,7 +10,7 @@ import pytest
 import spdf_jax as spdf
 from spdf_jax.data import Batch
 from spdf_jax.ops.block_linear import block_linear
-from spdf_jax.step import loss_and_grads
+from spdf_jax.training.step import loss_and_grads
 from spdf_jax.tree import named_leaves
 
 # Every kind of leaf: embeddings, kernels, biases, norms, taps.

@@ -24,13 +24,13 @@ from tiny import QUICKLY, can_mount, write_text
 from tokenizers import Tokenizer
 
 import spdf_jax as spdf
-from spdf_jax import jobs, main, train
+from spdf_jax import jobs, main
 from spdf_jax.config import RunConfig
 from spdf_jax.data import load_tokenizer, prepare
 from spdf_jax.huggingface import load_gpt2, save_gpt2
 from spdf_jax.report.records import read_run, read_sweep
-from spdf_jax.restore import saved_run
 from spdf_jax.sparsity.masks import init_masks, load_masks, save_masks
+from spdf_jax.training.restore import saved_run
 from spdf_jax.workdir import write_json
 
 HUGE_BYTES = 1 << 40
@@ -395,7 +395,7 @@ def test_every_refusal_is_one_line_and_2(error, monkeypatch, capsys):
 @pytest.mark.parametrize("number", [errno.EIO, errno.EDQUOT])
 def test_a_commit_that_the_disk_refuses_is_an_os_error_and_the_run_goes_on_later(number, text, tmp_path, monkeypatch):
     """Both as Python raises it while a checkpoint is renamed, and as tensorstore says it."""
-    from spdf_jax.checkpoint import Checkpoints
+    from spdf_jax.training.checkpoint import Checkpoints
 
     checkpoints = Checkpoints(tmp_path)
     said = f"DATA_LOSS: Error writing x: {os.strerror(number)} [os_error_code='{number}'] [source locations='...']"
@@ -458,4 +458,3 @@ def test_a_clock_that_jumps_changes_nothing(runs, text, tmp_path, monkeypatch):
     jobs.train(spdf.resolve(c), tmp_path)
     ours, theirs = (digest(saved_run(folder).state.params) for folder in (tmp_path, runs[0]))
     assert ours == theirs
-    assert train.Run  # the loop measures by time.perf_counter, which no one sets

@@ -15,11 +15,19 @@ import pytest
 
 import spdf_jax as spdf
 from spdf_jax.config import load_config
-from spdf_jax.hlo import Collective, Instruction, Loop, executed, executed_collectives, matrix_flops, read_program
-from spdf_jax.plan import make_plan
-from spdf_jax.pod import GENERATIONS, Need, Pod, estimate, splash_flops, splash_seconds, suggest
-from spdf_jax.pod_plan import collective_table, describe_pod, lower_steps
+from spdf_jax.planning.hlo import (
+    Collective,
+    Instruction,
+    Loop,
+    executed,
+    executed_collectives,
+    matrix_flops,
+    read_program,
+)
+from spdf_jax.planning.pod import GENERATIONS, Need, Pod, estimate, splash_flops, splash_seconds, suggest
+from spdf_jax.planning.pod_plan import collective_table, describe_pod, lower_steps
 from spdf_jax.sharding import MeshConfig, batch_sharding, make_mesh, replicated
+from spdf_jax.training.phases import make_plan
 
 ROOT = Path(__file__).parent.parent
 
@@ -276,7 +284,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path("tests").resolve()))
 from test_pod_plan import tiny
 import spdf_jax as spdf
-from spdf_jax.pod_plan import describe_pod
+from spdf_jax.planning.pod_plan import describe_pod
 try:
     print(describe_pod(spdf.resolve(tiny()), sys.argv[1]))
 except spdf.InputError as error:

@@ -16,9 +16,9 @@ from spdf_jax.model.generate import DecodeConfig, empty_cache, generate
 from spdf_jax.model.mupar import mup_multipliers
 from spdf_jax.model.primer import DConv
 from spdf_jax.optim import _decayed
-from spdf_jax.plan import make_plan, total_cost
 from spdf_jax.sharding import MeshConfig, batch_sharding, make_mesh, parameter_shardings
-from spdf_jax.state import abstract_params
+from spdf_jax.training.phases import make_plan, total_cost
+from spdf_jax.training.state import abstract_params
 from spdf_jax.tree import named_leaves
 
 PLAIN = spdf.GPTConfig(n_layer=2, n_head=2, d_model=16, vocab_size=13, context=12, init_std=0.3)

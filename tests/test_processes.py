@@ -16,9 +16,10 @@ from many import ROOT, finish, start, wait_for_rows
 from tiny import NO_WINDOW, NO_WINDOW_FLAGS, tiny_config, write_text
 
 import spdf_jax as spdf
-from spdf_jax import jobs, processes, tracking
+from spdf_jax import jobs, processes
 from spdf_jax.sharding import MeshConfig, make_mesh, parameter_shardings
-from spdf_jax.tracking import read_metrics
+from spdf_jax.training import metrics as tracking
+from spdf_jax.training.metrics import read_metrics
 
 STEPS = ("--config.pretrain.steps=24", "--config.finetune.steps=4")
 BATCH = ("--config.pretrain.batch_size=8", "--config.finetune.batch_size=8")
@@ -225,7 +226,7 @@ def test_an_exception_in_one_process_ends_the_others(text, tmp_path):
     """As an error in the code would: process 1 raises in its fifth step."""
     broken = tmp_path / "sitecustomize.py"
     broken.write_text(
-        "import spdf_jax.train as train\n"
+        "import spdf_jax.training.loop as train\n"
         "one_step = train.one_step\n"
         "def breaking(steps, plan, local, state, batch):\n"
         "    if local == 5: raise KeyError('a bug')\n"

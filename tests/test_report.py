@@ -19,7 +19,8 @@ from spdf_jax.errors import InputError
 from spdf_jax.evals.exams import CertificationResult, ExamResults
 from spdf_jax.report import write_report, write_sweep_report
 from spdf_jax.report.records import changed_settings, read_run
-from spdf_jax.tracking import Tracker, mask_picture, save_mask_picture
+from spdf_jax.training.mask_pictures import mask_picture, save_mask_picture
+from spdf_jax.training.metrics import Tracker
 from spdf_jax.workdir import write_json
 
 LAYERS = 4

@@ -16,8 +16,8 @@ import spdf_jax as spdf
 from spdf_jax import jobs, main, processes, use
 from spdf_jax.data import DataConfig, load_tokenizer, prepare
 from spdf_jax.errors import Restart
-from spdf_jax.plan import make_plan
-from spdf_jax.tracking import read_metrics
+from spdf_jax.training.metrics import read_metrics
+from spdf_jax.training.phases import make_plan
 from spdf_jax.workdir import read_json
 
 

@@ -17,9 +17,9 @@ from spdf_jax.errors import InputError
 from spdf_jax.model.config import MuParScales, mup_scales
 from spdf_jax.model.flops import linear_size
 from spdf_jax.model.mupar import mup_multipliers, scale_by_mup
+from spdf_jax.planning.scaling import best_density, dense_gain, plan, predicted_loss, table, widen
 from spdf_jax.sparsity.masks import matrix_groups
-from spdf_jax.sparsity.scaling import best_density, dense_gain, plan, predicted_loss, table, widen
-from spdf_jax.state import abstract_params
+from spdf_jax.training.state import abstract_params
 
 
 @pytest.mark.parametrize("how", ["d_model", "d_ff"])
@@ -110,8 +110,8 @@ def test_the_planner_refuses_arguments_out_of_range(call):
 
 def test_the_planner_runs_as_a_module_and_names_its_source(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["scaling", "--flops", "1e20", "--tokens", "1e10"])
-    monkeypatch.delitem(sys.modules, "spdf_jax.sparsity.scaling")
-    runpy.run_module("spdf_jax.sparsity.scaling", run_name="__main__")
+    monkeypatch.delitem(sys.modules, "spdf_jax.planning.scaling")
+    runpy.run_module("spdf_jax.planning.scaling", run_name="__main__")
     out = capsys.readouterr().out
     assert out == table(1e20, 1e10) + "\n"
     assert "2606.01155" in out

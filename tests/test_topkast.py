@@ -11,14 +11,14 @@ import pytest
 from tiny import set_sparsity, tiny_config, write_text
 
 import spdf_jax as spdf
-from spdf_jax.checkpoint import Checkpoints
 from spdf_jax.model.gpt import GPT
-from spdf_jax.plan import make_plan
-from spdf_jax.restore import restore_state
 from spdf_jax.sharding import make_mesh
 from spdf_jax.sparsity.masks import active_counts, apply_masks
 from spdf_jax.sparsity.topkast import TOPKAST, TopKastState, choose_by_magnitude, explore
-from spdf_jax.state import init_state
+from spdf_jax.training.checkpoint import Checkpoints
+from spdf_jax.training.phases import make_plan
+from spdf_jax.training.restore import restore_state
+from spdf_jax.training.state import init_state
 from spdf_jax.tree import map_named
 
 KEY = jax.random.key(0)

@@ -9,7 +9,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from spdf_jax.errors import InputError
-from spdf_jax.tracking import Tracker, mask_picture, read_metrics, save_mask_picture
+from spdf_jax.training.mask_pictures import mask_picture, save_mask_picture
+from spdf_jax.training.metrics import Tracker, read_metrics
 from spdf_jax.workdir import read_json, write_json
 
 TOTAL_STEPS = 40

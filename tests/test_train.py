@@ -16,11 +16,12 @@ import pytest
 from tiny import set_sparsity, tiny_config, write_text
 
 import spdf_jax as spdf
-from spdf_jax import checkpoint as checkpointing
-from spdf_jax import jobs, train, use
-from spdf_jax.plan import make_plan, total_cost
-from spdf_jax.step import Steps
-from spdf_jax.tracking import read_metrics
+from spdf_jax import jobs, use
+from spdf_jax.training import checkpoint as checkpointing
+from spdf_jax.training import loop
+from spdf_jax.training.metrics import read_metrics
+from spdf_jax.training.phases import make_plan, total_cost
+from spdf_jax.training.step import Steps
 from spdf_jax.tree import named_leaves
 from spdf_jax.workdir import read_json
 
@@ -64,9 +65,9 @@ class Whole(NamedTuple):
 @pytest.fixture(scope="module")
 def whole(text, tmp_path_factory):
     workdir, steps = tmp_path_factory.mktemp("run") / "whole", []
-    original = train.make_steps
+    original = loop.make_steps
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "make_steps", lambda *args: steps.append(original(*args)) or steps[-1])
+        patch.setattr(loop, "make_steps", lambda *args: steps.append(original(*args)) or steps[-1])
         jobs.train(spdf.resolve(tiny_config(text, text.parent / "cache")), workdir, progress=False)
     return Whole(workdir, steps)
 

@@ -77,7 +77,8 @@ def die() -> None:
 
 def die_at(moment: str) -> None:
     """Arms one SIGKILL."""
-    from spdf_jax import checkpoint, jobs, train
+    from spdf_jax import jobs
+    from spdf_jax.training import checkpoint, loop
 
     if moment == "save":  # while the third save is being written
         save, saves = checkpoint.Checkpoints.save, []
@@ -90,7 +91,7 @@ def die_at(moment: str) -> None:
 
         checkpoint.Checkpoints.save = saving
     elif moment == "topology":  # with the fourth topology step dispatched, its result not yet seen
-        one_step, topology_steps = train.one_step, []
+        one_step, topology_steps = loop.one_step, []
 
         def stepping(steps, plan, local, state, batch):
             result = one_step(steps, plan, local, state, batch)
@@ -100,7 +101,7 @@ def die_at(moment: str) -> None:
                 die()
             return result
 
-        train.one_step = stepping
+        loop.one_step = stepping
     elif moment == "phase":  # the first phase is saved, the second not begun
         jobs.enter_phase = lambda *args, **kwargs: die()
 

@@ -10,7 +10,8 @@ processor time, which other work on the machine touches less.
 layer 1 / density; for a step, the dense one's processor time less that of the zeros in its linear layers, timed in its turn.
 
 ``--tpu v5e:4x4`` compiles the steps of a 12 x 1024 model in blocks of 128 for that TPU topology, without a TPU (``pip install
--e '.[tpu]'``), and prints the estimate of ``spdf_jax.pod``, in which our kernels, like splash attention, run at half the peak.
+-e '.[tpu]'``), and prints the estimate of ``spdf_jax.planning.pod``, in which our kernels, like splash attention, run at half
+the peak.
 
 Command: ``python experiments/benchmarks/block_sparse.py --layer --step --json block_sparse.json``
 Hardware: any; 8 GB of memory. Time: 5 minutes on 2 CPU cores; ``--tpu`` 5 more.
@@ -33,15 +34,15 @@ from runner import announce, arguments, print_head, print_row, time_in_turn, tim
 import spdf_jax as spdf
 from spdf_jax.config import RunConfig
 from spdf_jax.data import Batch
-from spdf_jax.hlo import Instruction, executed, matrix_flops, read_program
 from spdf_jax.ops.block_linear import block_linear, live_inputs
-from spdf_jax.plan import make_plan
-from spdf_jax.pod import SPLASH_SHARE, Generation, estimate, splash_seconds
-from spdf_jax.pod_plan import lower_steps, make_pod
+from spdf_jax.planning.hlo import Instruction, executed, matrix_flops, read_program
+from spdf_jax.planning.pod import SPLASH_SHARE, Generation, estimate, splash_seconds
+from spdf_jax.planning.pod_plan import lower_steps, make_pod
 from spdf_jax.sharding import MeshConfig, make_mesh
 from spdf_jax.sparsity.blocks import BlockGrid, random_topology
-from spdf_jax.state import abstract_state, init_state
-from spdf_jax.step import make_steps
+from spdf_jax.training.phases import make_plan
+from spdf_jax.training.state import abstract_state, init_state
+from spdf_jax.training.step import make_steps
 from spdf_jax.tree import named_leaves
 
 Timed = dict[str, Callable[[], Any]]
@@ -193,7 +194,7 @@ def kernel_seconds(kernel: Instruction, side: int, generation: Generation) -> fl
 
 
 def tpu_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Prints what the compiler and `spdf_jax.pod` say of the steps on a TPU topology."""
+    """Prints what the compiler and `spdf_jax.planning.pod` say of the steps on a TPU topology."""
     model = spdf.GPTConfig(n_layer=12, n_head=16, d_model=1024, vocab_size=50304, context=1024, dtype="bfloat16")
     rows: list[dict[str, Any]] = []
     columns = ["ms, estimated", "of it our kernels", "times faster", "matrix FLOPs", "MB of state"]

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from spdf_jax.config import default_config
+from spdf_jax.config import default_config, flat
 from spdf_jax.errors import InputError, reading
-from spdf_jax.report.words import flat, setting
-from spdf_jax.tracking import check_rows, read_metrics
+from spdf_jax.report.words import setting
+from spdf_jax.training.metrics import check_rows, read_metrics
 from spdf_jax.workdir import (
     CONFIG_FILE,
     EVALUATION_FILE,

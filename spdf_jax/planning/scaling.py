@@ -1,6 +1,6 @@
 """What sparsity should buy: wider models of equal active parameters, and a published scaling law as a planner.
 
-``python -m spdf_jax.sparsity.scaling --flops 1e20 --tokens 1e10`` prints the planner's table. No array leaves this module:
+``python -m spdf_jax.planning.scaling --flops 1e20 --tokens 1e10`` prints the planner's table. No array leaves this module:
 plain numbers before a run, never a part of one.
 """
 
@@ -239,7 +239,7 @@ def table(flop_budget: float, tokens: float, densities: Sequence[float] = (1.0, 
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """``python -m spdf_jax.sparsity.scaling --flops 1e20 --tokens 1e10``."""
+    """``python -m spdf_jax.planning.scaling --flops 1e20 --tokens 1e10``."""
     parser = argparse.ArgumentParser(description="Predicted best density for a FLOP budget and a number of tokens.")
     parser.add_argument("--flops", type=float, required=True, help="training FLOPs, zeros skipped")
     parser.add_argument("--tokens", type=float, required=True)

@@ -15,11 +15,11 @@ import jax.numpy as jnp
 import optax
 
 from spdf_jax.data import Batch
-from spdf_jax.losses import cross_entropy
 from spdf_jax.sparsity.blocks import compress_tree, evolve_blocks, expand_tree
 from spdf_jax.sparsity.masks import apply_masks
 from spdf_jax.sparsity.rules import Rule, evolve
-from spdf_jax.state import TrainState
+from spdf_jax.training.losses import cross_entropy
+from spdf_jax.training.state import TrainState
 from spdf_jax.tree import named_leaves
 
 

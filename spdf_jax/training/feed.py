@@ -21,8 +21,8 @@ from spdf_jax.data import (
     validation_batches,
 )
 from spdf_jax.data.tokenizer import Tokenizer
-from spdf_jax.plan import PhasePlan
 from spdf_jax.processes import data_share
+from spdf_jax.training.phases import PhasePlan
 
 
 class Feed(NamedTuple):

@@ -14,8 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from spdf_jax.hlo import Collective, Instruction, Items, Loop
 from spdf_jax.ops.attention_patterns import pattern_mask
+from spdf_jax.planning.hlo import Collective, Instruction, Items, Loop
 
 #: Of the peak that splash attention is taken to reach: an assumption. Heads narrower than the matrix unit reach less of it.
 SPLASH_SHARE = 0.5
@@ -109,7 +109,7 @@ def estimate(items: Items, pod: Pod, splash: Callable[[Instruction], float]) -> 
     """Time of a program, by the model at the head of this module.
 
     Args:
-      items: from `spdf_jax.hlo.read_program`.
+      items: from `spdf_jax.planning.hlo.read_program`.
       pod: where it would run.
       splash: seconds of a kernel.
     """

@@ -27,7 +27,7 @@ from spdf_jax.processes import RESTART_CODE, is_first, stop, wait_for_first
 from spdf_jax.sparsity.blocks import balanced_topologies
 from spdf_jax.sparsity.masks import active_counts, pack_masks, unpack_masks
 from spdf_jax.sparsity.programme import Programme
-from spdf_jax.state import TrainState
+from spdf_jax.training.state import TrainState
 from spdf_jax.tree import Filter, named_leaves
 from spdf_jax.workdir import checksum, set_aside
 

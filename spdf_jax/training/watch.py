@@ -7,13 +7,13 @@ import jax
 
 from spdf_jax.config import RunConfig, check_devices
 from spdf_jax.data import prepare
-from spdf_jax.feed import make_feed
 from spdf_jax.model.gpt import GPT
-from spdf_jax.plan import make_plan
 from spdf_jax.sharding import make_mesh
-from spdf_jax.state import TrainState, init_state, start_phase, state_shardings
-from spdf_jax.step import make_steps
-from spdf_jax.train import device_batches, evaluate, one_step
+from spdf_jax.training.feed import make_feed
+from spdf_jax.training.loop import device_batches, evaluate, one_step
+from spdf_jax.training.phases import make_plan
+from spdf_jax.training.state import TrainState, init_state, start_phase, state_shardings
+from spdf_jax.training.step import make_steps
 
 
 def watch_training(config: RunConfig) -> Iterator[tuple[TrainState, dict[str, Any]]]:

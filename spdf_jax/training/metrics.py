@@ -1,33 +1,22 @@
-"""What a run writes down as it goes: `metrics.jsonl`, TensorBoard events, mask pictures and the progress line.
+"""The rows that a run writes as it goes: `metrics.jsonl`, and from it TensorBoard events and the progress line.
 
 A row is one JSON object a line, of one of three kinds told apart by a key: a train row has `loss`, an evaluation row
 `val_loss`, a topology row `density`. Everything here is plain files and plain numbers; nothing needs TensorFlow.
 """
 
-import io
 import json
 import os
-import sys
-import time
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
-from jax.experimental import multihost_utils
-from tensorboard.compat.proto import event_pb2, summary_pb2
-from tensorboard.summary.writer.record_writer import RecordWriter
-from tqdm import tqdm
-
 from spdf_jax.errors import InputError, reading
 from spdf_jax.processes import is_first
-from spdf_jax.tree import named_leaves
+from spdf_jax.training.events import EventWriter
+from spdf_jax.training.progress import make_progress
 from spdf_jax.workdir import (
     METRICS_FILE,
-    PICTURES_FOLDER,
-    PROFILE_FOLDER,
     TENSORBOARD_FOLDER,
     plain,
     set_aside,
@@ -66,7 +55,7 @@ class Tracker:
                 they were.
         """
         self._workdir = Path(workdir)
-        self._progress = _make_progress(progress and is_first(), resume_step, total_steps)
+        self._progress = make_progress(progress and is_first(), resume_step, total_steps)
         if not is_first():
             return
         metrics_path = self._workdir / METRICS_FILE
@@ -76,7 +65,7 @@ class Tracker:
             # Unbuffered: a row is with the operating system when `log` returns, and a failed write leaves no remainder.
             self._metrics = metrics_path.open("ab", buffering=0)
             self._durable = durable_rows(metrics_path.read_bytes())
-            self._events = _EventWriter(self._workdir / TENSORBOARD_FOLDER, resume_step)
+            self._events = EventWriter(self._workdir / TENSORBOARD_FOLDER, resume_step)
         except OSError as error:
             message = f"workdir {self._workdir}: cannot write there ({error}); free it or choose another with --workdir"
             raise InputError(message) from error
@@ -199,97 +188,6 @@ def check_rows(path: Path, durable: Mapping[str, int], whose: str) -> None:
         )
 
 
-def save_mask_picture(workdir: Path, step: int, pictures: Mapping[str, np.ndarray]) -> None:
-    """Saves the density images of one step as `mask_pictures/step_<step>.npz`, atomically.
-
-    Args:
-        workdir: the run's folder.
-        step: the step the masks are of.
-        pictures: leaf path -> 2-D density image and 1-D degrees, as `picture_of` makes them.
-    """
-    folder = Path(workdir) / PICTURES_FOLDER
-    folder.mkdir(exist_ok=True)
-    buffer = io.BytesIO()
-    images: dict[str, Any] = {path: np.asarray(image, np.float32) for path, image in pictures.items()}
-    np.savez_compressed(buffer, **images)
-    write_atomically(folder / f"step_{step:08d}.npz", buffer.getvalue())
-
-
-def save_mask_pictures(workdir: Path, step: int, masks: Any) -> None:
-    """Pictures of the first and last layer of an attention and an MLP matrix, and of the head if it is masked."""
-    pictures: dict[str, np.ndarray] = {}
-    for name, mask in named_leaves(masks):
-        if mask.ndim == 3 and name.startswith(("blocks/attn_q", "blocks/mlp_up")):
-            for layer in sorted({0, mask.shape[0] - 1}):
-                pictures |= picture_of(f"{name}/{layer}", _whole(mask[layer]))
-        elif mask.ndim == 2:
-            pictures |= picture_of(name, _whole(mask))
-    save_mask_picture(workdir, step, pictures)
-
-
-def _whole(array: jax.Array) -> np.ndarray:
-    """An array wherever its shards are; all processes that hold some take part."""
-    return multihost_utils.process_allgather(array, tiled=True)
-
-
-def picture_of(path: str, mask: np.ndarray) -> dict[str, np.ndarray]:
-    """What is kept of a mask to be drawn: its picture, and by ``:in`` and ``:out`` the active weights a column and a row.
-
-    >>> {name: array.tolist() for name, array in picture_of("w", np.array([[True, False, True]])).items()}
-    {'w': [[1.0, 0.0, 1.0]], 'w:in': [1, 0, 1], 'w:out': [2]}
-    """
-    return {path: mask_picture(mask), f"{path}:in": mask.sum(axis=0), f"{path}:out": mask.sum(axis=1)}
-
-
-def mask_picture(mask: np.ndarray, max_side: int = 64) -> np.ndarray:
-    """Shrinks a mask to a small image of local densities.
-
-    Args:
-        mask: a 2-D bool mask.
-        max_side: the most pixels a side of the image may have.
-
-    Returns:
-        A float32 image in [0, 1]: each pixel the mean of its block of the mask. Blocks of the last row and column may
-        be smaller and are averaged over what they hold.
-
-    Raises:
-        ValueError: the mask is not 2-D, or empty.
-
-    >>> mask_picture(np.array([[True, False, True]]), max_side=2)
-    array([[0.5, 1. ]], dtype=float32)
-    """
-    mask = np.asarray(mask, bool)
-    if mask.ndim != 2 or mask.size == 0:
-        raise ValueError(
-            f"mask of shape {mask.shape}: a picture needs two dimensions, neither of them 0; take one layer"
-        )
-    total = mask
-    for axis, side in enumerate(mask.shape):
-        starts = np.arange(0, side, -(-side // max_side))
-        total = np.add.reduceat(total, starts, axis=axis, dtype=np.int64)
-    block_sizes = [np.diff(np.append(np.arange(0, side, -(-side // max_side)), side)) for side in mask.shape]
-    return (total / np.outer(*block_sizes)).astype(np.float32)
-
-
-def traced(steps: Iterable[int], span: range, workdir: Path) -> Iterator[int]:
-    """`steps` as they are; a profile of those in `span` is left in ``WORKDIR/profile``, for TensorBoard and xprof."""
-    tracing = False
-    try:
-        for step in steps:
-            if tracing and step >= span.stop:
-                jax.block_until_ready(jax.live_arrays())  # steps are dispatched ahead of what they compute
-                jax.profiler.stop_trace()
-                tracing = False
-            if step in span and not tracing and is_first():
-                jax.profiler.start_trace(Path(workdir) / PROFILE_FOLDER)
-                tracing = True
-            with jax.profiler.StepTraceAnnotation("train", step_num=step + 1):
-                yield step
-    finally:
-        if tracing:
-            jax.profiler.stop_trace()
-
-
 # --- rows ------------------------------------------------------------------------------------------------------------
 
 
@@ -339,129 +237,3 @@ def _scalars(value: Any, tag: str = "") -> Iterator[tuple[str, float]]:
         return
     for key, item in items:
         yield from _scalars(item, f"{tag}/{key}" if tag else key)
-
-
-# --- TensorBoard -----------------------------------------------------------------------------------------------------
-
-
-class _EventWriter:
-    """A TensorBoard event file.
-
-    Built on tensorboard's RecordWriter and not its EventFileWriter: that one imports TensorFlow where it is installed,
-    and hands records to a thread, so that a full disk is noticed steps later.
-    """
-
-    def __init__(self, folder: Path, resume_step: int) -> None:
-        folder.mkdir(exist_ok=True)
-        is_restart = any("tfevents" in path.name for path in folder.iterdir())
-        before = [int(n) for path in folder.iterdir() if (n := path.name.partition(".tfevents.")[2][:20]).isdecimal()]
-        # TensorBoard reads a folder's files in the order of their names, also where the clock was set back between them.
-        now = max([time.time_ns(), *(number + 1 for number in before)])
-        self._file = (folder / f"events.out.tfevents.{now:020d}.{os.getpid()}").open("wb")
-        self._records = RecordWriter(self._file)
-        self._write(event_pb2.Event(file_version="brain.Event:2"))
-        if is_restart:  # TensorBoard forgets events of this step and later
-            start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-            self._write(event_pb2.Event(step=resume_step + 1, session_log=start))
-
-    def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Writes one event with a value for each tag."""
-        summary = summary_pb2.Summary()
-        for tag, value in values.items():
-            summary.value.add(tag=tag, simple_value=value)
-        self._write(event_pb2.Event(step=step, summary=summary))
-
-    def close(self) -> None:
-        self._file.close()
-
-    def _write(self, event: event_pb2.Event) -> None:
-        event.wall_time = time.time()
-        self._records.write(event.SerializeToString())
-        self._file.flush()
-
-
-# --- progress --------------------------------------------------------------------------------------------------------
-
-
-class _Silent:
-    """No progress, only messages; also the interface of the two below."""
-
-    def log(self, row: Mapping[str, Any]) -> None:
-        pass
-
-    def advance(self, step: int) -> None:
-        pass
-
-    def message(self, text: str) -> None:
-        print(text, flush=True)
-
-    def close(self) -> None:
-        pass
-
-
-class _Bar(_Silent):
-    """One tqdm line on a terminal."""
-
-    def __init__(self, resume_step: int, total_steps: int) -> None:
-        layout = "{percentage:3.0f}%|{bar:10}| {n_fmt}/{total_fmt} | {remaining} left{desc}"
-        how: dict[str, Any] = {"bar_format": layout, "dynamic_ncols": True, "miniters": 1, "file": sys.stdout}
-        self._bar = tqdm(total=total_steps, initial=resume_step, **how)
-
-    def log(self, row: Mapping[str, Any]) -> None:
-        if "loss" in row:
-            self._bar.set_description_str(f" | {_train_text(row)}", refresh=False)
-        elif "val_loss" in row:
-            self.message(f"step {row['step']:,} | {_evaluation_text(row)}")
-
-    def advance(self, step: int) -> None:
-        self._bar.update(step - self._bar.n)
-
-    def message(self, text: str) -> None:
-        tqdm.write(text, file=sys.stdout)
-
-    def close(self) -> None:
-        self._bar.close()
-
-
-class _Lines(_Silent):
-    """A line every tenth of the run and at every evaluation, for logs and pipes."""
-
-    def __init__(self, resume_step: int, total_steps: int) -> None:
-        self._start_step, self._total_steps = resume_step, max(total_steps, 1)
-        self._start_seconds = time.monotonic()
-        self._tenths_shown = resume_step * 10 // self._total_steps
-
-    def log(self, row: Mapping[str, Any]) -> None:
-        step = row["step"]
-        position = f"step {step:,}/{self._total_steps:,} | {row['phase']}"
-        tenths = step * 10 // self._total_steps
-        if "val_loss" in row:
-            self.message(f"{position} | {_evaluation_text(row)}")
-        elif "loss" in row and tenths > self._tenths_shown:
-            self._tenths_shown = tenths
-            self.message(f"{position} | {_train_text(row)} | {self._time_left_text(step)} left")
-
-    def _time_left_text(self, step: int) -> str:
-        """At the mean pace since this start."""
-        steps_done = max(step - self._start_step, 1)
-        seconds_left = (time.monotonic() - self._start_seconds) / steps_done * (self._total_steps - step)
-        return str(tqdm.format_interval(seconds_left))
-
-
-def _make_progress(progress: bool, resume_step: int, total_steps: int) -> _Silent:
-    if not progress:
-        return _Silent()
-    return (_Bar if sys.stdout.isatty() else _Lines)(resume_step, total_steps)
-
-
-def _train_text(row: Mapping[str, Any]) -> str:
-    """The numbers of a train row that a person watches, in ASCII for any terminal."""
-    flops_reduction = row["dense_flops"] / max(row["train_flops"], 1)
-    return (
-        f"loss {row['loss']:.3f} | {row['sparsity']:.0%} sparse | {flops_reduction:.1f}x fewer FLOPs"
-        f" | {row['tokens_per_second']:,.0f} tokens/s"
-    )
-
-
-def _evaluation_text(row: Mapping[str, Any]) -> str:
-    return f"validation loss {row['val_loss']:.4f} | {row['tokens'] / 1e6:,.2f}M tokens"

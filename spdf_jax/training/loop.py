@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -13,18 +13,20 @@ import numpy as np
 from jax.sharding import Mesh
 
 from spdf_jax import processes
-from spdf_jax.checkpoint import Checkpoints, check_invariants
 from spdf_jax.config import RunConfig
 from spdf_jax.data import Batch
-from spdf_jax.early_stopping import best_evaluation, of_phase, stops_early
 from spdf_jax.errors import InputError, Restart
-from spdf_jax.feed import Feed
 from spdf_jax.model.gpt import GPT
-from spdf_jax.plan import PhasePlan, StepCost, task_tokens
 from spdf_jax.sharding import batch_sharding, device_name
-from spdf_jax.state import TrainState, state_shardings
-from spdf_jax.step import Steps, make_steps
-from spdf_jax.tracking import Tracker, save_mask_pictures, traced
+from spdf_jax.training.checkpoint import Checkpoints, check_invariants
+from spdf_jax.training.early_stopping import best_evaluation, of_phase, stops_early
+from spdf_jax.training.feed import Feed
+from spdf_jax.training.mask_pictures import save_mask_pictures
+from spdf_jax.training.metrics import Tracker
+from spdf_jax.training.phases import PhasePlan, StepCost, task_tokens
+from spdf_jax.training.state import TrainState, state_shardings
+from spdf_jax.training.step import Steps, make_steps
+from spdf_jax.workdir import PROFILE_FOLDER
 
 
 class NonFiniteLossError(InputError):
@@ -202,3 +204,22 @@ def _save(run: Run, checkpoints: Checkpoints, plan: PhasePlan, state: TrainState
         **run.total._asdict(),
     }
     checkpoints.save(state, record)
+
+
+def traced(steps: Iterable[int], span: range, workdir: Path) -> Iterator[int]:
+    """`steps` as they are; a profile of those in `span` is left in ``WORKDIR/profile``, for TensorBoard and xprof."""
+    tracing = False
+    try:
+        for step in steps:
+            if tracing and step >= span.stop:
+                jax.block_until_ready(jax.live_arrays())  # steps are dispatched ahead of what they compute
+                jax.profiler.stop_trace()
+                tracing = False
+            if step in span and not tracing and processes.is_first():
+                jax.profiler.start_trace(Path(workdir) / PROFILE_FOLDER)
+                tracing = True
+            with jax.profiler.StepTraceAnnotation("train", step_num=step + 1):
+                yield step
+    finally:
+        if tracing:
+            jax.profiler.stop_trace()

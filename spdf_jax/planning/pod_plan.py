@@ -1,8 +1,8 @@
 """``--job plan --plan_topology v5e:16x16``: the real steps, compiled for a TPU pod that is not there.
 
 It needs libtpu, the extra ``tpu``, and no TPU. ``cost_analysis()["optimal_seconds"]`` would be the compiler's own time, but a
-loop's body is in it once, and every instruction without an estimate as -1 second; so `spdf_jax.hlo` reads the program, and
-`spdf_jax.pod` times it from the cycles in it.
+loop's body is in it once, and every instruction without an estimate as -1 second; so `spdf_jax.planning.hlo` reads the
+program, and `spdf_jax.planning.pod` times it from the cycles in it.
 """
 
 import importlib.util
@@ -22,15 +22,16 @@ from jax.sharding import Mesh
 from spdf_jax.config import RunConfig, check_devices
 from spdf_jax.data import Batch
 from spdf_jax.errors import InputError
-from spdf_jax.hlo import Items, executed, executed_collectives, matrix_flops, read_program
 from spdf_jax.model.flops import step_flops
 from spdf_jax.model.gpt import GPT
-from spdf_jax.plan import PhasePlan, describe, make_plan
-from spdf_jax.pod import GENERATIONS, Need, Pod, Times, estimate, splash_flops, splash_seconds, suggest
+from spdf_jax.planning.describe import describe
+from spdf_jax.planning.hlo import Items, executed, executed_collectives, matrix_flops, read_program
+from spdf_jax.planning.pod import GENERATIONS, Need, Pod, Times, estimate, splash_flops, splash_seconds, suggest
 from spdf_jax.sharding import batch_sharding, make_mesh, replicated
 from spdf_jax.sparsity.rules import evolve
-from spdf_jax.state import TrainState, abstract_state, state_shardings
-from spdf_jax.step import make_steps
+from spdf_jax.training.phases import PhasePlan, make_plan
+from spdf_jax.training.state import TrainState, abstract_state, state_shardings
+from spdf_jax.training.step import make_steps
 
 EXAMPLES = "v5e:4x4, v5e:16x16, v6e:16x16, v4:4x4x4, v5p:4x4x4"
 # libtpu is to look for no TPU, to say nothing of finding none, and to let other processes compile, too.
@@ -50,8 +51,8 @@ class Program:
       name: what it is.
       chip_bytes: memory on each chip; where that was too much for the compiler, what it wanted.
       compile_seconds: on this machine.
-      items: from `spdf_jax.hlo.read_program`; () where the compiler gave up.
-      times: from `spdf_jax.pod.estimate`.
+      items: from `spdf_jax.planning.hlo.read_program`; () where the compiler gave up.
+      times: from `spdf_jax.planning.pod.estimate`.
       flops: of matrix products on each chip, splash attention's included.
       left_out: kernels that `times` and `flops` leave out, and how often they run.
     """
@@ -249,7 +250,7 @@ def _describe_program(program: Program, config: RunConfig, plan: PhasePlan, pod:
 
 
 def collective_table(items: Items) -> list[str]:
-    """A program's collectives by kind, as executed: how many, and their `spdf_jax.hlo.Collective.bytes`."""
+    """A program's collectives by kind, as executed: how many, and their `spdf_jax.planning.hlo.Collective.bytes`."""
     found: dict[str, list[tuple[int, int]]] = defaultdict(list)
     for times, collective in executed_collectives(items):
         found[collective.kind].append((times, collective.bytes))
