@@ -256,7 +256,7 @@ def shared_value(value: Any) -> Any:
     return FieldReference(value)
 
 
-#: Columns of a cell's curve, one entry an evaluation, see `spdf_jax.sweep`.
+#: Columns of a cell's curve, one entry an evaluation, see `spdf_jax.jobs.sweep`.
 CURVE_COLUMNS = ("step", "tokens", "train_flops", "dense_flops", "val_loss", "seconds")
 
 
@@ -273,7 +273,7 @@ class Column(NamedTuple):
     Attributes:
       header: above it.
       key: dotted, into a cell's ``summary`` or ``evaluation``. ``a/b`` is a quotient, ``a+b`` a sum, ``a@b=c`` a place on the
-        cell's curve (`spdf_jax.sweep`): its column `a` where its column `b` first comes to what the key `c` is in row 1.
+        cell's curve (`spdf_jax.jobs.sweep`): its column `a` where its column `b` first comes to what the key `c` is in row 1.
       format: of the figure.
       relative: whether to add the ratio to row 1.
       choice: of which choice of a row the figure is; "" takes the best one by validation loss.
@@ -288,7 +288,7 @@ class Column(NamedTuple):
 
 @dataclass(frozen=True)
 class SweepConfig:
-    """Runs and the table that compares them, see `spdf_jax.sweep`."""
+    """Runs and the table that compares them, see `spdf_jax.jobs.sweep`."""
 
     experiment: str
     variant: str
@@ -311,7 +311,7 @@ def sweep_config(
     columns: Sequence[tuple[Any, ...]],
     remark: str = "",
 ) -> ConfigDict:
-    """A sweep for an experiment file to return, see `spdf_jax.sweep`.
+    """A sweep for an experiment file to return, see `spdf_jax.jobs.sweep`.
 
     Args:
       experiment, variant, variants: as in `default_config`.

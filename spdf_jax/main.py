@@ -1,6 +1,6 @@
 """Command line: ``python -m spdf_jax.main --config FILE[:VARIANT] [--job JOB] [--workdir DIR] [--config.a.b=value ...]``."""
 
-import contextlib
+import importlib
 import io
 import os
 import re
@@ -8,20 +8,17 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import jax
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from spdf_jax import processes
 from spdf_jax.errors import InputError, Restart
 
-if TYPE_CHECKING:
-    from spdf_jax.config import RunConfig, SweepConfig
-    from spdf_jax.data import DataConfig
-
+#: Each is a module of `spdf_jax.jobs`; those that a sweep has, with theirs.
 JOBS = ("train", "evaluate", "generate", "export", "plan", "report")
+SWEEP_JOBS = {"train": "sweep", "plan": "plan", "report": "report"}
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Experiment file, with its variant after a colon: experiments/gpt2_mst.py:124m."
@@ -117,91 +114,35 @@ def _run(argv: Sequence[str]) -> int:
         if _JOB.value not in ("train", "evaluate"):
             raise InputError(f"--distributed: --job {_JOB.value} is the work of one process; leave --distributed out")
         processes.initialise()
-    # Imported here so that a mistyped command answers at once.
-    from spdf_jax import use
-    from spdf_jax.config import resolve
-    from spdf_jax.jobs import train
-    from spdf_jax.planning.describe import describe
-    from spdf_jax.planning.pod_plan import describe_pod
-    from spdf_jax.report import write_report
-
-    workdir = Path(_WORKDIR.value or f"runs/{_CONFIG.value.experiment}-{_CONFIG.value.variant}")
-    command = shlex.join(["python", "-m", "spdf_jax.main", *argv[1:]])
-    output = Path(_OUTPUT.value) if _OUTPUT.value else None
-    if output and _JOB.value not in ("evaluate", "export"):
+    sweep = "cells" in _CONFIG.value
+    if _OUTPUT.value and _JOB.value not in ("evaluate", "export"):
         raise InputError(f"--output: --job {_JOB.value} writes into the --workdir; leave --output out")
-    if "cells" in _CONFIG.value:
-        if _PROFILE_STEPS.value:
-            raise InputError("--profile_steps: a sweep has many runs; set --config.cells.NAME.loop.profile_steps")
-        _run_sweep(workdir, command)
-        return 0
+    if sweep and _JOB.value not in SWEEP_JOBS:
+        raise InputError(f"--job {_JOB.value}: a sweep has many runs; its jobs are {', '.join(SWEEP_JOBS)}")
+    if sweep and _PROFILE_STEPS.value:
+        raise InputError("--profile_steps: a sweep has many runs; set --config.cells.NAME.loop.profile_steps")
     if _PROFILE_STEPS.value:
         _CONFIG.value.loop.profile_steps = _PROFILE_STEPS.value
-    config = resolve(_CONFIG.value)
-    if _JOB.value not in ("plan", "report"):
-        keep_compiled(config.data)
-    if _JOB.value == "report":
-        print(write_report(workdir))
-    elif _JOB.value == "plan":
-        print(describe_pod(config, _TOPOLOGY.value) if _TOPOLOGY.value else describe(config))
-    elif _JOB.value == "evaluate":
-        use.evaluate_checkpoint(config, workdir, output)
-    elif _JOB.value == "generate":
-        use.generate_text(config, workdir, _PROMPT.value)
-    elif _JOB.value == "export":
-        use.export(config, workdir, output)
-    else:
-        with _output():
-            print(f"{_banner(config)}\n{describe(config)}", flush=True)
-            processes.guard()
-            train(config, workdir, command=command, progress=not _QUIET.value)
-    return 0
+    # Imported here so that a mistyped command answers at once.
+    from spdf_jax.config import resolve, resolve_sweep
+    from spdf_jax.jobs import Request
 
-
-def _run_sweep(workdir: Path, command: str) -> None:
-    from spdf_jax.config import resolve_sweep
-    from spdf_jax.report import write_sweep_report
-    from spdf_jax.sweep import describe_sweep, run_sweep
-
-    config = resolve_sweep(_CONFIG.value)
-    if _JOB.value == "report":
-        print(write_sweep_report(workdir))
-    elif _JOB.value == "plan":
-        print(describe_sweep(config))
-    elif _JOB.value == "train":
-        with _output():
-            print(_banner(config), flush=True)
-            keep_compiled(next(iter(config.cells.values())).data)
-            processes.guard()
-            run_sweep(config, workdir, command=command, progress=not _QUIET.value)
-    else:
-        raise InputError(f"--job {_JOB.value}: a sweep has many runs; its jobs are train, plan and report")
-
-
-def keep_compiled(data: "DataConfig") -> None:
-    """A run that starts again compiles nothing again, nor does a sweep's next seed. `JAX_COMPILATION_CACHE_DIR` goes before."""
-    from spdf_jax.data import cache_folder
-
-    if jax.config.values["jax_compilation_cache_dir"] is None:
-        with contextlib.suppress(OSError, InputError):  # no room of its own: nothing is kept
-            folder = cache_folder(data) / "compiled"
-            folder.mkdir(parents=True, exist_ok=True)
-            jax.config.update("jax_compilation_cache_dir", str(folder))
-
-
-def _output() -> contextlib.AbstractContextManager[Any]:
-    """Where training prints to: nowhere if it is to be quiet."""
-    return contextlib.redirect_stdout(io.StringIO()) if _QUIET.value else contextlib.nullcontext()
-
-
-def _banner(config: "RunConfig | SweepConfig") -> str:
-    from spdf_jax.sharding import device_name
-
-    file = _config_file()
-    others = ", ".join(f"{file}:{variant}" for variant in config.variants if variant != config.variant)
-    return f"Running {config.experiment}, variant {config.variant}, on {device_name()}." + (
-        f" Others: --config {others}." if others else ""
+    request = Request(
+        workdir=Path(_WORKDIR.value or f"runs/{_CONFIG.value.experiment}-{_CONFIG.value.variant}"),
+        file=_config_file(),
+        command=shlex.join(["python", "-m", "spdf_jax.main", *argv[1:]]),
+        quiet=_QUIET.value,
+        prompt=_PROMPT.value,
+        output=Path(_OUTPUT.value) if _OUTPUT.value else None,
+        plan_topology=_TOPOLOGY.value,
     )
+    if sweep:
+        job = importlib.import_module(f"spdf_jax.jobs.{SWEEP_JOBS[_JOB.value]}")
+        job.run_sweep(resolve_sweep(_CONFIG.value), request)
+    else:
+        job = importlib.import_module(f"spdf_jax.jobs.{_JOB.value}")
+        job.run(resolve(_CONFIG.value), request)
+    return 0
 
 
 class _MayClose(io.FileIO):

@@ -17,8 +17,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from spdf_jax.errors import InputError, reading
-from spdf_jax.processes import is_first
+from spdf_jax.processes import from_first, is_first
 
 CONFIG_FILE = "config.json"
 METRICS_FILE = "metrics.jsonl"
@@ -172,3 +174,62 @@ def set_aside(path: Path, why: str) -> Path:
     with contextlib.suppress(FileNotFoundError):  # another process was first
         path.rename(aside)
     return aside
+
+
+def make_workdir(workdir: Path) -> None:
+    """Makes the folder, and checks that all processes see the same one: each saves its part of a checkpoint there."""
+    made = from_first(lambda: str(_made_at(workdir)))
+    lock_file = workdir / ".lock"
+    if not lock_file.exists() or str(lock_file.stat().st_mtime_ns) != made:
+        raise InputError(
+            f"workdir {workdir}: process 0 has made it, but process {jax.process_index()} does not see it; choose a --workdir "
+            f"on a disk that all processes share"
+        )
+
+
+def _made_at(workdir: Path) -> int:
+    """When the lock file was made: nobody ever writes to it."""
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        (workdir / ".lock").open("a").close()
+    except OSError as error:
+        raise InputError(
+            f"workdir {workdir}: cannot write there ({error.strerror}); choose another --workdir"
+        ) from None
+    return (workdir / ".lock").stat().st_mtime_ns
+
+
+@contextlib.contextmanager
+def lock(workdir: Path) -> Iterator[None]:
+    """Holds the workdir for this run; the kernel lets go however process 0 ends."""
+    if not is_first():
+        yield
+        return
+    with (workdir / ".lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"workdir {workdir}: another run is using it; wait for it to end, or choose another --workdir"
+            ) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+                raise
+            print(
+                f"workdir {workdir}: its disk has no locks ({error.strerror}); see that no other run uses it",
+                flush=True,
+            )
+        yield
+
+
+def check_writable(folder: Path) -> None:
+    """Refuses a folder that cannot hold what is about to be computed. Process 0 writes it."""
+    if not is_first():
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise InputError(
+            f"{folder}: cannot write there ({error.strerror}); choose another folder by --output"
+        ) from None

@@ -10,9 +10,10 @@ import pytest
 from tiny import set_sparsity, tiny_config, write_text
 
 import spdf_jax as spdf
-from spdf_jax import jobs
 from spdf_jax.data import Batch
 from spdf_jax.huggingface import load_gpt2
+from spdf_jax.jobs import train as jobs
+from spdf_jax.jobs.export import export
 from spdf_jax.sharding import MeshConfig, make_mesh
 from spdf_jax.sparsity.blocks import compress_tree
 from spdf_jax.sparsity.programme import SparsityConfig
@@ -22,7 +23,6 @@ from spdf_jax.training.restore import saved_run
 from spdf_jax.training.state import abstract_state, init_state, start_phase, state_shardings
 from spdf_jax.training.step import make_steps
 from spdf_jax.tree import named_leaves
-from spdf_jax.use import export
 
 BLOCKS = {"sparsity": 0.75, "pattern": "block8", "sparse_compute": "blocks"}
 

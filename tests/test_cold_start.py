@@ -12,7 +12,7 @@ import pytest
 from tiny import NO_WINDOW, tiny_config, write_text
 
 import spdf_jax as spdf
-from spdf_jax import jobs
+from spdf_jax.jobs import train as jobs
 from spdf_jax.sharding import make_mesh
 from spdf_jax.training.checkpoint import Checkpoints
 from spdf_jax.training.metrics import read_metrics

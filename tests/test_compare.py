@@ -10,8 +10,8 @@ from tiny import write_text
 
 import spdf_jax as spdf
 from spdf_jax.config import resolve_sweep
+from spdf_jax.jobs.sweep import train_cells
 from spdf_jax.model.flops import linear_size
-from spdf_jax.sweep import run_sweep
 from spdf_jax.workdir import write_json
 
 EXPERIMENT = Path(__file__).parent.parent / "experiments" / "compare.py"
@@ -110,9 +110,9 @@ def finished(tmp_path_factory) -> Path:
         write_json(cell / "summary.json", {"status": "finished", "val_loss": losses[-1], "steps": step} | last)
     with pytest.MonkeyPatch.context() as patch:  # no cell has a checkpoint to be finished by
         patch.setattr(
-            "spdf_jax.sweep.train", lambda cell, folder, **_: json.loads((folder / "summary.json").read_text())
+            "spdf_jax.jobs.sweep.train", lambda cell, folder, **_: json.loads((folder / "summary.json").read_text())
         )
-        run_sweep(resolve_sweep(make_sweep()), workdir, progress=False)
+        train_cells(resolve_sweep(make_sweep()), workdir, progress=False)
     return workdir
 
 
@@ -189,7 +189,7 @@ def test_it_runs_and_goes_on_cell_by_cell(compare, tmp_path, capsys):
         loop.eval_every_steps = 10
     sweep = resolve_sweep(config)
     assert list(sweep.cells) == ["dense_0", "spdf_0", "spdf_flops_0"]
-    table = run_sweep(sweep, tmp_path / "run", progress=False)
+    table = train_cells(sweep, tmp_path / "run", progress=False)
     (dense, spdf_row) = (row["values"] for row in table["rows"])
     assert dense["loss at equal tokens"]["mean"] < 5.7
     assert dense["FLOPs to the dense loss"]["mean"] <= dense["their FLOPs"]["mean"]
@@ -198,7 +198,7 @@ def test_it_runs_and_goes_on_cell_by_cell(compare, tmp_path, capsys):
     assert spdf_row["their tokens"]["mean"] > 1.2 * dense["their tokens"]["mean"]
     (tmp_path / "run" / "cells" / "spdf_0" / "summary.json").unlink()
     capsys.readouterr()
-    again = run_sweep(sweep, tmp_path / "run", progress=False)
+    again = train_cells(sweep, tmp_path / "run", progress=False)
     assert capsys.readouterr().out.count("nothing to do") == 2
     assert [row["values"]["loss at equal tokens"] for row in again["rows"]] == [
         row["values"]["loss at equal tokens"] for row in table["rows"]

@@ -13,14 +13,18 @@ from test_harness import write_data
 from tiny import tiny_config, write_text
 
 import spdf_jax as spdf
-from spdf_jax import jobs, use
 from spdf_jax.config import load_config
 from spdf_jax.data import load_tokenizer
 from spdf_jax.evals import harness
 from spdf_jax.evals.exams import exam_results, read_questions, take_exams
 from spdf_jax.evals.harness import run_harness
 from spdf_jax.evals.likelihood import log_likelihoods
+from spdf_jax.jobs import train as jobs
+from spdf_jax.jobs.evaluate import evaluate_checkpoint
+from spdf_jax.jobs.export import export
+from spdf_jax.jobs.generate import generate_text
 from spdf_jax.model.generate import Generation
+from spdf_jax.training.feed import load_data
 from spdf_jax.training.restore import saved_run
 from spdf_jax.workdir import read_json, write_json
 
@@ -61,9 +65,9 @@ def write_questions(path: Path) -> Path:
 def test_exams_of_a_file_are_sat_recorded_printed_and_shown(trained, tmp_path, capsys):
     config, workdir = trained
     path = write_questions(tmp_path / "exams.jsonl")
-    plain = use.evaluate_checkpoint(spdf.resolve(config), workdir)
+    plain = evaluate_checkpoint(spdf.resolve(config), workdir)
     assert not {"exams", "zero_shot"} & plain.keys()
-    result = use.evaluate_checkpoint(asked(config, exams=True, exam_questions=str(path)), workdir)
+    result = evaluate_checkpoint(asked(config, exams=True, exam_questions=str(path)), workdir)
     assert read_json(workdir / "evaluation.json", "") == result
 
     saved, tokenizer = saved_run(workdir), load_tokenizer(workdir / "tokenizer.json")
@@ -84,9 +88,9 @@ def test_the_exams_are_our_own_by_default_in_the_mode_asked_for(trained, monkeyp
         sat.append((questions, mode))
         return take_exams(questions, lambda pairs: [(0.0, 1)] * len(pairs), mode)  # always the first choice
 
-    monkeypatch.setattr(use, "exam_results", sit)
+    monkeypatch.setattr("spdf_jax.jobs.evaluate.exam_results", sit)
     config, workdir = trained
-    result = use.evaluate_checkpoint(asked(config, exams=True, exam_mode="letter"), workdir)
+    result = evaluate_checkpoint(asked(config, exams=True, exam_mode="letter"), workdir)
     assert sat == [(read_questions(), "letter")]
     assert result["exams"]["overall"]["certifications"] == 12
     assert result["exams"]["questions_file"] == ""
@@ -99,7 +103,7 @@ def test_a_run_is_used_with_the_attention_of_its_last_step(trained):
     assert (model.pattern, model.width) == ("local", 4)
     assert saved.plan.attention_after(1) == saved.plan.attention_after(0) == ("causal", 4)
     validation = json.loads((workdir / "summary.json").read_text())["val_loss"]
-    assert use.evaluate_checkpoint(spdf.resolve(config), workdir)["val_loss"] == pytest.approx(validation, rel=1e-6)
+    assert evaluate_checkpoint(spdf.resolve(config), workdir)["val_loss"] == pytest.approx(validation, rel=1e-6)
 
     @functools.partial(jax.jit, static_argnames="pattern")
     def log_probs(ids, *, pattern):
@@ -121,7 +125,7 @@ def test_a_run_is_used_with_the_attention_of_its_last_step(trained):
 
     c = ConfigDict(config.to_dict())
     c.decode.method, c.decode.max_new_tokens = "greedy", 5
-    text = use.generate_text(spdf.resolve(c), workdir, "mask weight sparse dense")
+    text = generate_text(spdf.resolve(c), workdir, "mask weight sparse dense")
     row = tokenizer.encode("mask weight sparse dense").ids
     prompt = len(row)
     for _ in range(5):
@@ -132,7 +136,7 @@ def test_a_run_is_used_with_the_attention_of_its_last_step(trained):
     with pytest.raises(
         spdf.InputError, match=r"ends in 'local' attention of width 4, which GPT-2 cannot express; train a"
     ):
-        use.export(spdf.resolve(config), workdir)
+        export(spdf.resolve(config), workdir)
     assert not (workdir / "huggingface").exists()
 
 
@@ -144,9 +148,9 @@ def test_a_prompt_of_several_documents_is_continued_from_its_last(trained, monke
         prompts.extend(given)
         return [Generation((), 0.0, 0.0)]
 
-    monkeypatch.setattr(use, "generate", decode)
-    use.generate_text(spdf.resolve(config), workdir, "mask<|endoftext|>weight")
-    use.generate_text(spdf.resolve(config), workdir, "weight")
+    monkeypatch.setattr("spdf_jax.jobs.generate.generate", decode)
+    generate_text(spdf.resolve(config), workdir, "mask<|endoftext|>weight")
+    generate_text(spdf.resolve(config), workdir, "weight")
     first, second = prompts
     assert first == [0, *second]
 
@@ -176,10 +180,10 @@ def test_what_cannot_be_is_refused_before_anything_is_measured(case, trained, tm
     lines = (tmp_path / "bad.jsonl").read_text().splitlines()
     (tmp_path / "bad.jsonl").write_text("\n".join([lines[0], lines[1][:-1]]))
     before = {p: p.read_bytes() for p in workdir.glob("*.*") if p.is_file()}
-    monkeypatch.setattr(use, "evaluate", lambda *_: pytest.fail("measured before it was refused"))
+    monkeypatch.setattr("spdf_jax.jobs.evaluate.evaluate", lambda *_: pytest.fail("measured before it was refused"))
     filled = {name: value.format(tmp=tmp_path) if isinstance(value, str) else value for name, value in values.items()}
     with pytest.raises(spdf.InputError, match=message):
-        use.evaluate_checkpoint(asked(config, **filled), workdir)
+        evaluate_checkpoint(asked(config, **filled), workdir)
     assert {p: p.read_bytes() for p in before} == before
 
 
@@ -187,15 +191,15 @@ def test_without_lm_eval_its_tasks_say_how_to_install_it(trained, tmp_path, monk
     config, workdir = trained
     monkeypatch.setattr(harness, "LM", object)
     with pytest.raises(spdf.InputError, match=r"lm-eval, which is not installed: pip install -e '\.\[eval\]'"):
-        use.evaluate_checkpoint(asked(config, tasks=("ptb",), data_dir=str(tmp_path)), workdir)
+        evaluate_checkpoint(asked(config, tasks=("ptb",), data_dir=str(tmp_path)), workdir)
 
 
 def test_token_files_without_a_tokenizer_cannot_be_examined(trained, monkeypatch):
     config, workdir = trained
-    load = use.load_data
-    monkeypatch.setattr(use, "load_data", lambda *args, **options: (load(*args, **options)[0], None))
+    load = load_data
+    monkeypatch.setattr("spdf_jax.jobs.evaluate.load_data", lambda *args, **options: (load(*args, **options)[0], None))
     with pytest.raises(spdf.InputError, match=r"config\.data\.tokenizer: token files came without one"):
-        use.evaluate_checkpoint(asked(config, exams=True), workdir)
+        evaluate_checkpoint(asked(config, exams=True), workdir)
 
 
 def test_runs_from_before_there_was_the_section_stay_usable(trained, tmp_path):
@@ -214,7 +218,7 @@ def test_tasks_of_lm_eval_are_run_recorded_printed_and_shown(num_fewshot, traine
     config, workdir = trained
     c = asked(config, tasks=("ptb", "sst2"), data_dir=str(write_data(tmp_path)), num_fewshot=num_fewshot)
     c = dataclasses.replace(c, mesh=dataclasses.replace(c.mesh, data=2, fsdp=2))
-    result = use.evaluate_checkpoint(c, workdir)
+    result = evaluate_checkpoint(c, workdir)
     assert read_json(workdir / "evaluation.json", "") == result
     assert list(result["zero_shot"]["tasks"]) == ["ptb", "sst2"]
     assert result["zero_shot"]["tasks"]["sst2"]["num_fewshot"] == (4 if num_fewshot < 0 else num_fewshot)

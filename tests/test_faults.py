@@ -42,9 +42,11 @@ import tensorstore
 from tiny import NO_WINDOW, QUICKLY, can_mount, set_sparsity, tiny_config, write_text
 
 import spdf_jax as spdf
-from spdf_jax import jobs, processes, use
+from spdf_jax import processes
 from spdf_jax import workdir as workdir_files
 from spdf_jax.errors import Restart
+from spdf_jax.jobs import train as jobs
+from spdf_jax.jobs.evaluate import evaluate_checkpoint
 from spdf_jax.report import write_report
 from spdf_jax.sharding import device_name
 from spdf_jax.training import checkpoint as checkpointing
@@ -510,7 +512,7 @@ def test_a_finished_run_whose_result_is_damaged_is_not_finished(whole, text, tmp
     flip_array(tmp_path / "checkpoints" / "12")
     config = spdf.resolve(short(text))
     with pytest.raises(spdf.InputError, match=r"step 12 is damaged .*; --job train falls back to the one before it"):
-        use.evaluate_checkpoint(config, tmp_path)
+        evaluate_checkpoint(config, tmp_path)
     assert jobs.train(config, tmp_path, progress=False)["steps"] == 12
     assert "resuming after step 8 of 12" in capfd.readouterr().out
     assert_ends_as(tmp_path, whole)

@@ -9,14 +9,18 @@ import pytest
 from tiny import set_sparsity, tiny_config, write_text
 
 import spdf_jax as spdf
-from spdf_jax import jobs, use
 from spdf_jax.data import encode_task, load_task, load_tokenizer, task_batches
+from spdf_jax.jobs import train as jobs
+from spdf_jax.jobs.evaluate import evaluate_checkpoint
+from spdf_jax.jobs.export import export
+from spdf_jax.jobs.generate import generate_text
 from spdf_jax.model.flops import step_flops
+from spdf_jax.sharding import make_mesh
 from spdf_jax.sparsity.masks import active_counts
 from spdf_jax.training import loop
 from spdf_jax.training.metrics import read_metrics
 from spdf_jax.training.phases import make_plan, total_cost
-from spdf_jax.training.restore import saved_run
+from spdf_jax.training.restore import initial_from, saved_run, source_folder
 from spdf_jax.tree import named_leaves
 from spdf_jax.workdir import read_json
 
@@ -68,9 +72,9 @@ def leaf(tree, name=UP):
 def first_state(config, workdir):
     """The state a run starts from."""
     run = spdf.resolve(config)
-    source = jobs.source_folder(run, workdir)
-    mesh = jobs.make_mesh(run.mesh)
-    return jobs.initial_from(source, run, make_plan(run)[0], mesh)
+    source = source_folder(run, workdir)
+    mesh = make_mesh(run.mesh)
+    return initial_from(source, run, make_plan(run)[0], mesh)
 
 
 def test_dropping_the_masks_starts_at_the_same_loss_to_the_bit_with_revived_weights_at_zero(text, pretrained, tmp_path):
@@ -132,9 +136,9 @@ def test_the_optimiser_is_carried_over_on_request(text, pretrained, tmp_path):
 
 
 def test_it_goes_on_from_an_exported_gpt2(text, pretrained, tmp_path):
-    folder = use.export(spdf.resolve(spdf_config(pretrained)), pretrained)
+    folder = export(spdf.resolve(spdf_config(pretrained)), pretrained)
     with pytest.raises(spdf.InputError, match="is there already"):
-        use.export(spdf.resolve(spdf_config(pretrained)), pretrained)
+        export(spdf.resolve(spdf_config(pretrained)), pretrained)
     c = finetuning(text, folder)
     first = first_state(c, tmp_path)
     np.testing.assert_array_equal(leaf(first.params), leaf(saved_run(pretrained).state.params))
@@ -299,7 +303,7 @@ def test_a_task_is_trained_by_epochs_evaluated_after_each_decoded_and_scored(tex
     assert rows[-1]["val_loss"] < rows[0]["val_loss"] - 0.5
     assert "unigram_loss" not in summary
     _counts_what_its_batches_hold(config, plan, tmp_path, summary, rows[-1])
-    result = use.evaluate_checkpoint(config, tmp_path)
+    result = evaluate_checkpoint(config, tmp_path)
     assert result == read_json(tmp_path / "evaluation.json", "")
     assert {"bleu", "nist", "rouge_l", "cider", "perplexity", "signatures", "absent"} <= result.keys()
     assert result["perplexity"] > 1
@@ -307,7 +311,7 @@ def test_a_task_is_trained_by_epochs_evaluated_after_each_decoded_and_scored(tex
     lines = [json.loads(line) for line in (tmp_path / "generations.jsonl").read_text().splitlines()]
     assert len(lines) == 5
     assert all(line["references"] for line in lines)
-    text = use.generate_text(config, tmp_path, lines[0]["context"])
+    text = generate_text(config, tmp_path, lines[0]["context"])
     assert text == lines[0]["text"], "one context alone decodes as it did among others"
 
 
@@ -335,7 +339,7 @@ def _counts_what_its_batches_hold(config, plan, workdir, summary, last_row):
 @pytest.mark.slow
 def test_a_sweep_runs_its_cells_chooses_and_tabulates_and_resumes(text, tmp_path, capsys):
     from spdf_jax.config import resolve_sweep
-    from spdf_jax.sweep import run_sweep
+    from spdf_jax.jobs.sweep import train_cells
 
     cells = {"pretrain": base(text, "pretrain")}
     cells["pretrain"].pretrain.steps, cells["pretrain"].model.context = 6, 128
@@ -363,7 +367,7 @@ def test_a_sweep_runs_its_cells_chooses_and_tabulates_and_resumes(text, tmp_path
             columns=columns,
         )
     )
-    table = run_sweep(config, tmp_path, progress=False)
+    table = train_cells(config, tmp_path, progress=False)
     (row,) = table["rows"]
     assert row["choice"] == "rate 0.01"
     found = [json.loads((tmp_path / "cells" / c / "evaluation.json").read_text())["perplexity"] for c in row["cells"]]
@@ -377,7 +381,7 @@ def test_a_sweep_runs_its_cells_chooses_and_tabulates_and_resumes(text, tmp_path
     assert "± " in (tmp_path / "table.md").read_text()
     assert not (tmp_path / "cells" / "rate_1e-07_0" / "evaluation.json").exists(), "decoded although not chosen"
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "cells").rglob("summary.json")}
-    assert run_sweep(config, tmp_path, progress=False) == table
+    assert train_cells(config, tmp_path, progress=False) == table
     assert {p: p.stat().st_mtime_ns for p in before} == before
     cells["rate_1e-02_0"].init_from = "cell:later"
     with pytest.raises(spdf.InputError, match=r"cells.rate_1e-02_0.init_from: no cell 'later' before"):

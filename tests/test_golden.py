@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from spdf_jax.config import load_config
-from spdf_jax.jobs import train
+from spdf_jax.jobs.train import train
 from spdf_jax.training.metrics import read_metrics
 from spdf_jax.training.restore import saved_run
 from spdf_jax.tree import named_leaves

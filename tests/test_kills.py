@@ -20,11 +20,13 @@ import pytest
 from tiny import NO_WINDOW, QUICKLY, tiny_config, write_text
 
 import spdf_jax as spdf
-from spdf_jax import jobs, use
 from spdf_jax.config import Column, Row, RunConfig, SweepConfig
 from spdf_jax.data import prepare
+from spdf_jax.jobs import train as jobs
+from spdf_jax.jobs.evaluate import evaluate_checkpoint
+from spdf_jax.jobs.export import export
+from spdf_jax.jobs.sweep import train_cells
 from spdf_jax.report import write_report
-from spdf_jax.sweep import run_sweep
 from spdf_jax.workdir import read_json
 
 EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "shutil.rmtree", "tempfile.mkdtemp"}
@@ -62,9 +64,9 @@ def works(folder: Path, text: Path, cache: Path) -> dict[str, Callable[[], objec
     return {
         "cache": lambda: prepare(own.data, progress=False),
         "train": lambda: jobs.train(config(text, cache), folder, progress=False),
-        "sweep": lambda: run_sweep(sweep(text, cache), folder, progress=False),
-        "evaluate": lambda: use.evaluate_checkpoint(config(text, cache), folder),
-        "export": lambda: (folder / "huggingface").exists() or use.export(config(text, cache), folder),
+        "sweep": lambda: train_cells(sweep(text, cache), folder, progress=False),
+        "evaluate": lambda: evaluate_checkpoint(config(text, cache), folder),
+        "export": lambda: (folder / "huggingface").exists() or export(config(text, cache), folder),
         "report": lambda: write_report(folder),
     }
 

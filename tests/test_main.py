@@ -13,13 +13,16 @@ import pytest
 from tiny import QUICKLY, can_mount, set_sparsity, tiny_config, write_text
 
 import spdf_jax as spdf
-from spdf_jax import jobs, main, processes
+from spdf_jax import processes
 from spdf_jax.data import DataConfig
 from spdf_jax.errors import Restart
+from spdf_jax.jobs import keep_compiled
+from spdf_jax.jobs import train as jobs
 from spdf_jax.sharding import make_mesh
 from spdf_jax.training.checkpoint import Checkpoints
 from spdf_jax.training.phases import make_plan
 from spdf_jax.training.restore import restore_state
+from spdf_jax.workdir import lock
 
 ROOT = Path(__file__).parent.parent
 MST = "experiments/gpt2_mst.py"
@@ -233,7 +236,7 @@ def test_workdir_that_cannot_be_made(text, tmp_path):
 
 
 def test_a_second_run_in_a_workdir_in_use_is_refused(text, tmp_path):
-    with jobs.lock(tmp_path), pytest.raises(spdf.InputError, match="another run is using it"):
+    with lock(tmp_path), pytest.raises(spdf.InputError, match="another run is using it"):
         jobs.train(spdf.resolve(fresh(text)), tmp_path, progress=False)
 
 
@@ -241,13 +244,13 @@ def test_compiled_programs_are_kept_beside_the_tokens_unless_told_otherwise(tmp_
     there = jax.config.values["jax_compilation_cache_dir"]
     try:
         jax.config.update("jax_compilation_cache_dir", str(tmp_path))
-        main.keep_compiled(DataConfig(cache_dir=str(tmp_path / "cache")))
+        keep_compiled(DataConfig(cache_dir=str(tmp_path / "cache")))
         assert jax.config.values["jax_compilation_cache_dir"] == str(tmp_path)
         jax.config.update("jax_compilation_cache_dir", None)
         (tmp_path / "file").touch()
-        main.keep_compiled(DataConfig(cache_dir=str(tmp_path / "file")))
+        keep_compiled(DataConfig(cache_dir=str(tmp_path / "file")))
         assert jax.config.values["jax_compilation_cache_dir"] is None
-        main.keep_compiled(DataConfig(cache_dir=str(tmp_path / "cache")))
+        keep_compiled(DataConfig(cache_dir=str(tmp_path / "cache")))
         assert jax.config.values["jax_compilation_cache_dir"] == str(tmp_path / "cache" / "compiled")
         assert (tmp_path / "cache" / "compiled").is_dir()
     finally:

@@ -12,7 +12,7 @@ from many import finish, start, wait_for_rows
 from tiny import NO_WINDOW, NO_WINDOW_FLAGS, tiny_config, write_text
 
 import spdf_jax as spdf
-from spdf_jax import jobs
+from spdf_jax.jobs import train as jobs
 from spdf_jax.processes import RESTART_CODE
 from spdf_jax.sharding import MeshConfig, make_mesh, parameter_shardings
 from spdf_jax.sparsity.masks import pack_masks, unpack_masks

@@ -24,10 +24,11 @@ from tiny import QUICKLY, can_mount, write_text
 from tokenizers import Tokenizer
 
 import spdf_jax as spdf
-from spdf_jax import jobs, main
+from spdf_jax import main
 from spdf_jax.config import RunConfig
 from spdf_jax.data import load_tokenizer, prepare
 from spdf_jax.huggingface import load_gpt2, save_gpt2
+from spdf_jax.jobs import train as jobs
 from spdf_jax.report.records import read_run, read_sweep
 from spdf_jax.sparsity.masks import init_masks, load_masks, save_masks
 from spdf_jax.training.restore import saved_run

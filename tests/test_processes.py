@@ -16,7 +16,8 @@ from many import ROOT, finish, start, wait_for_rows
 from tiny import NO_WINDOW, NO_WINDOW_FLAGS, tiny_config, write_text
 
 import spdf_jax as spdf
-from spdf_jax import jobs, processes
+from spdf_jax import processes
+from spdf_jax.jobs import train as jobs
 from spdf_jax.sharding import MeshConfig, make_mesh, parameter_shardings
 from spdf_jax.training import metrics as tracking
 from spdf_jax.training.metrics import read_metrics

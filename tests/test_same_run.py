@@ -1,9 +1,11 @@
 """One run, one identity: every job takes the model, the tokenizer and the data of the run, wherever they lie by now."""
 
 import errno
+import fcntl
 import json
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +15,18 @@ from tiny import tiny_config, write_text
 from tokenizers import ByteLevelBPETokenizer, Tokenizer
 
 import spdf_jax as spdf
-from spdf_jax import jobs, main, processes, use
+from spdf_jax import main, processes
 from spdf_jax.data import DataConfig, load_tokenizer, prepare
 from spdf_jax.errors import Restart
+from spdf_jax.jobs import keep_compiled
+from spdf_jax.jobs import train as jobs
+from spdf_jax.jobs.evaluate import evaluate_checkpoint
+from spdf_jax.jobs.export import export
+from spdf_jax.jobs.generate import generate_text
+from spdf_jax.training.feed import load_data
 from spdf_jax.training.metrics import read_metrics
 from spdf_jax.training.phases import make_plan
-from spdf_jax.workdir import read_json
+from spdf_jax.workdir import lock, read_json
 
 
 @pytest.fixture(scope="module")
@@ -46,9 +54,9 @@ def files(folder: Path) -> dict[Path, bytes]:
 
 
 JOBS = {
-    "evaluate": use.evaluate_checkpoint,
-    "export": use.export,
-    "generate": lambda config, workdir: use.generate_text(config, workdir, "mask"),
+    "evaluate": evaluate_checkpoint,
+    "export": export,
+    "generate": lambda config, workdir: generate_text(config, workdir, "mask"),
     "train": lambda config, workdir: jobs.train(config, workdir, progress=False),
 }
 OTHERS = {
@@ -83,17 +91,17 @@ def test_every_job_refuses_another_config_in_the_same_words(job, other, text, tr
 
 
 def test_evaluate_takes_the_tokenizer_of_the_run_on_whatever_text(text, trained, tmp_path, capsys):
-    own = use.evaluate_checkpoint(spdf.resolve(one_phase(text)), trained, tmp_path / "own")
+    own = evaluate_checkpoint(spdf.resolve(one_phase(text)), trained, tmp_path / "own")
     assert own["val_loss"] == pytest.approx(read_metrics(trained)[-1]["val_loss"], abs=1e-6)
     assert "data" not in own
     moved = tmp_path / "text"
     shutil.copytree(text, moved)
     c = one_phase(text)
     c.data.path = str(moved)
-    assert use.evaluate_checkpoint(spdf.resolve(c), trained, tmp_path / "moved") == own
+    assert evaluate_checkpoint(spdf.resolve(c), trained, tmp_path / "moved") == own
     (moved / "train.txt").write_text("quite another text, of which another tokenizer would be made " * 50)
     capsys.readouterr()
-    other = use.evaluate_checkpoint(spdf.resolve(c), trained, tmp_path / "other")
+    other = evaluate_checkpoint(spdf.resolve(c), trained, tmp_path / "other")
     assert other.pop("data") == "other than the run was trained with"
     assert other == own, "it is the same validation text"
     assert "These figures are of other than the run was trained with" in capsys.readouterr().out
@@ -108,7 +116,7 @@ def test_of_a_run_of_tasks_evaluate_needs_no_text_at_all(text, trained, tmp_path
     shutil.copy(trained / "tokenizer.json", run)
     c.data.path, c.init_from = str(tmp_path / "gone"), str(tmp_path / "gone, too")
     for one in (config, spdf.resolve(c)):
-        tokens, tokenizer = jobs.load_data(one, run, make_plan(one), progress=False)
+        tokens, tokenizer = load_data(one, run, make_plan(one), progress=False)
         assert tokens is None
         assert tokenizer.to_str() == load_tokenizer(trained / "tokenizer.json").to_str()
 
@@ -117,12 +125,12 @@ def test_another_tokenizer_is_refused_wherever_it_is_given(text, trained, tmp_pa
     c = one_phase(text)
     c.data.tokenizer = str(tmp_path / "tokenizer.json")
     shutil.copy(trained / "tokenizer.json", tmp_path)
-    assert use.evaluate_checkpoint(spdf.resolve(c), trained, tmp_path / "same")["step"] == 2
+    assert evaluate_checkpoint(spdf.resolve(c), trained, tmp_path / "same")["step"] == 2
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator(["abc abd"], vocab_size=260, special_tokens=["<|endoftext|>"], show_progress=False)
     bpe.save(c.data.tokenizer)
     with pytest.raises(spdf.InputError, match=r"config\.data\.tokenizer: '.*' is not the tokenizer of the run in "):
-        use.evaluate_checkpoint(spdf.resolve(c), trained, tmp_path / "another")
+        evaluate_checkpoint(spdf.resolve(c), trained, tmp_path / "another")
     assert not (tmp_path / "another" / "evaluation.json").exists()
 
 
@@ -158,16 +166,16 @@ def test_vocab_and_merges_are_read_as_transformers_reads_them(trained, tmp_path)
 
 def test_init_from_brings_its_tokenizer_or_is_refused(text, trained, tmp_path):
     config = spdf.resolve(one_phase(text))
-    folder = use.export(config, trained, tmp_path / "gpt2")
+    folder = export(config, trained, tmp_path / "gpt2")
     as_vocab_and_merges(trained / "tokenizer.json", folder)
     c = one_phase(text)
     c.init_from, c.data.tokenizer_vocab_size = str(folder), 290
     plans = make_plan(config)
 
     def loaded(c):
-        return jobs.load_data(spdf.resolve(c), tmp_path / "new", plans, begun=False, progress=False)
+        return load_data(spdf.resolve(c), tmp_path / "new", plans, begun=False, progress=False)
 
-    expected, _ = jobs.load_data(config, trained, plans, progress=False)
+    expected, _ = load_data(config, trained, plans, progress=False)
     np.testing.assert_array_equal(loaded(c)[0].train, expected.train)
     for name in ("vocab.json", "merges.txt"):
         (folder / name).unlink()
@@ -264,17 +272,17 @@ def test_a_disk_without_locks_is_not_another_run(tmp_path, monkeypatch, capsys):
 
         return flock
 
-    monkeypatch.setattr(jobs.fcntl, "flock", refused(errno.ENOSYS))
-    with jobs.lock(tmp_path):
+    monkeypatch.setattr(fcntl, "flock", refused(errno.ENOSYS))
+    with lock(tmp_path):
         assert capsys.readouterr().out == (
             f"workdir {tmp_path}: its disk has no locks (Function not implemented); see that no other run uses it\n"
         )
     for number in (errno.EAGAIN, errno.EWOULDBLOCK):
-        monkeypatch.setattr(jobs.fcntl, "flock", refused(number))
-        with pytest.raises(spdf.InputError, match="another run is using it"), jobs.lock(tmp_path):
+        monkeypatch.setattr(fcntl, "flock", refused(number))
+        with pytest.raises(spdf.InputError, match="another run is using it"), lock(tmp_path):
             pass
-    monkeypatch.setattr(jobs.fcntl, "flock", refused(errno.EIO))
-    with pytest.raises(OSError, match="Input/output error"), jobs.lock(tmp_path):
+    monkeypatch.setattr(fcntl, "flock", refused(errno.EIO))
+    with pytest.raises(OSError, match="Input/output error"), lock(tmp_path):
         pass
 
 
@@ -285,7 +293,7 @@ def test_a_user_without_a_home_needs_one_for_nothing_but_the_cache(text, monkeyp
     there = main.jax.config.values["jax_compilation_cache_dir"]
     try:
         main.jax.config.update("jax_compilation_cache_dir", None)
-        main.keep_compiled(DataConfig())
+        keep_compiled(DataConfig())
         assert main.jax.config.values["jax_compilation_cache_dir"] is None
     finally:
         main.jax.config.update("jax_compilation_cache_dir", there)
@@ -296,26 +304,26 @@ def test_a_user_without_a_home_needs_one_for_nothing_but_the_cache(text, monkeyp
 
 
 def test_a_workdir_that_cannot_be_written_is_used_from_another_folder(text, trained, tmp_path, monkeypatch):
-    make = use.tempfile.TemporaryFile
+    make = tempfile.TemporaryFile
 
     def read_only(dir):
         if Path(dir).is_relative_to(trained):
             raise OSError(errno.EROFS, os.strerror(errno.EROFS))
         return make(dir=dir)
 
-    monkeypatch.setattr(use.tempfile, "TemporaryFile", read_only)
+    monkeypatch.setattr(tempfile, "TemporaryFile", read_only)
     config, before = spdf.resolve(one_phase(text)), files(trained)
     with monkeypatch.context() as patch:
-        patch.setattr(use, "evaluate", lambda *_: pytest.fail("measured before it was refused"))
-        for job in (use.evaluate_checkpoint, use.export):
+        patch.setattr("spdf_jax.jobs.evaluate.evaluate", lambda *_: pytest.fail("measured before it was refused"))
+        for job in (evaluate_checkpoint, export):
             with pytest.raises(spdf.InputError) as caught:
                 job(config, trained)
             assert str(caught.value) == (
                 f"{trained}: cannot write there (Read-only file system); choose another folder by --output"
             )
-    result = use.evaluate_checkpoint(config, trained, tmp_path / "figures")
+    result = evaluate_checkpoint(config, trained, tmp_path / "figures")
     assert read_json(tmp_path / "figures" / "evaluation.json", "") == result
-    assert (use.export(config, trained, tmp_path / "gpt2") / "model.safetensors").is_file()
+    assert (export(config, trained, tmp_path / "gpt2") / "model.safetensors").is_file()
     assert files(trained) == before
 
 

@@ -16,7 +16,8 @@ import pytest
 from tiny import set_sparsity, tiny_config, write_text
 
 import spdf_jax as spdf
-from spdf_jax import jobs, use
+from spdf_jax.jobs import train as jobs
+from spdf_jax.jobs.evaluate import evaluate_checkpoint
 from spdf_jax.training import checkpoint as checkpointing
 from spdf_jax.training import loop
 from spdf_jax.training.metrics import read_metrics
@@ -172,7 +173,7 @@ def test_gradient_accumulation_gives_the_same_run(text, tmp_path):
 
 
 def test_evaluate_gives_the_last_validation_loss(uninterrupted, text):
-    result = use.evaluate_checkpoint(spdf.resolve(tiny_config(text, text.parent / "cache")), uninterrupted)
+    result = evaluate_checkpoint(spdf.resolve(tiny_config(text, text.parent / "cache")), uninterrupted)
     summary = json.loads((uninterrupted / "summary.json").read_text())
     assert result["val_loss"] == pytest.approx(summary["val_loss"], abs=1e-6)
     assert 1 < result["perplexity_per_byte"] < result["perplexity"]

@@ -77,7 +77,7 @@ def die() -> None:
 
 def die_at(moment: str) -> None:
     """Arms one SIGKILL."""
-    from spdf_jax import jobs
+    from spdf_jax.jobs import train as jobs
     from spdf_jax.training import checkpoint, loop
 
     if moment == "save":  # while the third save is being written
@@ -109,7 +109,7 @@ def die_at(moment: str) -> None:
 if __name__ == "__main__":
     jax.config.update("jax_num_cpu_devices", 8)  # as in the tests: whose compiled programs are then this process's too
     workdir, text, moment = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
-    from spdf_jax.jobs import train as train_job
+    from spdf_jax.jobs.train import train as train_job
 
     die_at(moment)
     train_job(spdf.resolve(tiny_config(text, text.parent / "cache")), workdir, progress=False)

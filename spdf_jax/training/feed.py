@@ -1,8 +1,10 @@
 """What a phase is fed: windows of a token stream, or the examples of a task."""
 
+import dataclasses
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 from jax.sharding import Mesh
@@ -14,15 +16,20 @@ from spdf_jax.data import (
     document_end,
     document_ids,
     encode_task,
+    holds_tokenizer,
     load_task,
+    load_tokenizer,
+    prepare,
     task_batches,
     task_validation_batches,
     train_batches,
     validation_batches,
 )
-from spdf_jax.data.tokenizer import Tokenizer
+from spdf_jax.data.tokenizer import Tokenizer, vocabulary_size
+from spdf_jax.errors import InputError
 from spdf_jax.processes import data_share
 from spdf_jax.training.phases import PhasePlan
+from spdf_jax.training.restore import holds_run, source_folder
 
 
 class Feed(NamedTuple):
@@ -80,3 +87,60 @@ def make_feed(
 
 def _packed(end: int | None, batches: Iterator[Batch]) -> Iterator[Batch]:
     return (batch._replace(segments_BT=document_ids(batch.tokens_BT, end)) for batch in batches)
+
+
+def load_data(
+    config: RunConfig, workdir: Path, plans: Sequence[PhasePlan], *, begun: bool = True, progress: bool
+) -> tuple[TokenData | None, Tokenizer | None]:
+    """The text, where a phase models it or the tokenizer is made of it, and the tokenizer.
+
+    Args:
+      config: the run.
+      workdir: its folder.
+      plans: the phases to be fed.
+      begun: whether the run has saved anything: its tokenizer is then its own, whatever lies elsewhere by now.
+      progress: show progress.
+
+    Raises:
+      InputError: data or tokenizer that are not there, not the run's, or do not fit the model.
+    """
+    place = _tokenizer_place(config, workdir, begun)
+    tokens, tasks = None, [plan.name for plan in plans if plan.config.task.name]
+    if not place or len(tasks) < len(plans):
+        tokens = prepare(dataclasses.replace(config.data, tokenizer=place), progress=progress)
+    tokenizer = tokens.tokenizer if tokens else load_tokenizer(place)
+    size = tokens.vocab_size if tokens else vocabulary_size(tokenizer) if tokenizer else 0
+    if size > config.model.vocab_size:
+        read_as = f", or config.data.token_dtype if these are no {tokens.train.dtype} ids" if tokens else ""
+        raise InputError(
+            f"config.data: token id {size - 1} is at or over config.model.vocab_size {config.model.vocab_size}; "
+            f"set config.model.vocab_size to at least {size}{read_as if config.data.source == 'token_files' else ''}"
+        )
+    if tokenizer is None and tasks:
+        raise InputError(
+            "config.data.tokenizer: token files came without one, and a task needs one; name its tokenizer.json"
+        )
+    return tokens, tokenizer
+
+
+def _tokenizer_place(config: RunConfig, workdir: Path, begun: bool) -> str:
+    """Where the run's tokenizer lies: in its folder, where the config says, or in ``init_from``; "": it comes with the data."""
+    given, own = config.data.tokenizer, workdir / "tokenizer.json"
+    if begun and own.is_file():
+        if given and Path(given).exists() and load_tokenizer(given).to_str() != load_tokenizer(own).to_str():
+            raise InputError(
+                f"config.data.tokenizer: {given!r} is not the tokenizer of the run in {workdir}, which is {own}; name that one"
+            )
+        return str(own)
+    source = source_folder(config, workdir)
+    if given or source is None:
+        return given
+    holds_run(source)
+    if holds_tokenizer(source):
+        return str(source)
+    if config.data.source == "token_files":  # whose ids are the source's
+        return ""
+    raise InputError(
+        f"config.data.tokenizer: {source}, where this run starts from, holds none, and its ids mean nothing under another; "
+        f"name the one that it was trained with, a tokenizer.json or a folder with vocab.json and merges.txt"
+    )

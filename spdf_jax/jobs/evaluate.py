@@ -1,8 +1,7 @@
-"""The jobs that use what a run has come to: evaluate, generate, export."""
+"""``--job evaluate``: the perplexity of a run's result, a task's scores, and the exams and tasks that the config asks for."""
 
 import json
 import math
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,7 @@ from jax.sharding import Mesh
 from spdf_jax import processes
 from spdf_jax.config import RunConfig, check_devices
 from spdf_jax.data import (
-    Example,
-    decode_texts,
-    encode_prompts,
-    end_of_text_id,
     load_task,
-    load_tokenizer,
     seen_categories,
 )
 from spdf_jax.data.tokenizer import Tokenizer
@@ -26,17 +20,30 @@ from spdf_jax.errors import InputError
 from spdf_jax.evals.exams import SHIPPED_QUESTIONS, exam_results, read_questions
 from spdf_jax.evals.harness import harness_table, run_harness
 from spdf_jax.evals.metrics import score_texts
-from spdf_jax.huggingface import save_gpt2
-from spdf_jax.jobs import load_data
-from spdf_jax.model.generate import generate
+from spdf_jax.jobs import Request, keep_compiled
+from spdf_jax.jobs.generate import decode_examples
 from spdf_jax.model.gpt import GPT
 from spdf_jax.report import write_report
 from spdf_jax.sharding import make_mesh
-from spdf_jax.training.feed import make_feed
+from spdf_jax.training.feed import load_data, make_feed
 from spdf_jax.training.loop import evaluate
-from spdf_jax.training.restore import SavedRun, saved_run, saved_run_and_record
+from spdf_jax.training.restore import SavedRun, saved_run_and_record
 from spdf_jax.training.step import make_steps
-from spdf_jax.workdir import EVALUATION_FILE, GENERATIONS_FILE, METRICS_FILE, sweep, write_atomically, write_json
+from spdf_jax.workdir import (
+    EVALUATION_FILE,
+    GENERATIONS_FILE,
+    METRICS_FILE,
+    check_writable,
+    sweep,
+    write_atomically,
+    write_json,
+)
+
+
+def run(config: RunConfig, request: Request) -> None:
+    """`evaluate_checkpoint`."""
+    keep_compiled(config.data)
+    evaluate_checkpoint(config, request.workdir, request.output)
 
 
 def evaluate_checkpoint(config: RunConfig, workdir: Path, output: Path | None = None) -> dict[str, Any]:
@@ -61,7 +68,7 @@ def evaluate_checkpoint(config: RunConfig, workdir: Path, output: Path | None = 
     sweep(workdir)
     saved, record = saved_run_and_record(workdir, mesh, config)
     folder = output or workdir
-    _check_writable(folder)
+    check_writable(folder)
     _, plan, state = saved
     tokens, tokenizer = load_data(config, workdir, [plan], progress=True)
     steps = make_steps(GPT(config.model), plan.tx, plan.learning_rate, plan.programme.config.topology_rule)
@@ -99,19 +106,6 @@ def evaluate_checkpoint(config: RunConfig, workdir: Path, output: Path | None = 
     return result
 
 
-def _check_writable(folder: Path) -> None:
-    """Refuses a folder that cannot hold what is about to be computed. Process 0 writes it."""
-    if not processes.is_first():
-        return
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise InputError(
-            f"{folder}: cannot write there ({error.strerror}); choose another folder by --output"
-        ) from None
-
-
 def _run_suites(saved: SavedRun, mesh: Mesh, tokenizer: Tokenizer | None) -> dict[str, Any]:
     """The tasks of lm-eval, as ``zero_shot``, and the ``exams`` that the config asks for; prints their tables."""
     config = saved.config.evaluation
@@ -141,7 +135,7 @@ def _score_task(saved: SavedRun, mesh: Mesh, tokenizer: Tokenizer, folder: Path)
     task = load_task(saved.plan.config.task)
     if task.style == "perplexity":
         return {}
-    texts = _decode(saved, mesh, tokenizer, task.test)
+    texts = decode_examples(saved, mesh, tokenizer, task.test)
     lines = (
         json.dumps({"context": e.context, "text": text, "references": e.references}, ensure_ascii=False)
         for e, text in zip(task.test, texts, strict=True)
@@ -163,69 +157,3 @@ def _score_task(saved: SavedRun, mesh: Mesh, tokenizer: Tokenizer, folder: Path)
     if any(e.category for e in task.test) and all(parts.values()):
         result |= {name: {k: s.value for k, s in scores(chosen).items()} for name, chosen in parts.items()}
     return result
-
-
-def _decode(saved: SavedRun, mesh: Mesh, tokenizer: Tokenizer, examples: Sequence[Example]) -> list[str]:
-    model, decode = saved.model, saved.config.decode
-    prompts = encode_prompts(examples, tokenizer, max_tokens=model.config.context - decode.max_new_tokens)
-    end = [end_of_text_id(tokenizer)]
-    found = generate(model, saved.state.params, prompts, decode, end_tokens=end, mesh=mesh)
-    return decode_texts([generation.tokens for generation in found], tokenizer)
-
-
-def generate_text(config: RunConfig, workdir: Path, prompt: str) -> str:
-    """Continues a prompt by ``config.decode``, prints it and returns the continuation.
-
-    Where the last phase has a task, the prompt is a context, and what follows its target.
-
-    Raises:
-      InputError: no checkpoint or tokenizer there, or a prompt too long.
-    """
-    mesh = make_mesh(config.mesh)
-    saved = saved_run(workdir, mesh, config)
-    tokenizer = load_tokenizer(workdir / "tokenizer.json")
-    if saved.plan.config.task.name:
-        (text,) = _decode(saved, mesh, tokenizer, [Example(prompt, ())])
-        print(text)
-        return text
-    end = end_of_text_id(tokenizer)
-    ids = tokenizer.encode(prompt, add_special_tokens=False).ids or [end]
-    if config.separates_documents(saved.plan.config):
-        # The last document: in training, those before it say nothing to it.
-        ids = ids[max((i for i, token in enumerate(ids) if token == end), default=0) :]
-    (found,) = generate(saved.model, saved.state.params, [ids], config.decode, end_tokens=[end], mesh=mesh)
-    text = tokenizer.decode(found.tokens, skip_special_tokens=True)
-    print(f"{prompt}{text}")
-    return text
-
-
-def export(config: RunConfig, workdir: Path, output: Path | None = None) -> Path:
-    """Writes a GPT-2 folder for ``transformers``, masks folded in, and prints its path.
-
-    Args:
-      config: the run's own, but for what may change after it.
-      workdir: the run's folder.
-      output: what to write, by default ``WORKDIR/huggingface``.
-
-    Returns:
-      The folder.
-
-    Raises:
-      InputError: no checkpoint there, a run of another config, a folder that is there already or cannot be written, or what
-        GPT-2 cannot express.
-    """
-    sweep(workdir)
-    folder = output or workdir / "huggingface"
-    if folder.exists():
-        raise InputError(f"{folder}: is there already; move or delete it, or choose another by --output")
-    _check_writable(folder.parent)
-    saved = saved_run(workdir, make_mesh(config.mesh), config)
-    if saved.model.pattern != "causal":
-        raise InputError(
-            f"--job export: the run ends in {saved.model.pattern!r} attention of width {saved.model.width}, which GPT-2 cannot "
-            f"express; train a further phase, or a run with init_from={str(workdir)!r}, whose attention is causal at its end"
-        )
-    tokenizer = load_tokenizer(workdir / "tokenizer.json") if (workdir / "tokenizer.json").is_file() else None
-    save_gpt2(folder, config.model, saved.state.params, masks=saved.state.masks, tokenizer=tokenizer)
-    print(folder)
-    return folder

@@ -1,12 +1,7 @@
 """The job `train`: start, resume, finish."""
 
-import contextlib
-import dataclasses
-import errno
-import fcntl
 import json
 import time
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +10,18 @@ from jax.sharding import Mesh
 
 from spdf_jax import processes
 from spdf_jax.config import RunConfig, check_devices
-from spdf_jax.data import TokenData, holds_tokenizer, load_tokenizer, prepare, unigram_loss
-from spdf_jax.data.tokenizer import Tokenizer, vocabulary_size
+from spdf_jax.data import TokenData, unigram_loss
+from spdf_jax.data.tokenizer import Tokenizer
 from spdf_jax.errors import InputError
+from spdf_jax.jobs import Request, keep_compiled
 from spdf_jax.model.flops import parameter_count
 from spdf_jax.model.gpt import GPT
+from spdf_jax.planning.describe import describe
 from spdf_jax.report import write_report
 from spdf_jax.sharding import device_name, make_mesh
 from spdf_jax.training.checkpoint import Checkpoints, DamagedCheckpointError, fingerprint
 from spdf_jax.training.early_stopping import best_evaluation, of_phase
-from spdf_jax.training.feed import Feed, make_feed
+from spdf_jax.training.feed import Feed, load_data, make_feed
 from spdf_jax.training.loop import Run, run_phase
 from spdf_jax.training.metrics import Tracker, read_metrics
 from spdf_jax.training.phases import PhasePlan, StepCost, make_plan, total_cost
@@ -32,7 +29,6 @@ from spdf_jax.training.restore import (
     check_same_run,
     cost_before,
     enter_phase,
-    holds_run,
     initial_from,
     read_summary,
     restore_state,
@@ -40,7 +36,26 @@ from spdf_jax.training.restore import (
     source_folder,
 )
 from spdf_jax.training.state import TrainState, init_state
-from spdf_jax.workdir import BEST, CHECKPOINTS, CONFIG_FILE, SUMMARY_FILE, sweep, write_atomically, write_json
+from spdf_jax.workdir import (
+    BEST,
+    CHECKPOINTS,
+    CONFIG_FILE,
+    SUMMARY_FILE,
+    lock,
+    make_workdir,
+    sweep,
+    write_atomically,
+    write_json,
+)
+
+
+def run(config: RunConfig, request: Request) -> None:
+    """`train`, after its plan is printed."""
+    keep_compiled(config.data)
+    with request.training(config):
+        print(describe(config), flush=True)
+        processes.guard()
+        train(config, request.workdir, command=request.command, progress=not request.quiet)
 
 
 def train(config: RunConfig, workdir: Path, *, command: str = "", progress: bool = True) -> dict[str, Any]:
@@ -313,109 +328,6 @@ def _finish(run: Run, step: int, tokens: TokenData | None) -> dict[str, Any]:
         f"Report: {write_report(run.workdir) if processes.is_first() else ''}"
     )
     return summary
-
-
-def load_data(
-    config: RunConfig, workdir: Path, plans: Sequence[PhasePlan], *, begun: bool = True, progress: bool
-) -> tuple[TokenData | None, Tokenizer | None]:
-    """The text, where a phase models it or the tokenizer is made of it, and the tokenizer.
-
-    Args:
-      config: the run.
-      workdir: its folder.
-      plans: the phases to be fed.
-      begun: whether the run has saved anything: its tokenizer is then its own, whatever lies elsewhere by now.
-      progress: show progress.
-
-    Raises:
-      InputError: data or tokenizer that are not there, not the run's, or do not fit the model.
-    """
-    place = _tokenizer_place(config, workdir, begun)
-    tokens, tasks = None, [plan.name for plan in plans if plan.config.task.name]
-    if not place or len(tasks) < len(plans):
-        tokens = prepare(dataclasses.replace(config.data, tokenizer=place), progress=progress)
-    tokenizer = tokens.tokenizer if tokens else load_tokenizer(place)
-    size = tokens.vocab_size if tokens else vocabulary_size(tokenizer) if tokenizer else 0
-    if size > config.model.vocab_size:
-        read_as = f", or config.data.token_dtype if these are no {tokens.train.dtype} ids" if tokens else ""
-        raise InputError(
-            f"config.data: token id {size - 1} is at or over config.model.vocab_size {config.model.vocab_size}; "
-            f"set config.model.vocab_size to at least {size}{read_as if config.data.source == 'token_files' else ''}"
-        )
-    if tokenizer is None and tasks:
-        raise InputError(
-            "config.data.tokenizer: token files came without one, and a task needs one; name its tokenizer.json"
-        )
-    return tokens, tokenizer
-
-
-def _tokenizer_place(config: RunConfig, workdir: Path, begun: bool) -> str:
-    """Where the run's tokenizer lies: in its folder, where the config says, or in ``init_from``; "": it comes with the data."""
-    given, own = config.data.tokenizer, workdir / "tokenizer.json"
-    if begun and own.is_file():
-        if given and Path(given).exists() and load_tokenizer(given).to_str() != load_tokenizer(own).to_str():
-            raise InputError(
-                f"config.data.tokenizer: {given!r} is not the tokenizer of the run in {workdir}, which is {own}; name that one"
-            )
-        return str(own)
-    source = source_folder(config, workdir)
-    if given or source is None:
-        return given
-    holds_run(source)
-    if holds_tokenizer(source):
-        return str(source)
-    if config.data.source == "token_files":  # whose ids are the source's
-        return ""
-    raise InputError(
-        f"config.data.tokenizer: {source}, where this run starts from, holds none, and its ids mean nothing under another; "
-        f"name the one that it was trained with, a tokenizer.json or a folder with vocab.json and merges.txt"
-    )
-
-
-def make_workdir(workdir: Path) -> None:
-    """Makes the folder, and checks that all processes see the same one: each saves its part of a checkpoint there."""
-    made = processes.from_first(lambda: str(_made_at(workdir)))
-    lock_file = workdir / ".lock"
-    if not lock_file.exists() or str(lock_file.stat().st_mtime_ns) != made:
-        raise InputError(
-            f"workdir {workdir}: process 0 has made it, but process {jax.process_index()} does not see it; choose a --workdir "
-            f"on a disk that all processes share"
-        )
-
-
-def _made_at(workdir: Path) -> int:
-    """When the lock file was made: nobody ever writes to it."""
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        (workdir / ".lock").open("a").close()
-    except OSError as error:
-        raise InputError(
-            f"workdir {workdir}: cannot write there ({error.strerror}); choose another --workdir"
-        ) from None
-    return (workdir / ".lock").stat().st_mtime_ns
-
-
-@contextlib.contextmanager
-def lock(workdir: Path) -> Iterator[None]:
-    """Holds the workdir for this run; the kernel lets go however process 0 ends."""
-    if not processes.is_first():
-        yield
-        return
-    with (workdir / ".lock").open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(
-                f"workdir {workdir}: another run is using it; wait for it to end, or choose another --workdir"
-            ) from None
-        except OSError as error:
-            if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
-                raise
-            print(
-                f"workdir {workdir}: its disk has no locks ({error.strerror}); see that no other run uses it",
-                flush=True,
-            )
-        yield
 
 
 def _finished(config: RunConfig, workdir: Path, mesh: Mesh) -> dict[str, Any] | None:

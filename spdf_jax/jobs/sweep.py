@@ -18,14 +18,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from spdf_jax import processes
 from spdf_jax.config import CURVE_COLUMNS, Row, SweepConfig
-from spdf_jax.jobs import lock, make_workdir, train
-from spdf_jax.planning.describe import describe
+from spdf_jax.jobs import Request, keep_compiled
+from spdf_jax.jobs.evaluate import evaluate_checkpoint
+from spdf_jax.jobs.train import train
 from spdf_jax.processes import wait_for_first
 from spdf_jax.report import write_sweep_report
 from spdf_jax.report.records import read_run
-from spdf_jax.use import evaluate_checkpoint
-from spdf_jax.workdir import read_json, write_atomically, write_json
+from spdf_jax.workdir import lock, make_workdir, read_json, write_atomically, write_json
 
 CELLS = "cells"
 
@@ -39,7 +40,15 @@ class Value(NamedTuple):
     choice: str = ""
 
 
-def run_sweep(config: SweepConfig, workdir: Path, *, command: str = "", progress: bool = True) -> dict[str, Any]:
+def run_sweep(config: SweepConfig, request: Request) -> None:
+    """`train_cells`."""
+    with request.training(config):
+        keep_compiled(next(iter(config.cells.values())).data)
+        processes.guard()
+        train_cells(config, request.workdir, command=request.command, progress=not request.quiet)
+
+
+def train_cells(config: SweepConfig, workdir: Path, *, command: str = "", progress: bool = True) -> dict[str, Any]:
     """Runs, or resumes, all cells, evaluates those that were chosen, and writes ``table.json``, ``table.md``, ``report.html``.
 
     Args:
@@ -78,11 +87,6 @@ def write_table(config: SweepConfig, workdir: Path, rows: list[dict[str, Any]]) 
     write_atomically(workdir / "table.md", f"# {config.title}\n\n{table}\n".encode())
     wait_for_first()
     print(f"\n{config.title}\n\n{table}\n\nReport: {write_sweep_report(workdir)}", flush=True)
-
-
-def describe_sweep(config: SweepConfig) -> str:
-    """The table of ``--job plan``, cell by cell."""
-    return "\n\n".join(f"== {name}\n{describe(cell)}" for name, cell in config.cells.items())
 
 
 def _best_choice(row: Row, summaries: dict[str, dict[str, Any]]) -> str:

@@ -1,0 +1,57 @@
+"""One file a ``--job``: its `run` does the job for a run, its `run_sweep` for a sweep, where a sweep has that job."""
+
+import contextlib
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+
+from spdf_jax.config import RunConfig, SweepConfig
+from spdf_jax.data import DataConfig, cache_folder
+from spdf_jax.errors import InputError
+from spdf_jax.sharding import device_name
+
+
+class Request(NamedTuple):
+    """What the command line says besides the config; see the flags in `spdf_jax.main`.
+
+    Attributes:
+      workdir: the folder of the run or sweep.
+      file: of the experiment.
+      command: as it was given, for the report.
+      quiet: print errors only, and what a job other than ``train`` is for.
+      prompt: what ``generate`` continues.
+      output: where ``evaluate`` and ``export`` write in place of the workdir.
+      plan_topology: the pod for which ``plan`` compiles.
+    """
+
+    workdir: Path
+    file: str = ""
+    command: str = ""
+    quiet: bool = False
+    prompt: str = ""
+    output: Path | None = None
+    plan_topology: str = ""
+
+    @contextlib.contextmanager
+    def training(self, config: RunConfig | SweepConfig) -> Iterator[None]:
+        """What is said before training, and, where all is to be quiet, nothing of what it prints."""
+        others = ", ".join(f"{self.file}:{variant}" for variant in config.variants if variant != config.variant)
+        with contextlib.redirect_stdout(io.StringIO()) if self.quiet else contextlib.nullcontext():
+            print(
+                f"Running {config.experiment}, variant {config.variant}, on {device_name()}."
+                + (f" Others: --config {others}." if others else ""),
+                flush=True,
+            )
+            yield
+
+
+def keep_compiled(data: DataConfig) -> None:
+    """A run that starts again compiles nothing again, nor does a sweep's next seed. `JAX_COMPILATION_CACHE_DIR` goes before."""
+    if jax.config.values["jax_compilation_cache_dir"] is None:
+        with contextlib.suppress(OSError, InputError):  # no room of its own: nothing is kept
+            folder = cache_folder(data) / "compiled"
+            folder.mkdir(parents=True, exist_ok=True)
+            jax.config.update("jax_compilation_cache_dir", str(folder))
