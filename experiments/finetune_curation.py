@@ -2,7 +2,7 @@
 
 Claim   a model pre-trained sparse and fine-tuned dense on Curation Corpus reaches perplexity 17.14 (GPT-2 small at
         75 %), 13.38 dense (Thangarasa et al., UAI 2023, arXiv 2303.10464, table 1).
-Source  settings: spdf_jax/recipes.py. Data: Curation Corpus: a CSV with columns article and summary.
+Source  settings: spdf_jax/config/recipes.py. Data: Curation Corpus: a CSV with columns article and summary.
 Command python -m spdf_jax.main --config experiments/finetune_curation.py --config.finetune.task.path=DIR
         then the same with --job evaluate: decodes the test set and scores it.
 

@@ -2,7 +2,7 @@
 
 Claim   a model pre-trained sparse and fine-tuned dense on DART reaches BLEU 44.97 (GPT-2 small at 75 %), 46.30 dense
         (Thangarasa et al., UAI 2023, arXiv 2303.10464, table 1).
-Source  settings: spdf_jax/recipes.py. Data: DART (Nan et al. 2021): the released train, dev and test JSON.
+Source  settings: spdf_jax/config/recipes.py. Data: DART (Nan et al. 2021): the released train, dev and test JSON.
 Command python -m spdf_jax.main --config experiments/finetune_dart.py --config.finetune.task.path=DIR
         then the same with --job evaluate: decodes the test set and scores it.
 

@@ -2,7 +2,7 @@
 
 Claim   a model pre-trained sparse and fine-tuned dense on E2E reaches BLEU 66.50 (GPT-2 small at 75 %), 67.49 dense
         (Thangarasa et al., UAI 2023, arXiv 2303.10464, table 1).
-Source  settings: spdf_jax/recipes.py. Data: E2E NLG challenge (Novikova et al. 2017), trainset.csv and
+Source  settings: spdf_jax/config/recipes.py. Data: E2E NLG challenge (Novikova et al. 2017), trainset.csv and
         the like, or cleaned (train-fixed.no-ol.csv); a folder with devset.csv alone is split by input.
 Command python -m spdf_jax.main --config experiments/finetune_e2e.py --config.finetune.task.path=DIR
         then the same with --job evaluate: decodes the test set and scores it.

@@ -2,7 +2,7 @@
 
 Claim   a model pre-trained sparse and fine-tuned dense on the embedded restaurant task writes fluent, mostly correct sentences
         at a scale that runs anywhere; experiments/spdf_table.py compares it with dense and sparse alternatives.
-Source  settings: spdf_jax/recipes.py. Data: generated, see spdf_jax/data/restaurant.py.
+Source  settings: spdf_jax/config/recipes.py. Data: generated, see spdf_jax/data/restaurant.py.
 Command python -m spdf_jax.main --config experiments/finetune_restaurant.py
         then the same with --job evaluate: decodes the test set and scores it.
 

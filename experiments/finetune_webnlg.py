@@ -2,7 +2,7 @@
 
 Claim   a model pre-trained sparse and fine-tuned dense on WebNLG reaches BLEU 62.64 on seen categories (GPT-2
         small at 75 %), 63.42 dense (Thangarasa et al., UAI 2023, arXiv 2303.10464, table 1).
-Source  settings: spdf_jax/recipes.py. Data: WebNLG as released (a folder with train, dev and test, such as
+Source  settings: spdf_jax/config/recipes.py. Data: WebNLG as released (a folder with train, dev and test, such as
         release_v3.0/en), or train.xml, dev.xml, test.xml.
 Command python -m spdf_jax.main --config experiments/finetune_webnlg.py --config.finetune.task.path=DIR
         then the same with --job evaluate: decodes the test set and scores it.

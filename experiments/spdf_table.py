@@ -2,7 +2,7 @@
 
 Claim   dense fine-tuning makes up for sparse pre-training: BLEU stays close to that of dense pre-training while pre-training
         FLOPs fall, and sparse fine-tuning loses more (Thangarasa et al., UAI 2023, arXiv 2303.10464, tables 1 and 2, figure 3).
-Source  settings: spdf_jax/recipes.py.
+Source  settings: spdf_jax/config/recipes.py.
 Command python -m spdf_jax.main --config experiments/spdf_table.py            (the embedded restaurant task, any machine)
         then, of the same pre-trained models, in any order or side by side:
         python -m spdf_jax.main --config experiments/spdf_table.py:webnlg --config.task_path=DIR

@@ -28,11 +28,15 @@ Constants:
 A filter is a sequence of ``(pattern, decision)``, see `spdf_jax.tree`. Shapes are in names: B batch, T tokens, V vocabulary.
 """
 
-from spdf_jax.config import default_config as default_config
-from spdf_jax.config import model_section as model_section
-from spdf_jax.config import resolve as resolve
-from spdf_jax.config import shared_value as shared_value
-from spdf_jax.config import sweep_config as sweep_config
+from spdf_jax.config.read import default_config as default_config
+from spdf_jax.config.read import model_section as model_section
+from spdf_jax.config.read import resolve as resolve
+from spdf_jax.config.read import shared_value as shared_value
+from spdf_jax.config.recipes import finetuning_experiment as finetuning_experiment
+from spdf_jax.config.recipes import mini_finetuning as mini_finetuning
+from spdf_jax.config.recipes import mini_pretraining as mini_pretraining
+from spdf_jax.config.recipes import spdf_finetuning as spdf_finetuning
+from spdf_jax.config.sweep import sweep_config as sweep_config
 from spdf_jax.errors import InputError as InputError
 from spdf_jax.model.config import GPT_SIZES as GPT_SIZES
 from spdf_jax.model.config import GPTConfig as GPTConfig
@@ -40,10 +44,6 @@ from spdf_jax.model.flops import train_flops as train_flops
 from spdf_jax.model.gpt import GPT as GPT
 from spdf_jax.model.gpt import forward as forward
 from spdf_jax.planning.scaling import widen as widen
-from spdf_jax.recipes import finetuning_experiment as finetuning_experiment
-from spdf_jax.recipes import mini_finetuning as mini_finetuning
-from spdf_jax.recipes import mini_pretraining as mini_pretraining
-from spdf_jax.recipes import spdf_finetuning as spdf_finetuning
 from spdf_jax.sparsity.blocks import as_masks as as_masks
 from spdf_jax.sparsity.masks import apply_masks as apply_masks
 from spdf_jax.sparsity.masks import dense_masks as dense_masks

@@ -1,6 +1,7 @@
 """The exceptions that the command line turns into an exit code, and where a file from outside becomes one of them."""
 
 import contextlib
+import difflib
 from collections.abc import Iterator
 
 
@@ -52,3 +53,9 @@ def one_line(error: BaseException) -> str:
     """What an exception says, on one line of sensible length; its type where that says more."""
     said = " ".join(str(error).split())[:300]
     return f"{type(error).__name__} {said}".rstrip() if isinstance(error, KeyError | MemoryError) or not said else said
+
+
+def nearest(key: str, known: list[str]) -> str:
+    """`` (did you mean 'model'?)`` or nothing."""
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(known)}"

@@ -124,7 +124,8 @@ def _run(argv: Sequence[str]) -> int:
     if _PROFILE_STEPS.value:
         _CONFIG.value.loop.profile_steps = _PROFILE_STEPS.value
     # Imported here so that a mistyped command answers at once.
-    from spdf_jax.config import resolve, resolve_sweep
+    from spdf_jax.config.read import resolve
+    from spdf_jax.config.sweep import resolve_sweep
     from spdf_jax.jobs import Request
 
     request = Request(

@@ -9,7 +9,7 @@ import pytest
 from tiny import write_text
 
 import spdf_jax as spdf
-from spdf_jax.config import resolve_sweep
+from spdf_jax.config.sweep import resolve_sweep
 from spdf_jax.jobs.sweep import train_cells
 from spdf_jax.model.flops import linear_size
 from spdf_jax.workdir import write_json

@@ -13,7 +13,7 @@ from test_harness import write_data
 from tiny import tiny_config, write_text
 
 import spdf_jax as spdf
-from spdf_jax.config import load_config
+from spdf_jax.config.read import load_config
 from spdf_jax.data import load_tokenizer
 from spdf_jax.evals import harness
 from spdf_jax.evals.exams import exam_results, read_questions, take_exams

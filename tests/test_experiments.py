@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import spdf_jax as spdf
-from spdf_jax.config import resolve_sweep
+from spdf_jax.config.sweep import resolve_sweep
 from spdf_jax.data import TaskConfig, load_task
 from spdf_jax.training import phases as plan
 

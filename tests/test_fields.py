@@ -9,7 +9,8 @@ import pytest
 from ml_collections import ConfigDict
 
 import spdf_jax as spdf
-from spdf_jax.config import PhaseConfig, RunConfig, load_config
+from spdf_jax.config.read import load_config
+from spdf_jax.config.run import PhaseConfig, RunConfig
 from spdf_jax.data import DataConfig
 from spdf_jax.fields import OneOf, Range, Text, Used, requirements
 from spdf_jax.model.generate import DecodeConfig

@@ -338,7 +338,7 @@ def _counts_what_its_batches_hold(config, plan, workdir, summary, last_row):
 
 @pytest.mark.slow
 def test_a_sweep_runs_its_cells_chooses_and_tabulates_and_resumes(text, tmp_path, capsys):
-    from spdf_jax.config import resolve_sweep
+    from spdf_jax.config.sweep import resolve_sweep
     from spdf_jax.jobs.sweep import train_cells
 
     cells = {"pretrain": base(text, "pretrain")}

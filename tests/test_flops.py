@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import spdf_jax as spdf
-from spdf_jax.config import resolve_sweep
+from spdf_jax.config.sweep import resolve_sweep
 from spdf_jax.data import load_task
 from spdf_jax.model.flops import step_flops
 from spdf_jax.planning.describe import describe, flops_without_head, state_bytes

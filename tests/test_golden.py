@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from spdf_jax.config import load_config
+from spdf_jax.config.read import load_config
 from spdf_jax.jobs.train import train
 from spdf_jax.training.metrics import read_metrics
 from spdf_jax.training.restore import saved_run

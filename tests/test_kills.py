@@ -20,7 +20,8 @@ import pytest
 from tiny import NO_WINDOW, QUICKLY, tiny_config, write_text
 
 import spdf_jax as spdf
-from spdf_jax.config import Column, Row, RunConfig, SweepConfig
+from spdf_jax.config.run import RunConfig
+from spdf_jax.config.sweep import Column, Row, SweepConfig
 from spdf_jax.data import prepare
 from spdf_jax.jobs import train as jobs
 from spdf_jax.jobs.evaluate import evaluate_checkpoint

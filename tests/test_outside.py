@@ -25,7 +25,7 @@ from tokenizers import Tokenizer
 
 import spdf_jax as spdf
 from spdf_jax import main
-from spdf_jax.config import RunConfig
+from spdf_jax.config.run import RunConfig
 from spdf_jax.data import load_tokenizer, prepare
 from spdf_jax.huggingface import load_gpt2, save_gpt2
 from spdf_jax.jobs import train as jobs

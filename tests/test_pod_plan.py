@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import spdf_jax as spdf
-from spdf_jax.config import load_config
+from spdf_jax.config.read import load_config
 from spdf_jax.planning.hlo import (
     Collective,
     Instruction,

@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
@@ -15,7 +16,7 @@ from tiny import tiny_config, write_text
 from tokenizers import ByteLevelBPETokenizer, Tokenizer
 
 import spdf_jax as spdf
-from spdf_jax import main, processes
+from spdf_jax import processes
 from spdf_jax.data import DataConfig, load_tokenizer, prepare
 from spdf_jax.errors import Restart
 from spdf_jax.jobs import keep_compiled
@@ -290,13 +291,13 @@ def test_a_user_without_a_home_needs_one_for_nothing_but_the_cache(text, monkeyp
     monkeypatch.delenv("HOME", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(os, "getuid", lambda: 54321)
-    there = main.jax.config.values["jax_compilation_cache_dir"]
+    there = jax.config.values["jax_compilation_cache_dir"]
     try:
-        main.jax.config.update("jax_compilation_cache_dir", None)
+        jax.config.update("jax_compilation_cache_dir", None)
         keep_compiled(DataConfig())
-        assert main.jax.config.values["jax_compilation_cache_dir"] is None
+        assert jax.config.values["jax_compilation_cache_dir"] is None
     finally:
-        main.jax.config.update("jax_compilation_cache_dir", there)
+        jax.config.update("jax_compilation_cache_dir", there)
     with pytest.raises(
         spdf.InputError, match=r"data\.cache_dir: this user has no home folder; set config\.data\.cache_dir"
     ):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from spdf_jax.config import resolve_sweep
+from spdf_jax.config.sweep import resolve_sweep
 
 EXPERIMENT = Path(__file__).parent.parent / "experiments" / "spdf_table.py"
 

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import ipc, parquet
 
-from spdf_jax.config import default_config, load_config
+from spdf_jax.config.read import default_config, load_config
 from spdf_jax.data import DataConfig, prepare
 from spdf_jax.data.corpus import text_corpus
 from spdf_jax.errors import InputError

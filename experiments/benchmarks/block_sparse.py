@@ -32,7 +32,7 @@ import numpy as np
 from runner import announce, arguments, print_head, print_row, time_in_turn, times_faster, write_json
 
 import spdf_jax as spdf
-from spdf_jax.config import RunConfig
+from spdf_jax.config.run import RunConfig
 from spdf_jax.data import Batch
 from spdf_jax.ops.block_linear import block_linear, live_inputs
 from spdf_jax.planning.hlo import Instruction, executed, matrix_flops, read_program

@@ -18,7 +18,7 @@ import jax
 from runner import announce, arguments, print_head, print_row, write_json
 
 import spdf_jax as spdf
-from spdf_jax.config import RunConfig
+from spdf_jax.config.run import RunConfig
 from spdf_jax.planning.pod_plan import lower_steps, make_pod
 from spdf_jax.sharding import make_mesh
 from spdf_jax.training.phases import make_plan

@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 import jax
 
-from spdf_jax.config import RunConfig, SweepConfig
+from spdf_jax.config.run import RunConfig
+from spdf_jax.config.sweep import SweepConfig
 from spdf_jax.data import DataConfig, cache_folder
 from spdf_jax.errors import InputError
 from spdf_jax.sharding import device_name

@@ -10,7 +10,8 @@ import jax
 from jax.sharding import Mesh
 
 from spdf_jax import processes
-from spdf_jax.config import RunConfig, check_devices
+from spdf_jax.config.checks import check_devices
+from spdf_jax.config.run import RunConfig
 from spdf_jax.data import (
     load_task,
     seen_categories,

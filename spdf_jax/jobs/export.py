@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from spdf_jax.config import RunConfig
+from spdf_jax.config.run import RunConfig
 from spdf_jax.data import (
     load_tokenizer,
 )

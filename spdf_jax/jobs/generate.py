@@ -5,7 +5,7 @@ from pathlib import Path
 
 from jax.sharding import Mesh
 
-from spdf_jax.config import RunConfig
+from spdf_jax.config.run import RunConfig
 from spdf_jax.data import (
     Example,
     decode_texts,

@@ -1,6 +1,7 @@
 """``--job plan``: what a config will do, without doing it."""
 
-from spdf_jax.config import RunConfig, SweepConfig
+from spdf_jax.config.run import RunConfig
+from spdf_jax.config.sweep import SweepConfig
 from spdf_jax.jobs import Request
 from spdf_jax.planning.describe import describe
 from spdf_jax.planning.pod_plan import describe_pod

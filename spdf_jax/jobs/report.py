@@ -1,6 +1,7 @@
 """``--job report``: the page of a run or sweep, written again from what it recorded."""
 
-from spdf_jax.config import RunConfig, SweepConfig
+from spdf_jax.config.run import RunConfig
+from spdf_jax.config.sweep import SweepConfig
 from spdf_jax.jobs import Request
 from spdf_jax.report import write_report, write_sweep_report
 

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from spdf_jax import processes
-from spdf_jax.config import CURVE_COLUMNS, Row, SweepConfig
+from spdf_jax.config.sweep import CURVE_COLUMNS, Row, SweepConfig
 from spdf_jax.jobs import Request, keep_compiled
 from spdf_jax.jobs.evaluate import evaluate_checkpoint
 from spdf_jax.jobs.train import train

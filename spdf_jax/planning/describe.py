@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from spdf_jax.config import RunConfig
+from spdf_jax.config.run import RunConfig
 from spdf_jax.model.config import GPTConfig
 from spdf_jax.model.flops import head_size, linear_size, parameter_count
 from spdf_jax.model.gpt import GPT

@@ -19,7 +19,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from spdf_jax.config import RunConfig, check_devices
+from spdf_jax.config.checks import check_devices
+from spdf_jax.config.run import RunConfig
 from spdf_jax.data import Batch
 from spdf_jax.errors import InputError
 from spdf_jax.model.flops import step_flops

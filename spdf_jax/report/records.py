@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from spdf_jax.config import default_config, flat
+from spdf_jax.config.read import default_config
+from spdf_jax.config.run import flat
 from spdf_jax.errors import InputError, reading
 from spdf_jax.report.words import setting
 from spdf_jax.training.metrics import check_rows, read_metrics

@@ -750,7 +750,7 @@ def _again(run: Run) -> Panel | None:
     if command := run.config.get("command"):
         return command_panel(command, remark)
     command = (
-        "from pathlib import Path\nfrom spdf_jax.config import load_config\nfrom spdf_jax.jobs.train import train\n\n"
+        "from pathlib import Path\nfrom spdf_jax.config.read import load_config\nfrom spdf_jax.jobs.train import train\n\n"
         'train(load_config(Path("config.json")), Path("again"))'
     )
     return command_panel(command, f"{seed}In Python, from the config.json beside this page.")

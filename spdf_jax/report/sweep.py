@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.markers import MarkerStyle
 from matplotlib.ticker import NullFormatter
 
-from spdf_jax.config import flat
+from spdf_jax.config.run import flat
 from spdf_jax.report.draw import DASHES, SERIES, SOFT_INK, STYLE, new_figure, svg
 from spdf_jax.report.page import Panel, command_panel, template, write_page
 from spdf_jax.report.records import Row, Run, Sweep, TableRow, Value, differing_settings, read_sweep

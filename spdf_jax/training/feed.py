@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from jax.sharding import Mesh
 
-from spdf_jax.config import RunConfig
+from spdf_jax.config.run import RunConfig
 from spdf_jax.data import (
     Batch,
     TokenData,

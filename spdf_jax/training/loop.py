@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from spdf_jax import processes
-from spdf_jax.config import RunConfig
+from spdf_jax.config.run import RunConfig
 from spdf_jax.data import Batch
 from spdf_jax.errors import InputError, Restart
 from spdf_jax.model.gpt import GPT

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from spdf_jax.config import PhaseConfig, RunConfig, check_length
+from spdf_jax.config.checks import check_length
+from spdf_jax.config.run import PhaseConfig, RunConfig
 from spdf_jax.data import load_task, steps_per_epoch
 from spdf_jax.errors import InputError
 from spdf_jax.model.flops import step_flops

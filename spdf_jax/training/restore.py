@@ -10,7 +10,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from spdf_jax.config import RunConfig, check_transition, flat, load_config
+from spdf_jax.config.checks import check_transition
+from spdf_jax.config.read import load_config
+from spdf_jax.config.run import RunConfig, flat
 from spdf_jax.errors import InputError
 from spdf_jax.huggingface import load_gpt2
 from spdf_jax.model.config import GPTConfig

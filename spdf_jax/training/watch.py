@@ -5,7 +5,8 @@ from typing import Any
 
 import jax
 
-from spdf_jax.config import RunConfig, check_devices
+from spdf_jax.config.checks import check_devices
+from spdf_jax.config.run import RunConfig
 from spdf_jax.data import prepare
 from spdf_jax.model.gpt import GPT
 from spdf_jax.sharding import make_mesh

@@ -2,7 +2,7 @@
 
 from ml_collections import ConfigDict
 
-from spdf_jax.config import default_config, model_section
+from spdf_jax.config.read import default_config, model_section
 from spdf_jax.model.config import GPT_SIZES
 
 #: Decoding of each task: length penalty as in LoRA (Hu et al. 2022, table 11), whose decoding SPDF follows.

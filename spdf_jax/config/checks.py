@@ -1,0 +1,121 @@
+"""What no section can check alone: settings that exclude each other, and settings that nothing uses."""
+
+from spdf_jax.config.run import SECTIONS, PhaseConfig, RunConfig
+from spdf_jax.errors import InputError, nearest
+from spdf_jax.fields import (
+    Unused,
+    unused_fields,
+)
+
+
+def unused_settings(run: RunConfig) -> list[Unused]:
+    found = [unused_fields(f"config.{name}", getattr(run, name), run=run) for name in SECTIONS]
+    found += [unused_fields(f"config.{name}", phase, run=run, phase=phase) for name, phase in run.phases.items()]
+    return [unused for some in found for unused in some]
+
+
+def check_effect(run: RunConfig) -> None:
+    """Raises `InputError` where a setting would be ignored, or would leave nothing of what another one asks for."""
+    if run.variant not in run.variants:
+        near = nearest(run.variant, list(run.variants))
+        raise InputError(f"config.variant: {run.experiment} has no variant {run.variant!r}{near}")
+    if unused := unused_settings(run):
+        first, *others = unused
+        likewise = ", ".join(f"{other.place} at {other.default!r}" for other in others)
+        raise InputError(
+            f"{first.place}: {first.value!r} would be ignored, since it is for {first.by}; leave it at {first.default!r}"
+            + (f" (likewise {likewise})" if likewise else "")
+        )
+    for index, (name, phase) in enumerate(run.phases.items()):
+        sparsity = phase.sparsity
+        if not sparsity.dense and not any(map(sparsity.curve.value, (0.0, *sparsity.curve.turns))):
+            raise InputError(
+                f"config.{name}.sparsity.sparsity: {sparsity.sparsity} leaves rule {sparsity.rule!r} no zeros to place; set a "
+                f"share of zeros, 0.75 for one, or rule 'dense'"
+            )
+        if index == 0 and not phase.reset_optimizer and not run.init_from:
+            raise InputError(
+                f"config.{name}.reset_optimizer: False has nothing to carry over, without a phase before or init_from; use True"
+            )
+        if not phase.epochs:
+            check_length(name, phase)
+
+
+def check_length(name: str, phase: PhaseConfig) -> None:
+    """Raises `InputError` unless phase `name`, its length known in steps, has room for what it is to do."""
+    if phase.optimizer.warmup_steps > phase.steps:
+        raise InputError(
+            f"config.{name}.optimizer.warmup_steps: {phase.optimizer.warmup_steps} of {phase.steps} steps would end before the "
+            f"learning rate has arrived; use {phase.steps // 10} or so"
+        )
+
+
+def check_phase(run: RunConfig, name: str, phase: PhaseConfig) -> None:
+    if phase.epochs and not phase.task.name:
+        raise InputError(
+            f"config.{name}.epochs: {phase.epochs} epochs of what? Set config.{name}.task.name, or steps instead"
+        )
+    if phase.patience_evaluations and name != list(run.phases)[-1]:
+        raise InputError(f"config.{name}.patience_evaluations: only the last phase may stop early; set it to 0 here")
+    if run.seq_len(phase) > run.model.context:
+        raise InputError(
+            f"config.{name}.seq_len: {phase.seq_len} exceeds config.model.context {run.model.context}; "
+            f"shorten the sequences or enlarge the context"
+        )
+    if run.model.mup_base_width and phase.optimizer.density_exponent:
+        raise InputError(
+            f"config.{name}.optimizer.density_exponent: {phase.optimizer.density_exponent} must be 0: S-muPar scales the "
+            f"learning rate by 1/density itself"
+        )
+    drawn = name == next(iter(run.phases)) and not run.init_from
+    if run.model.mup_base_width and drawn and abs(run.model.mup_density - phase.sparsity.density) > 1e-9:
+        raise InputError(
+            f"config.model.mup_density: {run.model.mup_density} must be the density of phase {name!r}, "
+            f"{phase.sparsity.density:g}, for which the parameters are drawn"
+        )
+    if phase.sparsity.topology_rule.evolve and phase.optimizer.regrowth != "keep":
+        raise InputError(
+            f"config.{name}.optimizer.regrowth: rule {phase.sparsity.rule!r} looks after the optimiser's state itself; use "
+            f"'keep', not {phase.optimizer.regrowth!r}"
+        )
+    if phase.sparsity.blocks and (phase.optimizer.regrowth != "reset" or phase.optimizer.density_exponent):
+        raise InputError(
+            f"config.{name}.optimizer: sparse_compute 'blocks' keeps nothing of weights that are not live, and no masks to "
+            f"read a density from; use regrowth 'reset' and density_exponent 0, or sparse_compute 'masked'"
+        )
+    if phase.batch_size % phase.grad_accumulation_steps:
+        raise InputError(
+            f"config.{name}.batch_size: {phase.batch_size} is not divisible by grad_accumulation_steps "
+            f"{phase.grad_accumulation_steps}"
+        )
+
+
+def check_transition(before: PhaseConfig, name: str, phase: PhaseConfig) -> None:
+    """Raises `InputError` where phase `name` cannot follow the phase before."""
+    state = {(p.optimizer.regrowth == "smet", p.sparsity.topology_rule.optimizer) for p in (before, phase)}
+    if not phase.reset_optimizer and len(state) > 1:
+        raise InputError(
+            f"config.{name}.reset_optimizer: False cannot carry the state over, since rule {before.sparsity.rule!r} with "
+            f"optimizer.regrowth {before.optimizer.regrowth!r} and rule {phase.sparsity.rule!r} with "
+            f"{phase.optimizer.regrowth!r} keep different state; make them alike, or reset"
+        )
+    if phase.sparsity.topology_rule.evolve and not before.sparsity.dense:
+        raise InputError(
+            f"config.{name}.sparsity.rule: {phase.sparsity.rule!r} ranks all weights, and after a sparse phase the masked ones "
+            f"are 0; put it first, or after a dense phase"
+        )
+
+
+def check_devices(run: RunConfig, data_devices: int) -> None:
+    """Raises `InputError` unless every micro-batch splits evenly over the devices that share the batch."""
+    for name, phase in run.phases.items():
+        micro = phase.batch_size // phase.grad_accumulation_steps
+        if micro % data_devices:
+            raise InputError(
+                f"config.{name}.batch_size: {micro} sequences a micro-batch are not divisible by {data_devices} devices; "
+                f"use a multiple of {data_devices * phase.grad_accumulation_steps} or fewer devices (config.mesh)"
+            )
+    if run.loop.eval_batch_size % data_devices:
+        raise InputError(
+            f"config.loop.eval_batch_size: {run.loop.eval_batch_size} is not divisible by {data_devices} devices"
+        )

@@ -1,0 +1,162 @@
+"""A whole run as data: its phases, and how it reports."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+from spdf_jax.data import DataConfig, TaskConfig
+from spdf_jax.errors import InputError
+from spdf_jax.evals.config import EvaluationConfig
+from spdf_jax.fields import (
+    Count,
+    CountOrZero,
+    Line,
+    Text,
+    Used,
+    check_fields,
+)
+from spdf_jax.model.config import GPTConfig
+from spdf_jax.model.generate import DecodeConfig
+from spdf_jax.optim import OptimizerConfig
+from spdf_jax.sharding import MeshConfig
+from spdf_jax.sparsity.programme import SparsityConfig
+
+
+@dataclass(frozen=True)
+class PhaseConfig:
+    """One phase of a run.
+
+    Attributes:
+      steps: length, topology steps included.
+      batch_size: sequences a step, over all devices and micro-batches.
+      seq_len: tokens a sequence; 0 means the model's context.
+      task: what to fine-tune on; without a name, the text of ``config.data`` is modelled.
+      epochs: passes over the task's training pairs, in place of `steps`; evaluation is then at the end of each.
+      patience_evaluations: stop when as many evaluations have not beaten the best, whose state is kept in ``best/`` and is
+        the run's result; 0 trains to the end. In the last phase only.
+      grad_accumulation_steps: micro-batches a step.
+      reset_optimizer: start with fresh optimiser state; False carries it over from the phase before.
+      optimizer, sparsity: see there.
+    """
+
+    steps: Annotated[Count, Used(lambda phase: not phase.epochs, "phases without epochs")] = 600
+    batch_size: Count = 16
+    seq_len: CountOrZero = 0
+    grad_accumulation_steps: Count = 1
+    reset_optimizer: bool = True
+    task: TaskConfig = field(default_factory=TaskConfig)
+    epochs: CountOrZero = 0
+    patience_evaluations: CountOrZero = 0
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    sparsity: SparsityConfig = field(default_factory=SparsityConfig)
+
+    def __post_init__(self) -> None:
+        check_fields(self, "phase")
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """How often a run reports and saves. May change between restarts, see `spdf_jax.training.restore.check_same_run`.
+
+    Attributes:
+      log_every_steps, eval_every_steps, checkpoint_every_steps: intervals; evaluation and checkpoints also happen at the end
+        of every phase.
+      eval_batch_size: sequences a validation batch.
+      keep_checkpoints: how many of the newest stay.
+      watchdog_seconds: a command whose step, evaluation or save does not move for so long ends with 75, to be given again;
+        compilation counts, too. 0: never.
+      profile_steps: ``A:B`` leaves a profile of the steps after step A, up to step B, in ``profile/``; "" does not.
+    """
+
+    log_every_steps: Count = 10
+    eval_every_steps: Count = 100
+    checkpoint_every_steps: Count = 200
+    eval_batch_size: Count = 32
+    keep_checkpoints: Count = 2
+    watchdog_seconds: CountOrZero = 600
+    profile_steps: Line = ""
+
+    def __post_init__(self) -> None:
+        check_fields(self, "loop")
+        first, _, last = self.profile_steps.partition(":")
+        if self.profile_steps and not (first.isdecimal() and last.isdecimal() and int(first) < int(last)):
+            raise InputError(
+                f"loop.profile_steps: {self.profile_steps!r} must be A:B with 0 <= A < B, for example 100:105"
+            )
+
+    @property
+    def profiled_steps(self) -> range:
+        """Steps, counted from 0, that are profiled."""
+        first, _, last = self.profile_steps.partition(":")
+        return range(int(first), int(last)) if last else range(0)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A whole run.
+
+    Attributes:
+      experiment, variant, variants: names; the variant is one of `variants`.
+      seed: of everything drawn.
+      init_from: where the parameters (and masks) come from: the workdir of another run, a folder of a Hugging Face GPT-2, or
+        ``cell:NAME``, the workdir NAME beside this run's; "" draws them.
+      phases: names to configs, in the order in which they run.
+      model, data, mesh, loop, decode, evaluation: see there.
+    """
+
+    experiment: Line
+    variant: Line
+    variants: Annotated[tuple[str, ...], Text()]
+    seed: CountOrZero
+    init_from: Line
+    model: GPTConfig
+    data: DataConfig
+    mesh: MeshConfig
+    loop: LoopConfig
+    decode: DecodeConfig
+    evaluation: EvaluationConfig
+    phases: Mapping[str, PhaseConfig]
+
+    def __post_init__(self) -> None:
+        check_fields(self, "config")
+
+    def seq_len(self, phase: PhaseConfig) -> int:
+        """Tokens a sequence in `phase`."""
+        return phase.seq_len or self.model.context
+
+    def separates_documents(self, phase: PhaseConfig) -> bool:
+        """Whether documents share a sequence in `phase` and nothing passes between them; a task's pairs share none."""
+        return self.data.separate_documents and not phase.task.name
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready, in the layout of the experiment files: phase names under ``phases``, each phase by its name."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "phases"}
+        values = {k: dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v for k, v in fields.items()}  # type: ignore[arg-type]
+        phases = {name: dataclasses.asdict(phase) for name, phase in self.phases.items()}
+        return json.loads(json.dumps(values | {"phases": list(self.phases)} | phases))
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections as one dict by dotted keys.
+
+    >>> flat({"model": {"n_layer": 2}, "seed": 0})
+    {'model.n_layer': 2, 'seed': 0}
+    """
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return found
+
+
+SECTIONS: dict[str, type] = {
+    "model": GPTConfig,
+    "data": DataConfig,
+    "mesh": MeshConfig,
+    "loop": LoopConfig,
+    "decode": DecodeConfig,
+    "evaluation": EvaluationConfig,
+}
+
+SCALARS: dict[str, Any] = {"experiment": "", "variant": "", "variants": (), "seed": 0, "init_from": ""}

@@ -1,0 +1,142 @@
+"""A sweep as data: its runs, and the table that compares them."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+from spdf_jax.config.read import resolve
+from spdf_jax.config.run import RunConfig
+from spdf_jax.errors import InputError, nearest
+
+#: Columns of a cell's curve, one entry an evaluation, see `spdf_jax.jobs.sweep`.
+CURVE_COLUMNS = ("step", "tokens", "train_flops", "dense_flops", "val_loss", "seconds")
+
+
+class Row(NamedTuple):
+    """A row of a sweep's table: its label and ``(choice, cell)`` pairs; cells of one choice differ in their seed."""
+
+    label: str
+    choices: tuple[tuple[str, str], ...]
+
+
+class Column(NamedTuple):
+    """A column of a sweep's table.
+
+    Attributes:
+      header: above it.
+      key: dotted, into a cell's ``summary`` or ``evaluation``. ``a/b`` is a quotient, ``a+b`` a sum, ``a@b=c`` a place on the
+        cell's curve (`spdf_jax.jobs.sweep`): its column `a` where its column `b` first comes to what the key `c` is in row 1.
+      format: of the figure.
+      relative: whether to add the ratio to row 1.
+      choice: of which choice of a row the figure is; "" takes the best one by validation loss.
+    """
+
+    header: str
+    key: str
+    format: str = ".3f"
+    relative: bool = False
+    choice: str = ""
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    """Runs and the table that compares them, see `spdf_jax.jobs.sweep`."""
+
+    experiment: str
+    variant: str
+    variants: tuple[str, ...]
+    title: str
+    remark: str
+    cells: Mapping[str, RunConfig]
+    rows: tuple[Row, ...]
+    columns: tuple[Column, ...]
+
+
+def sweep_config(
+    experiment: str,
+    variant: str,
+    *,
+    variants: tuple[str, ...],
+    title: str,
+    cells: Mapping[str, ConfigDict],
+    rows: Sequence[tuple[str, Sequence[tuple[str, str]]]],
+    columns: Sequence[tuple[Any, ...]],
+    remark: str = "",
+) -> ConfigDict:
+    """A sweep for an experiment file to return, see `spdf_jax.jobs.sweep`.
+
+    Args:
+      experiment, variant, variants: as in `default_config`.
+      title: of the table.
+      cells: names to the configs of the runs, in the order in which they run.
+      rows: ``(label, ((choice, cell), ...))``: among the choices the best by validation loss is shown, over its seeds.
+      columns: ``(header, key, format, relative, choice)``, the last three optional, see `spdf_jax.config.Column`.
+      remark: what to keep in mind with the table; stands below it.
+
+    Returns:
+      A ConfigDict; ``--config.cells.NAME.section.key=value`` overrides a value of one cell.
+
+    Raises:
+      InputError: `variant` is not among `variants`.
+
+    >>> from spdf_jax.config.read import default_config
+    >>> cell = default_config("mine", "mini", variants=("mini",))
+    >>> sweep = sweep_config(
+    ...     "mine", "mini", variants=("mini",), title="Mine", cells={"dense_0": cell}, rows=[("dense", [("", "dense_0")])],
+    ...     columns=[("loss", "summary.val_loss")],
+    ... )
+    >>> sweep.cells.dense_0.pretrain.steps
+    600
+    """
+    if variant not in variants:
+        raise InputError(f"--config: {experiment} has no variant {variant!r}{nearest(variant, list(variants))}")
+    names = {"experiment": experiment, "variant": variant, "variants": variants, "title": title, "remark": remark}
+    order = tuple(cells)  # a ConfigDict sorts its keys
+    return ConfigDict({**names, "order": order, "cells": dict(cells), "rows": tuple(rows), "columns": tuple(columns)})
+
+
+def resolve_sweep(config: ConfigDict) -> SweepConfig:
+    """Validates a sweep, every cell of it, before anything runs.
+
+    Raises:
+      InputError: in a cell (named), a row of a cell that is not there, or a column that cannot be filled.
+    """
+    cells = {}
+    for name in config.order:
+        try:
+            cells[name] = resolve(config.cells[name])
+        except InputError as error:
+            raise InputError(f"config.cells.{name}: {error}") from None
+        source = cells[name].init_from.removeprefix("cell:")
+        if source != cells[name].init_from and source not in list(cells)[:-1]:
+            raise InputError(f"config.cells.{name}.init_from: no cell {source!r} before this one")
+    rows = tuple(Row(label, tuple((choice, cell) for choice, cell in choices)) for label, choices in config.rows)
+    for row in rows:
+        for _, cell in row.choices:
+            if cell not in cells:
+                raise InputError(f"config.rows: row {row.label!r} names cell {cell!r}{nearest(cell, list(cells))}")
+    columns = tuple(Column(*column) for column in config.columns)
+    for column in columns:
+        _check_column(column, rows)
+    names = config.experiment, config.variant, tuple(config.variants), config.title, config.remark
+    return SweepConfig(*names, cells, rows, columns)
+
+
+def _check_column(column: Column, rows: Sequence[Row]) -> None:
+    for row in rows:
+        choices = list(dict.fromkeys(choice for choice, _ in row.choices))
+        if column.choice and column.choice not in choices:
+            raise InputError(
+                f"config.columns: {column.header!r} is of choice {column.choice!r}, which row {row.label!r} does not have"
+                f"{nearest(column.choice, choices)}"
+            )
+    for part in re.split("[/+]", column.key):
+        names = re.split("[@=]", part)
+        if len(names) > 1 and not (len(names) == 3 and "@" in part and set(names[:2]) <= set(CURVE_COLUMNS)):
+            raise InputError(
+                f"config.columns: {column.header!r} has key {part!r}; a place on the curve is written A@B=KEY, A and B among "
+                f"{', '.join(CURVE_COLUMNS)}"
+            )
