@@ -5,7 +5,7 @@ import io
 import math
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import matplotlib
 import numpy as np
@@ -17,6 +17,9 @@ from matplotlib.figure import Figure
 from matplotlib.image import imsave
 
 from spdf_jax.report.records import Row
+from spdf_jax.report.words import clipped
+
+T = TypeVar("T")
 
 SPARSE, DENSE, INK, SOFT_INK = "#0f766e", "#8a94a0", "#1f2933", "#52606d"
 _AXIS, _GRID, _GROUND = "#c5ccd3", "#e6eaed", "#ffffff"
@@ -74,6 +77,29 @@ def legend(figure: Figure) -> None:
     figure.legend(loc="outside upper left", ncols=2, borderpad=0)
 
 
+def mark_phases(axes: Axes, rows: Sequence[Row]) -> None:
+    """Names of the phases of rows by step, above the axes, and a line at each change; nothing for one phase."""
+    # A phase's first row comes after its first step; it begins where the one before was last seen.
+    seen: dict[str, list[int]] = {}
+    for row in rows:
+        seen.setdefault(clipped(row["phase"]), []).append(row["step"])
+    if len(seen) < 2:
+        return
+    starts = dict(zip(seen, [0, *(steps[-1] for steps in seen.values())], strict=False))
+    left, right = axes.get_xlim()
+    level_ends = [-math.inf] * len(starts)
+    for name, step in starts.items():
+        if step > 0:
+            axes.axvline(step, color=INK, linewidth=0.8, linestyle="--")
+        # A name begins with its phase, unless it would run out of the figure; one with no room goes a line higher.
+        width = 0.02 * len(name)
+        position = max(min((step - left) / (right - left), 1 - width), 0.0)
+        level = next(level for level, end in enumerate(level_ends) if end <= position)
+        level_ends[level] = position + width
+        axes.text(position, 1.02 + 0.06 * level, name, transform=axes.transAxes, fontsize=8.5, color=SOFT_INK)
+    axes.set_xlim(left, right)
+
+
 def svg(figure: Figure, description: str) -> Markup:
     """The figure as an SVG element that can stand beside others, of other descriptions, in one page."""
     buffer = io.StringIO()
@@ -119,6 +145,16 @@ def thinned(values: Sequence[float] | np.ndarray) -> np.ndarray:
         return values
     starts = np.arange(0, len(values), run_length)
     return np.add.reduceat(values, starts) / np.diff(np.append(starts, len(values)))
+
+
+def some(items: Sequence[T], most: int) -> list[T]:
+    """At most so many items, evenly spread.
+
+    >>> some("abcde", 3)
+    ['a', 'c', 'e']
+    """
+    indices = np.unique(np.linspace(0, len(items) - 1, min(len(items), most)).round().astype(int))
+    return [items[i] for i in indices]
 
 
 def column(rows: Sequence[Row], key: str) -> np.ndarray:

@@ -55,6 +55,15 @@ def breakable(name: str) -> Markup:
     return Markup(str(escape(name)).replace(".", ".<wbr>").replace("_", "_<wbr>"))
 
 
+def link(name: str, address: str) -> Markup:
+    """A name that leads to a page beside this one; just the name where there is none.
+
+    >>> link("dense_0", "cells/dense_0/report.html")
+    Markup('<a href="cells/dense_0/report.html">dense_<wbr>0</a>')
+    """
+    return Markup('<a href="{}">{}</a>').format(address, breakable(name)) if address else breakable(name)
+
+
 def held(text: str) -> str:
     """A text whose numbers stay in one line with their units, and steps with their number.
 
@@ -79,7 +88,7 @@ def _alone(panels: Sequence[Panel]) -> set[int]:
 
 
 _ENVIRONMENT = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-_ENVIRONMENT.filters |= {"breakable": breakable, "held": held}
+_ENVIRONMENT.filters |= {"breakable": breakable, "held": held, "link": link}
 
 _PAGE = template("""\
 <!doctype html>

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
 import numpy as np
 
@@ -25,6 +26,8 @@ from spdf_jax.workdir import (
 )
 
 Row = Mapping[str, Any]
+#: Connections into each output and out of each input of a matrix.
+Degrees = tuple[np.ndarray, np.ndarray]
 
 _NAMES = ("experiment", "variant", "variants", "phases", "command")
 
@@ -34,8 +37,7 @@ class Run:
     """What a run recorded.
 
     `numbers` is `summary.json`, and before there is one, what the rows say so far; `scores` is `evaluation.json`.
-    `pictures` and `degrees` are by step, then by leaf path: an image of densities, and the connections (into each output,
-    out of each input).
+    `pictures` (images of densities) and `degrees` are by step, then by leaf path.
     """
 
     config: Mapping[str, Any]
@@ -46,7 +48,7 @@ class Run:
     evaluation_rows: Sequence[Row]
     topology_rows: Sequence[Row]
     pictures: Mapping[int, Mapping[str, np.ndarray]]
-    degrees: Mapping[int, Mapping[str, tuple[np.ndarray, np.ndarray]]]
+    degrees: Mapping[int, Mapping[str, Degrees]]
 
     @property
     def name(self) -> str:
@@ -69,10 +71,15 @@ class Run:
         return self.max_sparsity <= 0 and self.numbers.get("flops_reduction", 1.0) < 1.005
 
     @property
+    def is_finished(self) -> bool:
+        """Whether it has its summary."""
+        return "status" in self.numbers
+
+    @property
     def status(self) -> str:
         """Finished, or how far, and what of its rows is lost."""
         status = "unfinished, nothing logged yet"
-        if "status" in self.numbers:
+        if self.is_finished:
             status = str(self.numbers["status"])
         elif "steps" in self.numbers:
             status = f"unfinished, at step {self.numbers['steps']:,}"
@@ -137,8 +144,19 @@ class Sweep:
 
     @property
     def is_finished(self) -> bool:
-        """Whether there is a table, and every cell has come to its end."""
-        return bool(self.rows) and all("status" in run.numbers for run in self.cells.values())
+        """Whether there is a table, and every cell is finished."""
+        return bool(self.rows) and all(run.is_finished for run in self.cells.values())
+
+    @property
+    def main_scores(self) -> list[str]:
+        """Of every choice that columns are of, the first column that has figures."""
+        values = self.rows[0].values if self.rows else {}
+        found = [h for h in values if any(row.values[h].mean is not None for row in self.rows)]
+        return list({values[h].choice: h for h in reversed(found)}.values())[::-1]
+
+    def page_of(self, cell: str) -> str:
+        """The address of a cell's page, relative to the sweep's; "" where it has none."""
+        return f"cells/{quote(cell)}/report.html" if cell in self.reports else ""
 
 
 def read_run(workdir: Path) -> Run:
@@ -258,7 +276,7 @@ def _read_arrays(workdir: Path) -> dict[int, dict[str, np.ndarray]]:
     return arrays
 
 
-def _degrees(arrays: Mapping[str, np.ndarray]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def _degrees(arrays: Mapping[str, np.ndarray]) -> dict[str, Degrees]:
     """Leaf -> (into each output, out of each input), from the arrays LEAF:in and LEAF:out."""
     leaves = [name.removesuffix(":in") for name, array in arrays.items() if name.endswith(":in") and array.ndim == 1]
     return {leaf: (arrays[f"{leaf}:in"], arrays[f"{leaf}:out"]) for leaf in leaves if f"{leaf}:out" in arrays}

@@ -5,8 +5,14 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-FLOP_UNITS = ((1e21, "ZFLOP"), (1e18, "EFLOP"), (1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"), (1e6, "MFLOP"))
-COUNT_UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
+# Units, largest first; the last is for everything smaller.
+FLOP_UNITS = (
+    *((1e21, "ZFLOP"), (1e18, "EFLOP"), (1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"), (1e6, "MFLOP")),
+    (1.0, "FLOP"),
+)
+COUNT_UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"), (1.0, ""))
+TIME_UNITS = ((3600.0, "hours"), (60.0, "minutes"), (1.0, "seconds"))
+_FIGURE_UNITS = ((1e21, "Z"), (1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "B"), (1e6, "M"), (1.0, ""))
 
 COUNTED_NOTE = (
     "FLOPs saved are counted, not seconds saved. The count is what a machine that skips zeros would do; masks simulate"
@@ -29,12 +35,12 @@ _SCORE_NAMES = {
 
 
 def unit(value: float, units: Sequence[tuple[float, str]]) -> tuple[float, str]:
-    """The largest unit not over `value`.
+    """The largest unit not over `value`; the smallest for a value below all.
 
-    >>> unit(2.5e12, FLOP_UNITS)
-    (1000000000000.0, 'TFLOP')
+    >>> unit(2.5e12, FLOP_UNITS), unit(0.5, TIME_UNITS)
+    ((1000000000000.0, 'TFLOP'), (1.0, 'seconds'))
     """
-    return next((one for one in units if abs(value) >= one[0]), (1.0, "FLOP" if units is FLOP_UNITS else ""))
+    return next((one for one in units if abs(value) >= one[0]), units[-1])
 
 
 def digits(value: float, significant: int = 3) -> str:
@@ -75,6 +81,36 @@ def flops(value: float) -> str:
     return f"{digits(value / scale)} {name}"
 
 
+def reduction(ratio: float) -> str:
+    """How many times fewer FLOPs: 6 % fewer must not read "1.1x", nor 0.6 % fewer as none.
+
+    >>> reduction(1.78), reduction(1.06)
+    ('1.8x', '1.06x')
+    """
+    return f"{ratio:.{1 if ratio >= 1.2 else 2}f}x"
+
+
+def figure_text(value: float, largest: float | None = None, deviation: float = 0.0) -> str:
+    """A figure of a table, with the unit and the decimals of the largest of its column, and its deviation if it has one.
+
+    >>> figure_text(41, 142.5, 1.414), figure_text(6e14, 1e15)
+    ('41.0 ± 1.4', '0.600P')
+    """
+    largest = largest or value
+    scale, name = unit(largest, _FIGURE_UNITS)
+    places = max(decimals(largest / scale, 4), decimals(value / scale, 3))
+    return f"{value / scale:,.{places}f}{name}" + (f" ± {deviation / scale:.{places}f}" if deviation else "")
+
+
+def capitalised(text: str) -> str:
+    """A text as the beginning of a heading; only its first letter changes.
+
+    >>> capitalised("loss of SPDF")
+    'Loss of SPDF'
+    """
+    return text[:1].upper() + text[1:]
+
+
 def percent(fraction: float) -> str:
     """A share in per cent.
 
@@ -108,10 +144,10 @@ def count_tick(value: float, _position: float = 0) -> str:
 
 
 def short_name(leaf: str) -> str:
-    """A leaf path without the parts that say nothing.
+    """A leaf path without the parts that every leaf has.
 
-    >>> short_name("blocks/attn/q/kernel/3")
-    'attn/q, layer 3'
+    >>> short_name("blocks/attn_q/kernel/3")
+    'attn_q, layer 3'
     """
     name = re.sub(r"^params/|^blocks/|/kernel(?=/|$)|/embedding(?=/|$)", "", leaf)
     return clipped(re.sub(r"/(\d+)$", r", layer \1", name))
@@ -120,8 +156,8 @@ def short_name(leaf: str) -> str:
 def clipped(name: str, max_characters: int = 24) -> str:
     """The end of a name that is too long to stand in a figure.
 
-    >>> clipped("transformer/blocks/attn/q", 10)
-    '…ks/attn/q'
+    >>> clipped("transformer/blocks/attn_q", 10)
+    '…ks/attn_q'
     """
     return name if len(name) <= max_characters else f"…{name[1 - max_characters :]}"
 

@@ -1,0 +1,191 @@
+"""Of the page about a sweep: validation losses of its cells over tokens, compute and time, in lines with one key.
+
+The key is the page's: a row of the table has one colour and one marker in the charts of `sweep_table` too.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from markupsafe import Markup
+from matplotlib.figure import Figure
+from matplotlib.markers import MarkerStyle
+from matplotlib.ticker import NullFormatter
+
+from spdf_jax.report.draw import DASHES, SERIES, SOFT_INK, column, new_figure, svg
+from spdf_jax.report.page import Panel, template
+from spdf_jax.report.records import Row, Run, Sweep
+from spdf_jax.report.words import FLOP_UNITS, TIME_UNITS, count_tick, target_name, unit
+
+# Further apart than this, the ends of the curves share an axis only if it is logarithmic.
+_LOG_RATIO = 10
+_FAINT: dict[str, Any] = {"linewidth": 0.7, "alpha": 0.5, "zorder": 1.5}
+_CLEAR: dict[str, Any] = {"linewidth": 1.2, "markersize": 4, "markeredgewidth": 0}
+_MAX_MARKERS, _FEW_LINES = 8, 4
+# Besides the colours, for readers who cannot tell those apart.
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+
+
+class Series(NamedTuple):
+    """Cells that share a line in the key."""
+
+    label: str
+    cells: tuple[str, ...]
+    colour: str
+    dashes: tuple[float, ...]
+    marker: str = ""
+    is_faint: bool = False
+
+    @property
+    def key_style(self) -> str:
+        """The line of the key, as CSS."""
+        dashes = " ".join(f"{2 * length:g}" for length in self.dashes) or "none"
+        width, opacity = (1.5, 0.5) if self.is_faint else (3, 1)
+        style = f"stroke: {self.colour}; stroke-width: {width}; stroke-dasharray: {dashes}; opacity: {opacity}"
+        return f"fill: none; {style}"
+
+    @property
+    def key_marker(self) -> str:
+        """The marker in the key, as the `d` of an SVG path."""
+        if not self.marker:
+            return ""
+        marker = MarkerStyle(self.marker)
+        outline = np.array(marker.get_path().transformed(marker.get_transform()).to_polygons()[0])
+        return "M" + "L".join(f"{15 + 7 * x:.3g},{4 - 7 * y:.3g}" for x, y in outline) + "Z"
+
+
+def series_of(sweep: Sweep, names: Sequence[str], choice: str) -> list[Series]:
+    """A series a row of the table, over the seeds of its choice; cells of no row each by itself or, beside rows, all as one."""
+    labels: dict[tuple[str, ...], list[str]] = {}
+    for row in sweep.rows:
+        if cells := tuple(name for name in row.groups.get(choice, ()) if name in names):
+            labels.setdefault(cells, []).append(row.label)
+    chosen = {name for cells in labels for name in cells}
+    others = tuple(name for name in names if name not in chosen)
+    found = [(" = ".join(rows), cells) for cells, rows in labels.items()] or [(name, (name,)) for name in others]
+    series = []
+    for i, (label, cells) in enumerate(found):
+        seeds = f" ({len(cells)} seeds)" if len(cells) > 1 else ""
+        dashes, marker = DASHES[i // len(SERIES) % len(DASHES)], _MARKERS[i % len(_MARKERS)]
+        series.append(Series(label + seeds, cells, SERIES[i % len(SERIES)], dashes, marker))
+    if chosen and others:
+        series.append(Series(f"not chosen ({len(others)})", others, SOFT_INK, (), is_faint=True))
+    return series
+
+
+def key(series: Sequence[Series]) -> Markup:
+    """The lines and markers of the series, with their labels."""
+    return Markup(_KEY.render(series=series))
+
+
+_KEY = template("""\
+<ul class="key">
+  {% for one in series %}
+  <li><svg viewBox="0 0 30 8" aria-hidden="true"><path d="M0,4H30" style="{{ one.key_style }}"/>
+    {%- if one.marker -%}
+    <path d="{{ one.key_marker }}" fill="{{ one.colour }}"/>
+    {%- endif -%}
+    </svg>{{ one.label }}</li>
+  {% endfor %}
+</ul>
+""")
+
+
+class _AxisOf(NamedTuple):
+    """A way to say how far training is."""
+
+    label: str
+    of: Callable[[Run, Sequence[Row]], np.ndarray | None]
+    units: Sequence[tuple[float, str]]
+
+
+def _column(key: str) -> Callable[[Run, Sequence[Row]], np.ndarray]:
+    return lambda _, rows: column(rows, key)
+
+
+_AXES = (
+    _AxisOf("training tokens", _column("tokens"), ((1.0, ""),)),
+    _AxisOf("training compute ({}, counted)", _column("train_flops"), FLOP_UNITS),
+    _AxisOf("training time ({}, measured)", Run.training_seconds, TIME_UNITS),
+)
+
+
+def curves(sweep: Sweep) -> list[Panel]:
+    """A panel for every choice and everything that a validation loss is over: losses over other targets share no axis."""
+    by_task: dict[str, dict[str, list[Row]]] = {}
+    for name, run in sweep.cells.items():
+        for row in run.evaluation_rows:
+            by_task.setdefault(run.task(row), {}).setdefault(name, []).append(row)
+    groups = _groups(sweep) or {"": set()}
+    panels: dict[tuple[str, ...], Panel] = {}
+    for task, choice in itertools.product(sorted(by_task), groups):
+        others = set().union(*groups.values()) - groups[choice]
+        rows = {name: found for name, found in by_task[task].items() if name not in others}
+        if rows and (task, *rows) not in panels:
+            panels[task, *rows] = _curves_of(sweep, task, choice, rows)
+    return list(panels.values())
+
+
+def _groups(sweep: Sweep) -> dict[str, set[str]]:
+    """The cells of each choice that columns are of, over all rows."""
+    groups: dict[str, set[str]] = {}
+    for row in sweep.rows:
+        for choice, cells in row.groups.items():
+            groups.setdefault(choice, set()).update(cells)
+    return groups
+
+
+def _curves_of(sweep: Sweep, task: str, choice: str, rows: dict[str, list[Row]]) -> Panel:
+    caption = f"Loss over {target_name(task)}, by the tokens, FLOPs and time of each run by itself."
+    of_choice = f", {choice}" if choice else ""
+    trained = {name: [row for row in found if row["step"] > 0] for name, found in rows.items()}
+    if any(found[0]["step"] == 0 for found in rows.values()) and all(len(found) > 1 for found in trained.values()):
+        rows, caption = trained, f"{caption} The evaluation at step 0 is left out."
+    series = series_of(sweep, list(rows), choice)
+    figures = [
+        svg(figure, f"validation loss over {target_name(task)}, {axis.label}{of_choice}")
+        for axis in _AXES
+        if (figure := _curves_figure(sweep, series, rows, axis)) is not None
+    ]
+    body = key(series) + Markup(_CURVES.render(figures=figures))
+    return Panel(f"Validation loss: {task or 'text'}{of_choice}", body, caption, wide=True)
+
+
+_CURVES = template("""\
+<div class="three">
+  {% for figure in figures %}
+  {{ figure }}
+  {% endfor %}
+</div>
+""")
+
+
+def _curves_figure(
+    sweep: Sweep, series: Sequence[Series], rows: Mapping[str, Sequence[Row]], axis: _AxisOf
+) -> Figure | None:
+    found = {name: axis.of(sweep.cells[name], some) for name, some in rows.items()}
+    xs = {name: x for name, x in found.items() if x is not None}
+    ends = [x[-1] for x in xs.values() if x[-1] > 0]
+    if not ends:
+        return None
+    scale, name = unit(max(ends), axis.units)
+    is_log = max(ends) > _LOG_RATIO * min(ends)
+    figure, axes = new_figure(height_inches=2.5 if len(series) <= _FEW_LINES else 3.6, width_inches=3.4)
+    for place, one in enumerate(series):
+        line: dict[str, Any] = {"color": one.colour, "linestyle": (0, one.dashes) if one.dashes else "-"}
+        line |= _FAINT if one.is_faint else _CLEAR | {"marker": one.marker}
+        for cell in (name for name in one.cells if name in xs):
+            shown = xs[cell] > 0 if is_log else np.full(len(xs[cell]), True)
+            losses = column(rows[cell], "val_loss")
+            every = math.ceil(shown.sum() / _MAX_MARKERS)
+            axes.plot(xs[cell][shown] / scale, losses[shown], markevery=(place % every, every), **line)
+    axes.set(xlabel=axis.label.format(name), ylabel="loss (nats/token)")
+    if is_log:
+        axes.set_xscale("log")
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    else:
+        axes.set_xlim(0, None)
+    axes.xaxis.set_major_formatter(count_tick)
+    return figure

@@ -1,0 +1,143 @@
+"""Of the page about a sweep: the table of its results, and charts of the main scores by row and over compute."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from markupsafe import Markup
+from matplotlib.axes import Axes
+
+from spdf_jax.report.draw import SOFT_INK, new_figure, svg
+from spdf_jax.report.page import Panel, template
+from spdf_jax.report.records import Sweep, TableRow, Value
+from spdf_jax.report.sweep_curves import key, series_of
+from spdf_jax.report.words import FLOP_UNITS, capitalised, figure_text, unit
+
+
+def results(sweep: Sweep) -> list[Panel]:
+    """The table: a row a claim, with the cells it is over, and ratios to the first row."""
+    if not sweep.rows:
+        return []
+    headers, reference = list(sweep.rows[0].values), sweep.rows[0]
+    largest = {h: max(abs(row.values[h].mean or 0) for row in sweep.rows) for h in headers}
+    rows = [
+        {
+            "label": row.label,
+            "choice": row.choice,
+            "cells": [(name, sweep.page_of(name)) for name in row.cells],
+            "figures": [_cell_texts(row.values[h], reference.values[h], largest[h]) for h in headers],
+        }
+        for row in sweep.rows
+    ]
+    seeds = max(value.seeds for row in sweep.rows for value in row.values.values())
+    caption = "Small: times the first row." + (
+        f" ±: standard deviation over {seeds} seeds, where it is not 0." if seeds > 1 else ""
+    )
+    if any(row.choice for row in sweep.rows):
+        caption += " Each row took, among its choices of settings, that of the lowest validation loss; it is named."
+    return [Panel("Results", Markup(_TABLE.render(headers=headers, rows=rows)), caption, wide=True)]
+
+
+def _cell_texts(value: Value, reference: Value, largest: float) -> tuple[str, str]:
+    """A figure, and its ratio to the first row's."""
+    if value.mean is None:
+        return "-", ""
+    ratio = f"x {value.mean / reference.mean:.3f}" if reference.mean and value is not reference else ""
+    return figure_text(value.mean, largest, value.deviation), ratio
+
+
+_TABLE = template("""\
+<div class="scroll"><table class="figures">
+  <thead><tr><th></th>
+  {% for header in headers %}
+  <th>{{ header }}</th>
+  {% endfor %}
+  </tr></thead>
+  {% for row in rows %}
+  <tr><th scope="row">{{ row.label }}{% if row.choice %}<small>{{ row.choice }}</small>{% endif %}
+    <small>
+    {% for name, address in row.cells %}
+    {{ name | link(address) }}
+    {% endfor %}
+    </small></th>
+    {% for text, ratio in row.figures %}
+    <td>{{ text }}<small>{{ ratio }}</small></td>
+    {% endfor %}
+  </tr>
+  {% endfor %}
+</table></div>
+""")
+
+
+def main_charts(sweep: Sweep) -> list[Panel]:
+    """The main scores by row, then over compute where that differs."""
+    headers = sweep.main_scores
+    return [_by_row(sweep, h) for h in headers] + [panel for h in headers if (panel := _trade_off(sweep, h))]
+
+
+def _by_row(sweep: Sweep, header: str) -> Panel:
+    figure, axes = new_figure(height_inches=0.7 + 0.42 * len(sweep.rows))
+    _mark_reference(axes.axvline, sweep, header)
+    for level, row in enumerate(sweep.rows):
+        _plot_dot(axes, sweep, row, header, y=level)
+        # Over its line, not beside the axis: labels are sentences, and the page may be a phone's.
+        axes.annotate(row.label, (0, level - 0.32), xycoords=("axes fraction", "data"), fontsize=8.5, va="center")
+    axes.set(xlabel=_axis_label(sweep, header), ylim=(len(sweep.rows) - 0.5, -0.75), yticks=range(len(sweep.rows)))
+    axes.tick_params(left=False, labelleft=False)
+    axes.spines.left.set_visible(False)
+    axes.margins(x=0.08)
+    caption = "Dotted: the first row. Bars: standard deviation over seeds, where it is not 0."
+    return Panel(f"{capitalised(header)} by row", svg(figure, f"{header} by row"), caption)
+
+
+def _trade_off(sweep: Sweep, header: str) -> Panel | None:
+    """A score against what it took, pre-training and all, where that differs."""
+    costs = [row.train_flops(row.values[header].choice) for row in sweep.rows if row.values[header].mean is not None]
+    if max(costs) <= 1.05 * min(costs):
+        return None
+    scale, name = unit(max(costs), FLOP_UNITS)
+    figure, axes = new_figure(height_inches=0.7 + 0.42 * len(sweep.rows))
+    _mark_reference(axes.axhline, sweep, header)
+    for row in sweep.rows:
+        _plot_dot(axes, sweep, row, header, x=row.train_flops(row.values[header].choice) / scale)
+    axes.set(
+        xlabel=f"training compute ({name}, counted)",
+        ylabel=_axis_label(sweep, header),
+        xlim=(0, 1.06 * max(costs) / scale),
+    )
+    series = series_of(sweep, list(sweep.cells), sweep.rows[0].values[header].choice)
+    caption = "Counted FLOPs of each row with those of the run it started from."
+    return Panel(
+        f"{capitalised(header)} over compute",
+        key([one for one in series if not one.is_faint]) + svg(figure, f"{header} against training FLOPs"),
+        caption,
+    )
+
+
+def _axis_label(sweep: Sweep, header: str) -> str:
+    """A score, with its unit if it is the validation loss, as the summaries of the first row tell."""
+    row = sweep.rows[0]
+    value = row.values[header]
+    losses = [row.cells[name]["summary"].get("val_loss", math.nan) for name in row.groups[value.choice]]
+    is_loss = value.mean is not None and math.isclose(value.mean, np.mean(losses))
+    return f"{header} (nats/token)" if is_loss else header
+
+
+def _mark_reference(line: Callable[..., Any], sweep: Sweep, header: str) -> None:
+    if (mean := sweep.rows[0].values[header].mean) is not None:
+        line(mean, color=SOFT_INK, linewidth=1, linestyle=":")
+
+
+def _plot_dot(
+    axes: Axes, sweep: Sweep, row: TableRow, header: str, *, x: float | None = None, y: float | None = None
+) -> None:
+    """A row's figure at one given coordinate, marked as its curves are, with its deviation along the other axis."""
+    value = row.values[header]
+    if value.mean is None:
+        return
+    cells = set(row.groups[value.choice])
+    (line,) = (one for one in series_of(sweep, list(sweep.cells), value.choice) if set(one.cells) == cells)
+    bar: dict[str, Any] = {"xerr" if x is None else "yerr": value.deviation} if value.deviation else {}
+    at = [value.mean if x is None else x], [value.mean if y is None else y]
+    axes.errorbar(*at, **bar, fmt=line.marker, color=line.colour, markersize=6, capsize=3)
