@@ -92,7 +92,7 @@ def loss_by_time(run: Run) -> Panel | None:
     legend(figure)
     caption = "Time by the logged tokens a second: compilation is in it, evaluations are not."
     if run.max_sparsity > 0:
-        caption += " Masks save none of it; sparse_compute=blocks does."
+        caption += " Masks save no time; sparse_compute=blocks does."
     return Panel("Loss over time", svg(figure, "loss against training time"), caption)
 
 

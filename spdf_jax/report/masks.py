@@ -147,7 +147,7 @@ def _multiples(
 
 
 def _without_any(degrees: Mapping[int, Mapping[str, Degrees]]) -> str:
-    """What has no weight left in each recorded matrix, at the recorded step where that is the most; "" where all have some."""
+    """How many inputs and outputs of each matrix have no weight left, at the step with the most; "" where all have some."""
     found, tokens = [], False
     for leaf in dict.fromkeys(leaf for of_step in degrees.values() for leaf in of_step):
         for side, plain, token_leaf in ((0, "outputs", "head/"), (1, "inputs", "wte/")):
@@ -157,8 +157,8 @@ def _without_any(degrees: Mapping[int, Mapping[str, Degrees]]) -> str:
             kind = "tokens" if of_tokens else plain
             found += [f"{count:,} of {total:,} {kind} of {short_name(leaf)} (step {step:,})"] if count else []
             tokens |= of_tokens and count > 0
-    what = " A token without any has no embedding (head tied) and the logit 0." if tokens else ""
-    return f" Without any, where most: {'; '.join(found)}.{what}" if found else ""
+    what = " A token without any weight has no embedding (head tied) and the logit 0." if tokens else ""
+    return f" Without any weight, at the step with the most: {'; '.join(found)}.{what}" if found else ""
 
 
 def _named_steps(run: Run, density: Mapping[int, float]) -> dict[int, str]:

@@ -1,4 +1,4 @@
-"""The page about a run: its first words, its numbers, how to run it again, and what else is on it, in order."""
+"""The page about a run: its verdict, numbers, command and settings, and the order of all panels."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -59,7 +59,7 @@ def write_report(workdir: Path) -> Path:
 
 
 def _verdict(run: Run) -> str:
-    """A sentence or two: how good, on how much, for what."""
+    """A sentence or two: the loss, after how many tokens, for how many FLOPs, and the main scores."""
     numbers = run.numbers
     text = f"Validation loss {numbers['val_loss']:.2f}" if "val_loss" in numbers else "No validation loss yet"
     if run.evaluation_rows and (task := run.task(run.evaluation_rows[-1])):
@@ -110,7 +110,7 @@ def _number_lines(run: Run) -> Iterator[tuple[str, str, str]]:
         "padded_tokens": (
             "Positions computed",
             lambda v: f"{v:,}",
-            "what fills rows up included; the FLOPs are of these",
+            "padding included; the FLOPs are of these",
         ),
         "topology_tokens": (
             "Tokens of topology steps",

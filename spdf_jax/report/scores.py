@@ -71,7 +71,7 @@ def zero_shot_scores(run: Run) -> Panel | None:
     ]
     caption = f"Tasks of lm-eval {found['lm_eval_version']} on local files."
     if ours := [name for name in ("sst2", "rte") if name in found["tasks"]]:
-        caption += f" The prompts of {' and '.join(ours)} are this project's: compare between its runs."
+        caption += f" The prompts of {' and '.join(ours)} are this project's own: compare them between its runs only."
     return Panel("Zero-shot", Markup(_ZERO_SHOT.render(tasks=tasks)), caption, wide=True)
 
 
@@ -108,7 +108,9 @@ def exam_scores(run: Run) -> Panel | None:
             f" On the {overall['human_compared']:,} with a human score: {percent(overall['human_compared_score'])},"
             f" people {percent(overall['human_score'])}."
         )
-    questions = exams["questions_file"] or "this project's own, which nobody sat: compare between its runs"
+    questions = (
+        exams["questions_file"] or "this project's own, without human scores: compare them between its runs only"
+    )
     caption += f" Choices are compared by {by}. Questions: {questions}."
     body = _EXAMS.render(
         rows=rows,

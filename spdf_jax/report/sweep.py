@@ -1,4 +1,4 @@
-"""The page about a sweep: its first words, how to run it again, and what else is on it, in order."""
+"""The page about a sweep: its verdict and command, and the order of all panels."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -56,7 +56,7 @@ def _status(sweep: Sweep) -> str:
     if sweep.is_finished:
         return "finished"
     finished = sum(run.is_finished for run in sweep.cells.values())
-    return f"unfinished: {finished} of the {len(sweep.cells)} runs begun are at their end"
+    return f"unfinished: {finished} of the {len(sweep.cells)} runs begun are finished"
 
 
 def _verdict(sweep: Sweep) -> str:

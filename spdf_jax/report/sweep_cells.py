@@ -20,7 +20,7 @@ def cells(sweep: Sweep) -> list[Panel]:
     for phases, names in shapes.items():
         keys = differing_settings([sweep.cells[name].config for name in names])
         body = Markup(_CELLS.render(keys=keys, rows=[_cell(sweep, name, keys) for name in names]))
-        caption = "What each came to" + (
+        caption = "The result of each run" + (
             ", and every setting in which they differ." if keys else "; their settings are the same."
         )
         panels.append(Panel(f"Runs: {' then '.join(phases) or 'no phase'}", body, caption, wide=True))

@@ -16,7 +16,7 @@ from spdf_jax.report.words import FLOP_UNITS, capitalised, figure_text, unit
 
 
 def results(sweep: Sweep) -> list[Panel]:
-    """The table: a row a claim, with the cells it is over, and ratios to the first row."""
+    """The table, with links to the cells of each row and ratios to the first one."""
     if not sweep.rows:
         return []
     headers, reference = list(sweep.rows[0].values), sweep.rows[0]
@@ -31,11 +31,11 @@ def results(sweep: Sweep) -> list[Panel]:
         for row in sweep.rows
     ]
     seeds = max(value.seeds for row in sweep.rows for value in row.values.values())
-    caption = "Small: times the first row." + (
+    caption = "Small: ratio to the first row." + (
         f" ±: standard deviation over {seeds} seeds, where it is not 0." if seeds > 1 else ""
     )
     if any(row.choice for row in sweep.rows):
-        caption += " Each row took, among its choices of settings, that of the lowest validation loss; it is named."
+        caption += " Each row shows, of its choices of settings, the one of the lowest validation loss, and names it."
     return [Panel("Results", Markup(_TABLE.render(headers=headers, rows=rows)), caption, wide=True)]
 
 
