@@ -45,12 +45,12 @@ from spdf_jax.model.gpt import GPT as GPT
 from spdf_jax.model.gpt import forward as forward
 from spdf_jax.planning.scaling import widen as widen
 from spdf_jax.sparsity.blocks import as_masks as as_masks
+from spdf_jax.sparsity.mask_files import load_masks as load_masks
+from spdf_jax.sparsity.mask_files import save_masks as save_masks
+from spdf_jax.sparsity.mask_report import mask_report as mask_report
 from spdf_jax.sparsity.masks import apply_masks as apply_masks
 from spdf_jax.sparsity.masks import dense_masks as dense_masks
 from spdf_jax.sparsity.masks import init_masks as init_masks
-from spdf_jax.sparsity.masks import load_masks as load_masks
-from spdf_jax.sparsity.masks import mask_report as mask_report
-from spdf_jax.sparsity.masks import save_masks as save_masks
 from spdf_jax.sparsity.regrowth import adam_overshoot as adam_overshoot
 from spdf_jax.sparsity.regrowth import reset_masked_state as reset_masked_state
 from spdf_jax.sparsity.regrowth import scale_by_density as scale_by_density

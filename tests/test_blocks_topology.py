@@ -27,7 +27,7 @@ from spdf_jax.sparsity.blocks import (
     to_blocks,
     to_masks,
 )
-from spdf_jax.sparsity.masks import mask_report
+from spdf_jax.sparsity.mask_report import mask_report
 from spdf_jax.sparsity.regrowth import reset_masked_state
 from spdf_jax.sparsity.rules import RULES, Rule
 from spdf_jax.training.state import TrainState

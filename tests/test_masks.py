@@ -14,18 +14,9 @@ from safetensors.numpy import save_file
 
 from spdf_jax.errors import InputError
 from spdf_jax.sparsity.distributions import DISTRIBUTIONS, MatrixGroup, target_counts
-from spdf_jax.sparsity.masks import (
-    active_counts,
-    apply_masks,
-    dense_masks,
-    init_masks,
-    load_masks,
-    mask_report,
-    matrix_groups,
-    pack_masks,
-    save_masks,
-    unpack_masks,
-)
+from spdf_jax.sparsity.mask_files import load_masks, pack_masks, save_masks, unpack_masks
+from spdf_jax.sparsity.mask_report import mask_report
+from spdf_jax.sparsity.masks import active_counts, apply_masks, dense_masks, init_masks, matrix_groups
 from spdf_jax.tree import named_leaves
 
 QUICK = settings(deadline=None, derandomize=True, max_examples=25)

@@ -15,7 +15,7 @@ import spdf_jax as spdf
 from spdf_jax.jobs import train as jobs
 from spdf_jax.processes import RESTART_CODE
 from spdf_jax.sharding import MeshConfig, make_mesh, parameter_shardings
-from spdf_jax.sparsity.masks import pack_masks, unpack_masks
+from spdf_jax.sparsity.mask_files import pack_masks, unpack_masks
 from spdf_jax.sparsity.rules import evolve
 from spdf_jax.training.checkpoint import Checkpoints
 from spdf_jax.training.metrics import read_metrics

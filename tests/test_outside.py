@@ -30,7 +30,8 @@ from spdf_jax.data import load_tokenizer, prepare
 from spdf_jax.huggingface import load_gpt2, save_gpt2
 from spdf_jax.jobs import train as jobs
 from spdf_jax.report.records import read_run, read_sweep
-from spdf_jax.sparsity.masks import init_masks, load_masks, save_masks
+from spdf_jax.sparsity.mask_files import load_masks, save_masks
+from spdf_jax.sparsity.masks import init_masks
 from spdf_jax.training.restore import saved_run
 from spdf_jax.workdir import write_json
 
