@@ -52,13 +52,13 @@ def write_report(workdir: Path) -> Path:
         workdir / "report.html",
         title=f"{run.name}{cell}",
         status=run.status,
-        verdict=_verdict(run),
+        verdict=verdict(run),
         note=COUNTED_NOTE if run.max_sparsity > 0 else "",
         panels=panels,
     )
 
 
-def _verdict(run: Run) -> str:
+def verdict(run: Run) -> str:
     """A sentence or two: the loss, after how many tokens, for how many FLOPs, and the main scores."""
     numbers = run.numbers
     text = f"Validation loss {numbers['val_loss']:.2f}" if "val_loss" in numbers else "No validation loss yet"
@@ -80,7 +80,8 @@ def _verdict(run: Run) -> str:
     return f"{text} Scored: {', '.join(scores)}." if scores else text
 
 
-def _numbers(run: Run) -> Panel | None:
+def main_numbers(run: Run) -> Panel | None:
+    """The table of losses, costs and counts; None where there are none yet."""
     lines = list(_number_lines(run))
     return Panel("Numbers", Markup(_NUMBERS.render(lines=lines)), wide=True) if lines else None
 
@@ -155,7 +156,8 @@ def _stopped_early(run: Run) -> bool:
     return "best_step" in run.numbers and bool(rows) and run.numbers["best_step"] < rows[-1]["step"]
 
 
-def _again(run: Run) -> Panel | None:
+def run_again(run: Run) -> Panel:
+    """The command of the run or, for one started from Python, the lines that repeat it."""
     seed = f"Seed {run.config['seed']}. " if "seed" in run.config else ""
     remark = f"{seed}In its own workdir the command finds this run and has nothing left to do: give another --workdir."
     if command := run.config.get("command"):
@@ -167,7 +169,8 @@ def _again(run: Run) -> Panel | None:
     return command_panel(command, f"{seed}In Python, from the config.json beside this page.")
 
 
-def _settings(run: Run) -> Panel | None:
+def settings(run: Run) -> Panel:
+    """Every setting that is not at its default, and the whole config, folded."""
     changed = changed_settings(run.config)
     config = json.dumps(run.config, indent=2, ensure_ascii=False)
     body = _SETTINGS.render(changed=changed, config=config)
@@ -189,7 +192,7 @@ _SETTINGS = template("""\
 
 # Each takes the run and gives a Panel, or None where the run recorded nothing for it.
 _PANELS: tuple[Callable[[Run], Panel | None], ...] = (
-    _numbers,
+    main_numbers,
     evaluation_scores,
     zero_shot_scores,
     exam_scores,
@@ -202,6 +205,6 @@ _PANELS: tuple[Callable[[Run], Panel | None], ...] = (
     mask_pictures,
     mask_degrees,
     generated_texts,
-    _again,
-    _settings,
+    run_again,
+    settings,
 )

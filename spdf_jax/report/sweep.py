@@ -42,7 +42,7 @@ def write_sweep_report(workdir: Path) -> Path:
         Path(workdir) / "report.html",
         title=sweep.title,
         status=f"{sweep.name}, {_status(sweep)}",
-        verdict=_verdict(sweep),
+        verdict=verdict(sweep),
         note=" ".join(filter(None, [sweep.remark, _what_ran(sweep), _counted(sweep)])),
         panels=panels,
     )
@@ -59,7 +59,7 @@ def _status(sweep: Sweep) -> str:
     return f"unfinished: {finished} of the {len(sweep.cells)} runs begun are finished"
 
 
-def _verdict(sweep: Sweep) -> str:
+def verdict(sweep: Sweep) -> str:
     """The main score of the first row, the highest and the lowest."""
     header = next(iter(sweep.main_scores), None)
     if header is None:
@@ -116,7 +116,8 @@ def _what_ran(sweep: Sweep) -> str:
     return f"{text} on {', '.join(devices)}." if devices else f"{text}."
 
 
-def _again(sweep: Sweep) -> list[Panel]:
+def run_again(sweep: Sweep) -> list[Panel]:
+    """The command of the sweep, where it was started by one."""
     command = next((c for run in sweep.cells.values() if (c := run.config.get("command"))), "")
     remark = "It finishes what is unfinished here; for another sweep beside this one, give another --workdir."
     return [command_panel(command, remark)] if command else []
@@ -129,5 +130,5 @@ _PANELS: tuple[Callable[[Sweep], list[Panel]], ...] = (
     curves,
     cells,
     signatures,
-    _again,
+    run_again,
 )

@@ -1,0 +1,136 @@
+"""Pages of each kind in a browser: they fit a phone and a desk, load nothing, and are drawn by day and by night."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from html import escape, unescape
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+from report_folders import STEPS, make_exam_run, make_finetuned, make_rows, make_run, make_sweep, save_pictures
+
+from spdf_jax.report import write_report, write_sweep_report
+
+BROWSERS = (os.environ.get("CHROME", ""), "chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+BROWSER = next((found for name in BROWSERS if (found := shutil.which(name))), "")
+needs_browser = pytest.mark.skipif(not BROWSER, reason="needs Chromium or Chrome, in PATH or at $CHROME")
+
+
+def browse(page: Path, *flags: str, size: str = "1000,800") -> tuple[str, list[str]]:
+    """Opens a page in a headless browser of its own profile: what it prints, and what its console says."""
+    quiet = ["headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "hide-scrollbars", "disable-sync"]
+    quiet += ["disable-background-networking", "disable-component-update", f"user-data-dir={page.parent / 'profile'}"]
+    command = [BROWSER, *(f"--{flag}" for flag in quiet), "--enable-logging=stderr", f"--window-size={size}", *flags]
+    done = subprocess.run([*command, page.as_uri()], check=True, capture_output=True, text=True, timeout=120)
+    return done.stdout, [line for line in done.stderr.splitlines() if ":CONSOLE:" in line]
+
+
+def measured(html: str, width: int, folder: Path) -> dict:
+    """What a page is like in a frame of a width.
+
+    The width that it `needs`, its `cards`, the `smallest` text of its figures in CSS pixels, which texts of a figure `overlap`
+    or are `cut` at its edge, what it has `loaded`, and what the `console` says.
+    """
+    script = """
+      const d = frame.contentDocument, overlap = [], cut = [];
+      let smallest = Infinity;
+      for (const svg of d.querySelectorAll(".plot svg")) {
+        const box = svg.getBoundingClientRect();
+        const texts = [...svg.querySelectorAll("text")].map(text => [text, text.getBoundingClientRect()]);
+        texts.forEach(([text, a], i) => {
+          const m = text.getScreenCTM();
+          smallest = Math.min(smallest, Math.hypot(m.a, m.b) * parseFloat(getComputedStyle(text).fontSize));
+          if (a.left < box.left - 1 || a.right > box.right + 1 || a.top < box.top - 1 || a.bottom > box.bottom + 1)
+            cut.push(text.textContent);
+          for (const [other, b] of texts.slice(i + 1))  // boxes are higher than letters
+            if (Math.min(a.right, b.right) - Math.max(a.left, b.left) > 1
+                && Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top) > 3)
+              overlap.push(text.textContent + " / " + other.textContent);
+        });
+      }
+      const loaded = frame.contentWindow.performance.getEntriesByType("resource").map(entry => entry.name);
+      const needs = d.documentElement.scrollWidth, cards = d.querySelectorAll(".card").length;
+      document.title = JSON.stringify({needs, cards, smallest, overlap, cut, loaded})"""
+    frame = f'<iframe id=frame style="width:{width}px;height:800px;border:0" srcdoc="{escape(html)}"></iframe>'
+    wrapper = folder / "wrapper.html"
+    wrapper.write_text(
+        f'<meta charset="utf-8"><title></title>{frame}<script>frame.onload = () => {{{script}}}</script>'
+    )
+    dom, console = browse(wrapper, "--dump-dom")
+    (title,) = re.findall(r"<title>(.*?)</title>", dom)
+    return json.loads(unescape(title)) | {"console": console}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    """A run or a sweep of each kind, with its page."""
+    found = {kind: tmp_path_factory.mktemp(kind) for kind in KINDS}
+    rows = [row | {"phase": "pretrain"} for row in make_rows(STEPS, sparse=False)]
+    static = [row | {"sparsity": 0.75, "train_flops": 0.4 * row["dense_flops"]} for row in rows]
+    make_run(found["mst"])
+    make_run(found["dense"], sparse=False, rows=rows)
+    make_run(found["static"], sparse=False, rows=static)
+    spdf = [
+        row if row["step"] <= 300 else after | {"phase": "finetune"} for row, after in zip(static, rows, strict=True)
+    ]
+    make_run(found["spdf"], sparse=False, rows=spdf)
+    for kind in ("static", "spdf"):
+        save_pictures(found[kind], 0)
+    make_exam_run(found["exams"])
+    make_finetuned(found["finetuned"])
+    make_sweep(found["sweep"])
+    for kind, folder in found.items():
+        (write_sweep_report if kind == "sweep" else write_report)(folder)
+    return found
+
+
+KINDS = ("mst", "dense", "static", "spdf", "finetuned", "exams", "sweep")
+
+
+@pytest.mark.slow
+@needs_browser
+@pytest.mark.parametrize("width", [360, 1280])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_page_fits_a_phone_and_a_desk(kind, width, folders, tmp_path):
+    html = (folders[kind] / "report.html").read_text()
+    found = measured(html, width, tmp_path)
+    assert found.pop("smallest") > 7.5
+    whole = {"overlap": [], "cut": [], "loaded": [], "console": []}
+    assert found == whole | {"needs": width, "cards": html.count('<section class="card')}
+
+
+@pytest.mark.slow
+@needs_browser
+def test_what_does_not_fit_is_noticed(folders, tmp_path):
+    html = (folders["mst"] / "report.html").read_text()
+    assert ">200<" in html
+    html = html.replace(">200<", f">{'200 ' * 60}<", 1)  # the label of a tick
+    bad = '<div style="width: 1500px"><img src="http://127.0.0.1:9/a.png"></div><script>nothing()</script><main'
+    found = measured(html.replace("<main", bad), 1280, tmp_path)
+    assert found["needs"] > 1500
+    assert found["loaded"] == ["http://127.0.0.1:9/a.png"]
+    assert "nothing is not defined" in "".join(found["console"])
+    assert found["overlap"]
+    assert found["cut"]
+
+
+@pytest.mark.slow
+@needs_browser
+def test_a_page_is_drawn_by_day_and_by_night(folders, tmp_path):
+    page = folders["sweep"] / "report.html"
+    means = {}
+    for scheme, flag in (("light", 1), ("dark", 0)):
+        picture = tmp_path / f"{scheme}.png"
+        browse(page, f"--screenshot={picture}", f"--blink-settings=preferredColorScheme={flag}", size="1000,1600")
+        pixels = imread(picture)[..., :3]
+        means[scheme] = pixels.mean()
+        # Text, lines and the colours of the series, not one flat sheet.
+        assert len(np.unique((pixels * 255).astype(np.uint8).reshape(-1, 3), axis=0)) > 200
+        blue = np.abs(pixels - np.array([0x3B, 0x82, 0xC4]) / 255).max(axis=-1) < 0.02
+        assert blue.sum() > 200
+    assert means["light"] > 0.9
+    assert means["dark"] < 0.2
