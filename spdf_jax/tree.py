@@ -35,7 +35,7 @@ LINEAR_KERNELS_AND_HEAD: Filter = ((r"^head/kernel$", "matrix"), *LINEAR_KERNELS
 
 
 def path_name(path: Sequence[Any]) -> str:
-    """A key path of `jax.tree_util` as ``"blocks/attn/q/kernel"``, whatever containers it runs through.
+    """A key path of `jax.tree_util` as ``"blocks/attn_q/kernel"``, whatever containers it runs through.
 
     Boxes around an array (`flax.nnx.Param`, Linen's partitioning metadata) end in ``.value``; the name leaves it out.
     """

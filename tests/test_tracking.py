@@ -37,8 +37,8 @@ def evaluation_row(step: int) -> dict:
 
 
 def topology_row(step: int) -> dict:
-    density = {"blocks/attn/q/kernel": [0.25, 0.3], "wte/embedding": 0.2}
-    churn = {"blocks/attn/q/kernel": [0.1, 0.2], "wte/embedding": 0.05}
+    density = {"blocks/attn_q/kernel": [0.25, 0.3], "wte/embedding": [0.2]}
+    churn = {"blocks/attn_q/kernel": [0.1, 0.2], "wte/embedding": [0.05]}
     return {"step": step, "phase": "pretrain", "sparsity": 0.75, "density": density, "churn": churn}
 
 
@@ -183,8 +183,8 @@ def test_tensorboard_reads_the_same_numbers_and_forgets_what_a_restart_redid(tmp
     assert [step for step, _ in losses] == list(range(1, TOTAL_STEPS + 1))
     np.testing.assert_allclose([loss for _, loss in losses], [6 - 0.05 * step for step, _ in losses], rtol=1e-6)
     assert [step for step, _ in scalar_events(tmp_path, "val_loss")] == [0, 10, 20, 30, 40]
-    assert scalar_events(tmp_path, "density/blocks/attn/q/kernel/1")[0] == (0, pytest.approx(0.3))
-    assert scalar_events(tmp_path, "churn/wte/embedding")[-1] == (40, pytest.approx(0.05))
+    assert scalar_events(tmp_path, "density/blocks/attn_q/kernel/1")[0] == (0, pytest.approx(0.3))
+    assert scalar_events(tmp_path, "churn/wte/embedding/0")[-1] == (40, pytest.approx(0.05))
 
 
 def test_json_keeps_its_order_and_replaces_whole_files(tmp_path):
@@ -237,9 +237,9 @@ def test_a_picture_needs_two_dimensions(shape):
 
 
 def test_mask_pictures_are_saved_whole(tmp_path):
-    pictures = {"blocks/attn/q/kernel": np.full((2, 3), 0.5), "wte/embedding": np.ones((1, 1), np.float32)}
+    pictures = {"blocks/attn_q/kernel": np.full((2, 3), 0.5), "wte/embedding": np.ones((1, 1), np.float32)}
     save_mask_picture(tmp_path, 120, pictures)
     assert files_in(tmp_path) == ["step_00000120.npz"]
     with np.load(tmp_path / "mask_pictures" / "step_00000120.npz", allow_pickle=False) as saved:
         assert {path: saved[path].dtype for path in saved.files} == dict.fromkeys(pictures, np.dtype(np.float32))
-        np.testing.assert_array_equal(saved["blocks/attn/q/kernel"], pictures["blocks/attn/q/kernel"])
+        np.testing.assert_array_equal(saved["blocks/attn_q/kernel"], pictures["blocks/attn_q/kernel"])

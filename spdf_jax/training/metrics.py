@@ -225,7 +225,7 @@ def _is_torn(line: bytes) -> bool:
 
 
 def _scalars(value: Any, tag: str = "") -> Iterator[tuple[str, float]]:
-    """Every number of a nested row with its tag, as `density/blocks/attn/q/kernel/0`; strings and the step left out."""
+    """Every number of a nested row with its tag, as `density/blocks/attn_q/kernel/0`; strings and the step left out."""
     if isinstance(value, dict):
         items = [(key, item) for key, item in value.items() if (tag, key) != ("", "step")]
     elif isinstance(value, list):
