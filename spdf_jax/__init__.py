@@ -44,7 +44,6 @@ from spdf_jax.model.flops import train_flops as train_flops
 from spdf_jax.model.gpt import GPT as GPT
 from spdf_jax.model.gpt import forward as forward
 from spdf_jax.planning.scaling import widen as widen
-from spdf_jax.sparsity.blocks import as_masks as as_masks
 from spdf_jax.sparsity.mask_files import load_masks as load_masks
 from spdf_jax.sparsity.mask_files import save_masks as save_masks
 from spdf_jax.sparsity.mask_report import mask_report as mask_report
@@ -63,6 +62,7 @@ from spdf_jax.sparsity.transforms import sparse as sparse
 from spdf_jax.training.phases import run_cost as run_cost
 from spdf_jax.training.restore import saved_run as saved_run
 from spdf_jax.training.state import TrainState as TrainState
+from spdf_jax.training.state import as_masks as as_masks
 from spdf_jax.training.state import drop_masks as drop_masks
 from spdf_jax.training.watch import watch_training as watch_training
 from spdf_jax.tree import LINEAR_KERNELS as LINEAR_KERNELS

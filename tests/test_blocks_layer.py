@@ -13,7 +13,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from spdf_jax.errors import InputError
 from spdf_jax.ops.block_linear import Linear, block_linear, live_inputs
-from spdf_jax.sparsity.blocks import BlockGrid, expand, random_topology
+from spdf_jax.sparsity.block_topology import BlockGrid, random_topology
+from spdf_jax.sparsity.blocks import expand
 
 
 def normal(seed, *shape, dtype=jnp.float32):

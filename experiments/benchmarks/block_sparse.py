@@ -39,7 +39,7 @@ from spdf_jax.planning.hlo import Instruction, executed, matrix_flops, read_prog
 from spdf_jax.planning.pod import SPLASH_SHARE, Generation, estimate, splash_seconds
 from spdf_jax.planning.pod_plan import lower_steps, make_pod
 from spdf_jax.sharding import MeshConfig, make_mesh
-from spdf_jax.sparsity.blocks import BlockGrid, random_topology
+from spdf_jax.sparsity.block_topology import BlockGrid, random_topology
 from spdf_jax.training.phases import make_plan
 from spdf_jax.training.state import abstract_state, init_state
 from spdf_jax.training.step import make_steps

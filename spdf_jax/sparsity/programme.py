@@ -17,7 +17,7 @@ from spdf_jax.errors import InputError
 from spdf_jax.fields import Count, Line, OneOf, Range, Share, Used, check_fields, used_with
 from spdf_jax.ops import attention_patterns
 from spdf_jax.sparsity import schedules
-from spdf_jax.sparsity.blocks import block_grid
+from spdf_jax.sparsity.block_topology import block_grid
 from spdf_jax.sparsity.distributions import DISTRIBUTIONS, MatrixGroup, target_counts
 from spdf_jax.sparsity.patterns import parse_pattern
 from spdf_jax.sparsity.rules import RULES, Rule

@@ -24,7 +24,7 @@ from orbax.checkpoint._src.path.atomicity_types import TMP_DIR_SUFFIX  # has no 
 
 from spdf_jax.errors import InputError
 from spdf_jax.processes import RESTART_CODE, is_first, stop, wait_for_first
-from spdf_jax.sparsity.blocks import balanced_topologies
+from spdf_jax.sparsity.block_topology import balanced_topologies
 from spdf_jax.sparsity.mask_files import pack_masks, unpack_masks
 from spdf_jax.sparsity.masks import active_counts
 from spdf_jax.sparsity.programme import Programme

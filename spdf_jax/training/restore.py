@@ -18,11 +18,10 @@ from spdf_jax.huggingface import load_gpt2
 from spdf_jax.model.config import GPTConfig
 from spdf_jax.model.gpt import GPT
 from spdf_jax.sharding import make_mesh, parameter_shardings
-from spdf_jax.sparsity.blocks import as_masks
 from spdf_jax.sparsity.masks import dense_masks
 from spdf_jax.training.checkpoint import Checkpoints, DamagedCheckpointError
 from spdf_jax.training.phases import PhasePlan, make_plan
-from spdf_jax.training.state import TrainState, abstract_state, start_phase, state_shardings
+from spdf_jax.training.state import TrainState, abstract_state, as_masks, start_phase, state_shardings
 from spdf_jax.workdir import BEST, CHECKPOINTS, CONFIG_FILE, SUMMARY_FILE, read_json
 
 #: What of a config may change between restarts and after the end: how the run reports, where and how it is computed, what is

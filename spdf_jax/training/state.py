@@ -12,8 +12,10 @@ from jax.sharding import Mesh
 
 from spdf_jax.errors import InputError
 from spdf_jax.sharding import optimizer_shardings, parameter_shardings, replicated
-from spdf_jax.sparsity.blocks import as_blocks, as_masks, element_masks
-from spdf_jax.sparsity.masks import active_counts, apply_masks, dense_masks, init_masks
+from spdf_jax.sparsity.block_topology import block_grid
+from spdf_jax.sparsity.blocks import element_masks, init_topology, to_blocks, to_masks
+from spdf_jax.sparsity.distributions import target_counts
+from spdf_jax.sparsity.masks import active_counts, apply_masks, dense_masks, init_masks, matrix_groups
 from spdf_jax.sparsity.programme import SparsityConfig
 from spdf_jax.sparsity.regrowth import reset_masked_state
 from spdf_jax.sparsity.rules import fit_masks
@@ -167,6 +169,50 @@ def drop_masks(state: TrainState) -> TrainState:
     if state.topology:
         raise InputError("drop_masks: the state holds live blocks alone; use spdf_jax.as_masks(tx, state) first")
     return state.replace(masks=dense_masks(state.params))
+
+
+def as_blocks(
+    key: jax.Array, tx: optax.GradientTransformation, state: TrainState, config: SparsityConfig, filter: Filter
+) -> TrainState:
+    """The state with live blocks alone in the place of whole kernels.
+
+    Args:
+      key: for what is drawn.
+      tx: the optimiser of the state.
+      state: of whole kernels, dense or under masks; see `spdf_jax.sparsity.blocks.init_topology` for what stays.
+      config: how many blocks, of what size, and how they are chosen.
+      filter: which leaves.
+
+    Returns:
+      A state whose masks are all 0-d.
+    """
+    groups = matrix_groups(state.params, filter)
+    counts = target_counts(groups, config.curve(0.0), config.distribution, config.pattern)
+    grids = {name: block_grid(name, group.shape, counts[name], config.pattern) for name, group in groups.items()}
+    topology = init_topology(key, state.params, grids, method=config.init, masks=state.masks)
+    params, opt_state = to_blocks(tx, state.params, state.opt_state, topology, grids)
+    return state.replace(params=params, masks=dense_masks(params), opt_state=opt_state, topology=topology)
+
+
+def as_masks(tx: optax.GradientTransformation, state: TrainState) -> TrainState:
+    """The state with whole kernels under element masks in the place of blocks, exactly 0 outside them.
+
+    Args:
+      tx: the optimiser of the state.
+      state: with blocks or without.
+
+    Returns:
+      A state of the same values without blocks; the same state if there were none.
+
+    >>> params = {"w": jnp.ones((2, 2))}
+    >>> state = TrainState(jnp.zeros((), jnp.int32), params, dense_masks(params), opt_state=(), key=jax.random.key(0))
+    >>> as_masks(optax.identity(), state) is state  # no blocks
+    True
+    """
+    if not state.topology:
+        return state
+    params, opt_state, masks = to_masks(tx, state.params, state.opt_state, state.topology)
+    return state.replace(params=params, masks=masks, opt_state=opt_state, topology={})
 
 
 def _fresh(model: nn.Module, tx: Any, config: SparsityConfig, filter: Filter, key: jax.Array) -> TrainState:

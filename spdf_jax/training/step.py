@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from spdf_jax.data import Batch
-from spdf_jax.sparsity.blocks import compress_tree, evolve_blocks, expand_tree
+from spdf_jax.sparsity.blocks import compress_tree, expand_tree, move_blocks
 from spdf_jax.sparsity.masks import apply_masks
 from spdf_jax.sparsity.rules import Rule, evolve
 from spdf_jax.training.losses import cross_entropy
@@ -137,10 +137,13 @@ def move_topology(
     """The state with its masks, or live blocks, moved by the rule, given the dense gradient."""
     key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), 1)
     if state.topology:
-        return evolve_blocks(key, tx, state, grads, drop_fraction=drop_fraction, rule=rule)
+        parts = (state.params, grads, state.topology, state.opt_state)
+        params, topology, opt_state = move_blocks(key, tx, *parts, drop_fraction=drop_fraction, rule=rule)
+        return state.replace(params=params, topology=topology, opt_state=opt_state)
     how: Any = {"target_nnz": target_nnz, "drop_fraction": drop_fraction, "rule": rule, "regrowth": regrowth}
-    moved = (rule.evolve or evolve)(key, tx, state.params, grads, state.masks, state.opt_state, **how)
-    return state.replace(params=moved[0], masks=moved[1], opt_state=moved[2])
+    move, parts = rule.evolve or evolve, (state.params, grads, state.masks, state.opt_state)
+    params, masks, opt_state = move(key, tx, *parts, **how)
+    return state.replace(params=params, masks=masks, opt_state=opt_state)
 
 
 def loss_and_grads(
