@@ -23,6 +23,7 @@ The tied output head is sparse, as in the authors' code; with a dense head 4x ca
 """
 
 import spdf_jax as spdf
+from spdf_jax.config import recipes
 
 VARIANTS = ("mini", "mini_blocks", "mini_er", "124m", "124m_er")
 
@@ -31,35 +32,18 @@ def get_config(variant="mini"):
     if variant == "mini_blocks":
         return mini_blocks()
     c = spdf.default_config("gpt2_mst", variant or "mini", variants=VARIANTS)
-    sparsity, optimizer = c.pretrain.sparsity, c.pretrain.optimizer
-    sparsity.rule = "mst"
-    sparsity.schedule = "three_phases"
-    sparsity.sparsity = 0.9
-    sparsity.sparsify_head = True
+    recipes.gpt2_pretraining(c)
+    sparsity = c.pretrain.sparsity
+    sparsity.rule, sparsity.schedule, sparsity.sparsity, sparsity.sparsify_head = "mst", "three_phases", 0.9, True
     sparsity.attention_pattern = "local_strided"
     if c.variant.endswith("_er"):
         sparsity.distribution = "er_qkv"
     if c.variant.startswith("mini"):
-        c.pretrain.steps = 400
         sparsity.ramp_end, sparsity.ultra_end, sparsity.restoration_end = 0.1, 0.75, 0.9
-        sparsity.update_every_steps = 10
-        sparsity.attention_width = 32
-        optimizer.peak_learning_rate = 3e-3
-        optimizer.warmup_steps = 50
+        sparsity.update_every_steps, sparsity.attention_width = 10, 32
     else:
-        c.model = spdf.model_section(spdf.GPT_SIZES["124m"])
-        c.model.vocab_size = 50304
-        c.model.use_bias = False
-        c.data.source, c.data.path = "token_files", "data/openwebtext"
-        c.data.separate_documents = False  # one stream, as in the papers
-        c.pretrain.steps = 600_000
-        c.pretrain.batch_size, c.pretrain.grad_accumulation_steps = (
-            480,
-            5,
-        )  # 6 sequences at a time on each of 16 chips of 16 GB
         sparsity.ramp_end, sparsity.ultra_end, sparsity.restoration_end = 0.05, 0.80, 0.906
-        optimizer.warmup_steps = 2000
-        c.loop.log_every_steps, c.loop.eval_every_steps, c.loop.checkpoint_every_steps = 100, 2000, 2000
+        c.pretrain.grad_accumulation_steps = 5  # 6 sequences at a time on each of 16 chips of 16 GB
     sparsity.attention_start, sparsity.attention_end = sparsity.ramp_end, sparsity.ultra_end
     return c
 

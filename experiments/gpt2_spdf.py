@@ -16,6 +16,7 @@ mini_blocks     the same at 75 % in blocks of 64, with sparse_compute "blocks": 
 """
 
 import spdf_jax as spdf
+from spdf_jax.config import recipes
 
 SPARSITY = {"mini": 0.75, "mini_50": 0.5, "mini_blocks": 0.75, "125m_75": 0.75, "125m_50": 0.5, "125m_dense": 0.0}
 
@@ -31,9 +32,8 @@ def get_config(variant="mini"):
     if variant == "mini_blocks":
         c.pretrain.sparsity.pattern, c.pretrain.sparsity.sparse_compute = "block64", "blocks"
     if mini:
+        recipes.gpt2_pretraining(c)
         c.pretrain.steps, c.finetune.steps = 320, 80
-        c.pretrain.optimizer.peak_learning_rate = 3e-3
-        c.pretrain.optimizer.warmup_steps = 50
         c.finetune.optimizer.peak_learning_rate = 1e-3
         c.finetune.optimizer.schedule = "linear"
         c.finetune.optimizer.final_fraction = 0.0

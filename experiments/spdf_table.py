@@ -22,6 +22,7 @@ sparse fine-tuning are one run.
 import itertools
 
 import spdf_jax as spdf
+from spdf_jax.config import recipes
 
 VARIANTS = ("mini", "grid", "webnlg", "e2e", "dart")
 SEEDS = (0, 1, 2)
@@ -50,7 +51,7 @@ def get_config(variant="mini"):
     if variant == "mini":
         for (name, sparsity), seed in itertools.product(SPARSITY.items(), SEEDS):
             c = spdf.default_config("spdf_table", variant, variants=VARIANTS)
-            spdf.mini_pretraining(c, sparsity)
+            recipes.mini_pretraining(c, sparsity)
             c.seed = seed
             cells[f"pretrain_{name}_{seed}"] = c
     starts = [
@@ -67,8 +68,8 @@ def get_config(variant="mini"):
             cell = f"pretrain_{start}_{seed}"
             c.init_from = f"cell:{cell}" if variant == "mini" else pretrained + f"/cells/{cell}"
         c.seed = seed
-        spdf.spdf_finetuning(c, task)
-        spdf.mini_finetuning(c)
+        recipes.spdf_finetuning(c, task)
+        recipes.mini_finetuning(c)
         c.finetune.task.path, c.finetune.task.test_examples = path, 200
         c.finetune.optimizer.peak_learning_rate, c.finetune.batch_size = rate, batch
         if task != "restaurant":

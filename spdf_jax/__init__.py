@@ -11,17 +11,19 @@
 >>> int((optax.apply_updates(params, updates)["w"] != 0).sum())
 16
 
-Masks: `init_masks`, `apply_masks`, `dense_masks`, `mask_report`, `save_masks`, `load_masks`. Topology: `prune_and_grow`,
-`prune_and_grow_tree`, `Rule`. Optimiser: `sparse`, `reset_masked_state`, `scale_by_smet_adam`, `scale_by_density`,
-`adam_overshoot`. Model: `GPT`, `GPTConfig`, `forward`, `widen`, `train_flops`. Experiments: `default_config`, `sweep_config`,
-`model_section`, `shared_value`, `finetuning_experiment`, `spdf_finetuning`, `mini_pretraining`, `mini_finetuning`. Runs:
-`resolve`, `run_cost`, `watch_training`, `saved_run`, `TrainState`, `drop_masks`, `as_masks`. What you can mend: `InputError`.
+Masks       `init_masks`, `apply_masks`, `dense_masks`, `mask_report`, `save_masks`, `load_masks`
+Topology    `prune_and_grow`, `prune_and_grow_tree`, `Rule`
+Optimiser   `sparse`, `reset_masked_state`, `scale_by_smet_adam`, `scale_by_density`, `adam_overshoot`
+Model       `GPT`, `GPTConfig`, `forward`, `widen`, `train_flops`
+Experiment  `default_config`, `model_section`, `shared_value`, `sweep_config`; what several share: `spdf_jax.config.recipes`
+Run         `resolve`, `run_cost`, `train`, `watch_training`, `saved_run`, `TrainState`, `drop_masks`, `as_masks`
+Refusals    `InputError`: one line that says what is wrong and how to fix it
 
 Constants:
 
 * `GPT_SIZES`: published architectures by name, ``{"124m": GPTConfig(...), ...}``;
 * `RULES`: the topology rules by name, ``{"rigl": Rule(...), ...}``; a new one is one more entry;
-* `LINEAR_KERNELS`: the filter of every linear kernel inside the blocks of the GPT, the rest dense (SPDF);
+* `LINEAR_KERNELS`: the filter of every linear kernel inside the layers of the GPT, the rest dense (SPDF);
 * `LINEAR_KERNELS_AND_HEAD`, `LINEAR_KERNELS_AND_TIED_HEAD`: with the output head too (MST), whose weights are its own or the
   embedding's.
 
@@ -32,12 +34,9 @@ from spdf_jax.config.read import default_config as default_config
 from spdf_jax.config.read import model_section as model_section
 from spdf_jax.config.read import resolve as resolve
 from spdf_jax.config.read import shared_value as shared_value
-from spdf_jax.config.recipes import finetuning_experiment as finetuning_experiment
-from spdf_jax.config.recipes import mini_finetuning as mini_finetuning
-from spdf_jax.config.recipes import mini_pretraining as mini_pretraining
-from spdf_jax.config.recipes import spdf_finetuning as spdf_finetuning
 from spdf_jax.config.sweep import sweep_config as sweep_config
 from spdf_jax.errors import InputError as InputError
+from spdf_jax.jobs.train import train as train
 from spdf_jax.model.config import GPT_SIZES as GPT_SIZES
 from spdf_jax.model.config import GPTConfig as GPTConfig
 from spdf_jax.model.flops import train_flops as train_flops
@@ -86,13 +85,10 @@ __all__ = [
     "default_config",
     "dense_masks",
     "drop_masks",
-    "finetuning_experiment",
     "forward",
     "init_masks",
     "load_masks",
     "mask_report",
-    "mini_finetuning",
-    "mini_pretraining",
     "model_section",
     "prune_and_grow",
     "prune_and_grow_tree",
@@ -105,8 +101,8 @@ __all__ = [
     "scale_by_smet_adam",
     "shared_value",
     "sparse",
-    "spdf_finetuning",
     "sweep_config",
+    "train",
     "train_flops",
     "watch_training",
     "widen",

@@ -72,7 +72,7 @@ def test_mst_124m_is_calibrated_to_four_times():
 
 
 def test_a_finetuning_phase_counts_its_epochs_at_full_length():
-    run = config("finetune_restaurant")
+    run = config("finetune", "restaurant")
     plan = make_plan(run)[-1]
     phase = run.phases["finetune"]
     pairs = sum(len(example.references) for example in load_task(phase.task).train)

@@ -34,6 +34,12 @@ def test_the_package_names_everything():
     assert {name for name in OBJECTS if name not in shown} == set()
 
 
+def test_its_help_begins_with_every_name_on_one_screen():
+    """40 lines of a terminal."""
+    shown = pydoc.render_doc(spdf, renderer=pydoc.plaintext).splitlines()[:40]
+    assert {name for name in OBJECTS if name not in "\n".join(shown)} == set()
+
+
 def test_constants_are_said_to_be_constants():
     listed = spdf.__doc__[spdf.__doc__.index("Constants:") :]
     assert set(re.findall(r"`([A-Z_]+)`", listed)) == CONSTANTS

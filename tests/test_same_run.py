@@ -46,7 +46,7 @@ def one_phase(text: Path, steps: int = 2) -> ConfigDict:
 @pytest.fixture(scope="module")
 def trained(text, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("run") / "run"
-    jobs.train(spdf.resolve(one_phase(text)), workdir, progress=False)
+    assert spdf.train(one_phase(text), str(workdir), progress=False)["steps"] == 2
     return workdir
 
 
@@ -85,6 +85,17 @@ def test_every_job_refuses_another_config_in_the_same_words(job, other, text, tr
     assert str(caught.value) == (
         f"workdir {trained}: holds a run of another config ({what}); choose another --workdir, or give the config of that run"
     )
+    assert files(trained) == before
+
+
+def test_the_same_settings_under_another_name_are_the_same_run(text, trained, capsys):
+    c, before = one_phase(text), files(trained)
+    c.experiment, c.variant, c.variants = "finetune", "e2e", ("e2e",)
+    assert spdf.train(c, trained, progress=False)["variant"] == "test"
+    assert "this run is finished" in capsys.readouterr().out
+    c.seed = 1
+    with pytest.raises(spdf.InputError, match=r"\(experiment was 'tiny', is 'finetune'; seed was 0, is 1; variant was"):
+        spdf.train(c, trained, progress=False)
     assert files(trained) == before
 
 

@@ -11,7 +11,7 @@ import sys
 import typing
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from ml_collections import ConfigDict, FieldReference
 
@@ -20,6 +20,9 @@ from spdf_jax.config.run import SCALARS, SECTIONS, PhaseConfig, RunConfig
 from spdf_jax.errors import InputError, nearest, reading
 from spdf_jax.model.config import GPTConfig
 from spdf_jax.workdir import read_json
+
+#: A run as an experiment file returns it, or resolved already.
+AnyConfig: TypeAlias = ConfigDict | RunConfig
 
 
 def default_config(
@@ -84,24 +87,28 @@ def model_section(config: GPTConfig) -> ConfigDict:
     return ConfigDict(dataclasses.asdict(config))
 
 
-def resolve(config: ConfigDict) -> RunConfig:
+def resolve(config: AnyConfig) -> RunConfig:
     """Validates a ConfigDict into a `RunConfig`.
 
     Args:
-      config: from `default_config`, with values overridden.
+      config: from `default_config`, with values overridden. What is resolved already is returned as it is.
 
     Returns:
       Frozen dataclasses; nothing is read, made or trained yet.
 
     Raises:
-      InputError: an unknown key (names the nearest known one), a value of the wrong type or out of its range, or a setting
-        that the others make the run ignore.
+      InputError: an unknown key (names the nearest known one), a value of the wrong type or out of its range, a setting that
+        the others make the run ignore, or a sweep, which is many runs.
 
     >>> c = default_config("mine", "mini", variants=("mini",))
     >>> c.pretrain.steps = 300
     >>> resolve(c).phases["pretrain"].steps
     300
     """
+    if isinstance(config, RunConfig):
+        return config
+    if "cells" in config:
+        raise InputError("config: a sweep, which is many runs; take one of its cells, config.cells.NAME")
     run = _built(config.to_dict())
     check_effect(run)
     return run

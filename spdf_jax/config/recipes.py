@@ -1,12 +1,45 @@
-"""Settings that several experiments share: SPDF's fine-tuning."""
+"""Settings that several experiments share: ``from spdf_jax.config import recipes`` in their files.
+
+They are part of the package, since an experiment file is loaded by its path, from any working directory.
+"""
+
+import dataclasses
 
 from ml_collections import ConfigDict
 
-from spdf_jax.config.read import default_config, model_section
+from spdf_jax.config.read import model_section
 from spdf_jax.model.config import GPT_SIZES
 
 #: Decoding of each task: length penalty as in LoRA (Hu et al. 2022, table 11), whose decoding SPDF follows.
 LENGTH_PENALTY = {"restaurant": 0.9, "e2e": 0.9, "webnlg": 0.8, "dart": 0.8, "curation": 1.0}
+
+
+def gpt2_pretraining(c: ConfigDict) -> None:
+    """Model, data and phase ``pretrain`` of the experiments that are compared with each other as GPT-2 small.
+
+    Variants ``mini``, ``mini_...``: 4 layers x 256, 400 steps x 16 x 256 = 1.6M tokens of the embedded corpus. Others: GPT-2
+    small without biases, vocabulary 50304, on OpenWebText as nanoGPT's ``train.bin`` and ``val.bin``; 600,000 steps x 480 x
+    1024 = 295B tokens (the set-up of hupihe/Mixed-Sparsity-Training).
+
+    Args:
+      c: a config with a phase ``pretrain``; changed in place.
+
+    >>> import spdf_jax as spdf
+    >>> c = spdf.default_config("mine", "124m", variants=("mini", "124m"))
+    >>> gpt2_pretraining(c)
+    >>> c.model.n_layer, c.model.vocab_size, c.pretrain.steps
+    (12, 50304, 600000)
+    """
+    phase = c.pretrain
+    if c.variant.startswith("mini"):
+        phase.steps = 400
+        phase.optimizer.peak_learning_rate, phase.optimizer.warmup_steps = 3e-3, 50
+        return
+    c.model = model_section(dataclasses.replace(GPT_SIZES["124m"], vocab_size=50304, use_bias=False))
+    c.data.source, c.data.path = "token_files", "data/openwebtext"
+    c.data.separate_documents = False  # one stream, as in the papers
+    phase.steps, phase.batch_size, phase.optimizer.warmup_steps = 600_000, 480, 2000
+    c.loop.log_every_steps, c.loop.eval_every_steps, c.loop.checkpoint_every_steps = 100, 2000, 2000
 
 
 def spdf_finetuning(c: ConfigDict, task: str, path: str = "") -> None:
@@ -20,7 +53,8 @@ def spdf_finetuning(c: ConfigDict, task: str, path: str = "") -> None:
       task: see `spdf_jax.data.TaskConfig`.
       path: of its files.
 
-    >>> c = default_config("mine", "mini", variants=("mini",), phases=("finetune",))
+    >>> import spdf_jax as spdf
+    >>> c = spdf.default_config("mine", "mini", variants=("mini",), phases=("finetune",))
     >>> spdf_finetuning(c, "e2e", "data/e2e")
     >>> c.finetune.epochs, c.decode.beam_size, c.decode.length_penalty
     (5, 10, 0.9)
@@ -35,40 +69,6 @@ def spdf_finetuning(c: ConfigDict, task: str, path: str = "") -> None:
     c.decode.length_penalty = LENGTH_PENALTY[task]
 
 
-def finetuning_experiment(experiment: str, variant: str | None, task: str, path: str = "") -> ConfigDict:
-    """An experiment that fine-tunes on one task.
-
-    Args:
-      experiment: its name.
-      variant: ``mini``: pre-trains the mini model at 75 % on the embedded corpus first, any machine; ``125m``: goes on from
-        ``runs/gpt2_spdf-125m_75``; ``gpt2``: from the Hugging Face GPT-2 in ``data/gpt2``.
-      task: see `spdf_jax.data.TaskConfig`.
-      path: of its files.
-
-    Returns:
-      A ConfigDict for `get_config` to return.
-
-    Raises:
-      InputError: an unknown variant.
-
-    >>> finetuning_experiment("mine", "125m", "e2e", "data/e2e").init_from
-    'runs/gpt2_spdf-125m_75'
-    """
-    mini = variant in (None, "", "mini")
-    phases = ("pretrain", "finetune") if mini else ("finetune",)
-    c = default_config(experiment, variant or "mini", variants=("mini", "125m", "gpt2"), phases=phases)
-    if mini:
-        mini_pretraining(c, 0.75)
-    elif variant == "125m":
-        c.model, c.init_from = model_section(GPT_SIZES["125m"]), "runs/gpt2_spdf-125m_75"
-    else:
-        c.model, c.init_from = model_section(GPT_SIZES["124m"]), "data/gpt2"
-    spdf_finetuning(c, task, path)
-    if mini:
-        mini_finetuning(c)
-    return c
-
-
 def mini_pretraining(c: ConfigDict, sparsity: float) -> None:
     """Phase ``pretrain`` of the mini model: 1200 steps of SPDF on the embedded corpus.
 
@@ -76,7 +76,8 @@ def mini_pretraining(c: ConfigDict, sparsity: float) -> None:
       c: a config with a phase ``pretrain``; changed in place.
       sparsity: share of zeros in the static masks, in [0, 1); 0 is dense.
 
-    >>> c = default_config("mine", "mini", variants=("mini",))
+    >>> import spdf_jax as spdf
+    >>> c = spdf.default_config("mine", "mini", variants=("mini",))
     >>> mini_pretraining(c, 0.75)
     >>> c.pretrain.sparsity.rule, c.pretrain.steps
     ('static', 1200)
@@ -95,7 +96,8 @@ def mini_finetuning(c: ConfigDict) -> None:
     Args:
       c: a config with a phase ``finetune``; changed in place. After `spdf_finetuning`, which it makes smaller.
 
-    >>> c = default_config("mine", "mini", variants=("mini",), phases=("finetune",))
+    >>> import spdf_jax as spdf
+    >>> c = spdf.default_config("mine", "mini", variants=("mini",), phases=("finetune",))
     >>> spdf_finetuning(c, "restaurant")
     >>> mini_finetuning(c)
     >>> c.finetune.task.train_examples, c.decode.beam_size

@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from spdf_jax import processes
 from spdf_jax.config.checks import check_devices
+from spdf_jax.config.read import AnyConfig, resolve
 from spdf_jax.config.run import RunConfig
 from spdf_jax.data import TokenData, unigram_loss
 from spdf_jax.data.tokenizer import Tokenizer
@@ -18,7 +19,6 @@ from spdf_jax.jobs import Request, keep_compiled
 from spdf_jax.model.flops import parameter_count
 from spdf_jax.model.gpt import GPT
 from spdf_jax.planning.describe import describe
-from spdf_jax.report import write_report
 from spdf_jax.sharding import device_name, make_mesh
 from spdf_jax.training.checkpoint import Checkpoints, DamagedCheckpointError, fingerprint
 from spdf_jax.training.early_stopping import best_evaluation, of_phase
@@ -59,21 +59,32 @@ def run(config: RunConfig, request: Request) -> None:
         train(config, request.workdir, command=request.command, progress=not request.quiet)
 
 
-def train(config: RunConfig, workdir: Path, *, command: str = "", progress: bool = True) -> dict[str, Any]:
-    """Runs, or resumes, all phases of a config.
+def train(config: AnyConfig, workdir: Path | str, *, command: str = "", progress: bool = True) -> dict[str, Any]:
+    """Runs, or resumes, all phases of a config, as ``--job train`` does.
 
     Args:
-      config: the run.
-      workdir: where everything is left; see the README.
+      config: the run: what `spdf_jax.resolve` returns, or what it takes.
+      workdir: the folder in which everything is left: ``report.html``, ``metrics.jsonl``, ``summary.json``, ``checkpoints/``.
       command: how it was started, for the report.
       progress: show progress.
 
     Returns:
-      The content of ``summary.json``.
+      The content of ``summary.json``: ``val_loss`` (nats/token), ``tokens``, ``train_flops``, ``wall_seconds`` and others.
 
     Raises:
-      InputError: anything the user can mend; existing files are untouched.
+      InputError: anything the user can fix; existing files are untouched.
+
+    ``summary = train(config, workdir="runs/mine")`` trains; the same call again resumes, or returns the summary of a finished
+    run. Nothing is written before the whole config is sound:
+
+    >>> import spdf_jax as spdf
+    >>> config = spdf.default_config("mine", "mini", variants=("mini",))
+    >>> config.pretrain.sparsity.rule, config.pretrain.sparsity.sparsity = "static", 1.0
+    >>> train(config, workdir="runs/mine")
+    Traceback (most recent call last):
+    spdf_jax.errors.InputError: config.pretrain.sparsity.sparsity: 1.0 must be at least 0 and below 1; the default is 0.0
     """
+    config, workdir = resolve(config), Path(workdir)
     mesh = make_mesh(config.mesh)
     check_devices(config, mesh.shape["data"] * mesh.shape["fsdp"])
     processes.agree("config", json.dumps(config.as_dict()), "start all of them with the same command and files")
@@ -326,7 +337,7 @@ def _finish(run: Run, step: int, tokens: TokenData | None) -> dict[str, Any]:
         f"validation loss {first:.3f} at first, {summary['val_loss']:.3f} at "
         f"{f'best (step {result})' if 'best_step' in summary else 'last'}{yardstick}.\n"
         f"{summary['flops_reduction']:.2f}x fewer training FLOPs than dense (counted, {why}). "
-        f"Report: {write_report(run.workdir) if processes.is_first() else ''}"
+        f"Report: {_write_page(run.workdir) if processes.is_first() else ''}"
     )
     return summary
 
@@ -342,5 +353,12 @@ def _finished(config: RunConfig, workdir: Path, mesh: Mesh) -> dict[str, Any] | 
     except DamagedCheckpointError:
         return None
     if processes.is_first() and not (workdir / "report.html").is_file():
-        print(f"{workdir}: its report was missing, and is written again: {write_report(workdir)}", flush=True)
+        print(f"{workdir}: its report was missing, and is written again: {_write_page(workdir)}", flush=True)
     return summary
+
+
+def _write_page(workdir: Path) -> Path:
+    # Imported here, since it brings matplotlib, for a second of which `import spdf_jax` has no use.
+    from spdf_jax.report import write_report
+
+    return write_report(workdir)

@@ -27,6 +27,8 @@ from spdf_jax.workdir import BEST, CHECKPOINTS, CONFIG_FILE, SUMMARY_FILE, read_
 #: What of a config may change between restarts and after the end: how the run reports, where and how it is computed, what is
 #: made of it; and where that lies which it reads. That the same lies there, fingerprints tell.
 _FREE = re.compile(r"(loop|mesh|decode|evaluation)\.|(variants|model\.remat|data\.cache_dir)$")
+#: What a run is called: the same settings under another name are the same run.
+_NAMES = re.compile(r"(experiment|variant)$")
 _PLACES = re.compile(r"(init_from|data\.(path|tokenizer)|[^.]+\.task\.path)$")
 
 #: What a ``summary.json`` says of the run, where another goes on from it.
@@ -66,13 +68,14 @@ def check_same_run(config: RunConfig, workdir: Path) -> list[str]:
     differing = [
         key for key in sorted(saved.keys() | ours.keys()) if saved.get(key) != ours.get(key) and not _FREE.match(key)
     ]
-    others = [f"{key} was {saved.get(key)!r}, is {ours.get(key)!r}" for key in differing if not _PLACES.match(key)]
-    if others:
+    places = [key for key in differing if _PLACES.match(key)]
+    if any(key not in places and not _NAMES.match(key) for key in differing):
+        others = [f"{key} was {saved.get(key)!r}, is {ours.get(key)!r}" for key in differing if key not in places]
         raise InputError(
             f"workdir {workdir}: holds a run of another config ({'; '.join(others[:4])}); choose another --workdir, or give "
             f"the config of that run"
         )
-    return differing
+    return places
 
 
 def saved_run(workdir: Path, mesh: Mesh | None = None, config: RunConfig | None = None) -> SavedRun:
