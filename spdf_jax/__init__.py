@@ -54,9 +54,9 @@ from spdf_jax.sparsity.regrowth import reset_masked_state as reset_masked_state
 from spdf_jax.sparsity.regrowth import scale_by_density as scale_by_density
 from spdf_jax.sparsity.regrowth import scale_by_smet_adam as scale_by_smet_adam
 from spdf_jax.sparsity.rules import RULES as RULES
-from spdf_jax.sparsity.rules import Rule as Rule
-from spdf_jax.sparsity.rules import prune_and_grow as prune_and_grow
-from spdf_jax.sparsity.rules import prune_and_grow_tree as prune_and_grow_tree
+from spdf_jax.sparsity.topology import Rule as Rule
+from spdf_jax.sparsity.topology import prune_and_grow as prune_and_grow
+from spdf_jax.sparsity.topology import prune_and_grow_tree as prune_and_grow_tree
 from spdf_jax.sparsity.transforms import sparse as sparse
 from spdf_jax.training.phases import run_cost as run_cost
 from spdf_jax.training.restore import saved_run as saved_run

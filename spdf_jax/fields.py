@@ -122,7 +122,7 @@ def used_with(field: str, *values: Any) -> Used:
 
 # What an optimiser has for sparse phases.
 REGROWTH = Used(
-    lambda phase: phase.sparsity.topology_rule.evolves or phase.optimizer.regrowth == "smet",
+    lambda phase: phase.sparsity.topology_rule.moves or phase.optimizer.regrowth == "smet",
     "phases whose masks move",
     of="phase",
 )

@@ -25,7 +25,8 @@ from spdf_jax.sparsity.blocks import (
 )
 from spdf_jax.sparsity.mask_report import mask_report
 from spdf_jax.sparsity.regrowth import reset_masked_state
-from spdf_jax.sparsity.rules import RULES, Rule
+from spdf_jax.sparsity.rules import RULES
+from spdf_jax.sparsity.topology import Rule
 from spdf_jax.training.state import TrainState
 
 exchange = jax.jit(exchange, static_argnums=2)

@@ -15,14 +15,15 @@ from spdf_jax.sparsity.distributions import DISTRIBUTIONS, MatrixGroup, target_c
 from spdf_jax.sparsity.masks import apply_masks, init_masks, matrix_groups
 from spdf_jax.sparsity.patterns import PATTERNS, parse_pattern
 from spdf_jax.sparsity.programme import SCHEDULES, Programme, SparsityConfig
-from spdf_jax.sparsity.rules import RULES, prune_and_grow_tree
+from spdf_jax.sparsity.rules import RULES
+from spdf_jax.sparsity.topology import prune_and_grow_tree
 
 KEY = jax.random.key(0)
 FILTER = [("stack", "stack")]
-EVOLVING = [name for name, rule in RULES.items() if rule.evolves]
+MOVING = [name for name, rule in RULES.items() if rule.moves]
 SPECS = {"stack": PartitionSpec(None, "x", "y"), "bias": PartitionSpec()}
 every_pattern = pytest.mark.parametrize("pattern", PATTERNS)
-every_rule = pytest.mark.parametrize("rule", EVOLVING)
+every_rule = pytest.mark.parametrize("rule", MOVING)
 
 
 @cache
@@ -54,7 +55,7 @@ def engine(rule, pattern):
 
 
 #: One rule for every distinct engine.
-DISTINCT = list({engine(name, "unstructured"): name for name in reversed(EVOLVING)}.values())
+DISTINCT = list({engine(name, "unstructured"): name for name in reversed(MOVING)}.values())
 
 
 def check(masks, params, count, pattern):

@@ -16,7 +16,7 @@ from spdf_jax.jobs import train as jobs
 from spdf_jax.processes import RESTART_CODE
 from spdf_jax.sharding import MeshConfig, make_mesh, parameter_shardings
 from spdf_jax.sparsity.mask_files import pack_masks, unpack_masks
-from spdf_jax.sparsity.rules import evolve
+from spdf_jax.sparsity.topology import move_masks
 from spdf_jax.training.checkpoint import Checkpoints
 from spdf_jax.training.metrics import read_metrics
 from spdf_jax.training.phases import make_plan
@@ -73,7 +73,7 @@ def topology_step(sizes, plan, state, grads, target_nnz, drop_fraction):
 
     @jax.jit
     def step(state, grads):
-        return evolve(
+        return move_masks(
             jax.random.wrap_key_data(state.key),
             plan.tx,
             state.params,

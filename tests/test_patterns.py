@@ -12,7 +12,8 @@ from spdf_jax.errors import InputError
 from spdf_jax.sparsity.distributions import MatrixGroup, target_counts
 from spdf_jax.sparsity.masks import init_masks
 from spdf_jax.sparsity.patterns import CONTRACTION_AXES, PATTERNS, parse_pattern
-from spdf_jax.sparsity.rules import RULES, prune_and_grow, prune_and_grow_tree
+from spdf_jax.sparsity.rules import RULES
+from spdf_jax.sparsity.topology import prune_and_grow, prune_and_grow_tree
 
 QUICK = settings(deadline=None, derandomize=True, max_examples=25)
 KEY = jax.random.key(0)

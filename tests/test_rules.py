@@ -13,10 +13,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from spdf_jax.errors import InputError
 from spdf_jax.sparsity.masks import apply_masks
-from spdf_jax.sparsity.rules import RULES, Rule, prune_and_grow, prune_and_grow_tree
+from spdf_jax.sparsity.rules import RULES
+from spdf_jax.sparsity.topology import Rule, prune_and_grow, prune_and_grow_tree
 
 QUICK = settings(deadline=None, derandomize=True, max_examples=25)
-EVOLVING = {name: rule for name, rule in RULES.items() if rule.evolves}
+MOVING = {name: rule for name, rule in RULES.items() if rule.moves}
 KEY = jax.random.key(0)
 
 step = jax.jit(prune_and_grow, static_argnames=("gradient_share", "drop_score"))
@@ -104,8 +105,8 @@ def test_set_by_hand_and_its_growth_is_uniform():
 
 
 def test_the_rules_are_those_of_their_sources():
-    assert not RULES["static"].evolves
-    assert {name: (rule.gradient_share, rule.drop_fraction) for name, rule in EVOLVING.items()} == {
+    assert not RULES["static"].moves
+    assert {name: (rule.gradient_share, rule.drop_fraction) for name, rule in MOVING.items()} == {
         "set": (0.0, 0.3),
         "rigl": (1.0, 0.3),
         "mst": (0.75, 0.3),  # r/(r + 1) with r = 3
@@ -168,7 +169,7 @@ def test_every_rule_hits_every_count_in_one_compilation(rule):
     assert len(traces) == 1
 
 
-@pytest.mark.parametrize("rule", EVOLVING)
+@pytest.mark.parametrize("rule", MOVING)
 def test_nothing_moves_without_drop_and_with_the_present_count(rule):
     w, g, mask = random_problem((6, 7))
     now = int(mask.sum())
@@ -177,7 +178,7 @@ def test_nothing_moves_without_drop_and_with_the_present_count(rule):
     np.testing.assert_array_equal(new, mask)
 
 
-@pytest.mark.parametrize("rule", EVOLVING)
+@pytest.mark.parametrize("rule", MOVING)
 def test_without_drop_pruning_only_removes_and_growth_only_adds(rule):
     w, g, mask = random_problem((6, 7), density=0.5)
     share = RULES[rule].gradient_share

@@ -13,8 +13,9 @@ from hypothesis.extra import numpy as hnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from spdf_jax.errors import InputError
-from spdf_jax.sparsity.rules import RULES, prune_and_grow_tree
+from spdf_jax.sparsity.rules import RULES
 from spdf_jax.sparsity.select import order_keys, select_top_k
+from spdf_jax.sparsity.topology import prune_and_grow_tree
 
 QUICK = settings(deadline=None, derandomize=True, max_examples=25)
 select = jax.jit(select_top_k)

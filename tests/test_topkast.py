@@ -14,7 +14,8 @@ import spdf_jax as spdf
 from spdf_jax.model.gpt import GPT
 from spdf_jax.sharding import make_mesh
 from spdf_jax.sparsity.masks import active_counts, apply_masks
-from spdf_jax.sparsity.topkast import TOPKAST, TopKastState, choose_by_magnitude, explore
+from spdf_jax.sparsity.rules import RULES
+from spdf_jax.sparsity.topkast import TopKastState, choose_by_magnitude, explore
 from spdf_jax.training.checkpoint import Checkpoints
 from spdf_jax.training.phases import make_plan
 from spdf_jax.training.restore import restore_state
@@ -40,7 +41,7 @@ def choose(masks, state, count, exploration):
         state,
         target_nnz={"w": jnp.array([count])},
         drop_fraction=0.0,
-        rule=TOPKAST._replace(exploration=exploration),
+        rule=RULES["topkast"]._replace(exploration=exploration),
         regrowth="keep",
     )
 

@@ -29,7 +29,8 @@ from runner import announce, arguments, print_head, print_row, time_in_turn, wri
 
 from spdf_jax.sparsity.distributions import target_counts
 from spdf_jax.sparsity.masks import init_masks, matrix_groups
-from spdf_jax.sparsity.rules import RULES, prune_and_grow_tree
+from spdf_jax.sparsity.rules import RULES
+from spdf_jax.sparsity.topology import prune_and_grow_tree
 from spdf_jax.tree import LINEAR_KERNELS
 
 JAXPRUNER = "JaxPruner RigL"

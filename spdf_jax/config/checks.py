@@ -73,7 +73,7 @@ def check_phase(run: RunConfig, name: str, phase: PhaseConfig) -> None:
             f"config.model.mup_density: {run.model.mup_density} must be the density of phase {name!r}, "
             f"{phase.sparsity.density:g}, for which the parameters are drawn"
         )
-    if phase.sparsity.topology_rule.evolve and phase.optimizer.regrowth != "keep":
+    if phase.sparsity.topology_rule.choose_masks and phase.optimizer.regrowth != "keep":
         raise InputError(
             f"config.{name}.optimizer.regrowth: rule {phase.sparsity.rule!r} looks after the optimiser's state itself; use "
             f"'keep', not {phase.optimizer.regrowth!r}"
@@ -99,7 +99,7 @@ def check_transition(before: PhaseConfig, name: str, phase: PhaseConfig) -> None
             f"optimizer.regrowth {before.optimizer.regrowth!r} and rule {phase.sparsity.rule!r} with "
             f"{phase.optimizer.regrowth!r} keep different state; make them alike, or reset"
         )
-    if phase.sparsity.topology_rule.evolve and not before.sparsity.dense:
+    if phase.sparsity.topology_rule.choose_masks and not before.sparsity.dense:
         raise InputError(
             f"config.{name}.sparsity.rule: {phase.sparsity.rule!r} ranks all weights, and after a sparse phase the masked ones "
             f"are 0; put it first, or after a dense phase"

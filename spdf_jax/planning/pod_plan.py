@@ -29,7 +29,7 @@ from spdf_jax.planning.describe import describe
 from spdf_jax.planning.hlo import Items, executed, executed_collectives, matrix_flops, read_program
 from spdf_jax.planning.pod import GENERATIONS, Need, Pod, Times, estimate, splash_flops, splash_seconds, suggest
 from spdf_jax.sharding import batch_sharding, make_mesh, replicated
-from spdf_jax.sparsity.rules import evolve
+from spdf_jax.sparsity.topology import move_masks
 from spdf_jax.training.phases import PhasePlan, make_plan
 from spdf_jax.training.state import TrainState, abstract_state, state_shardings
 from spdf_jax.training.step import make_steps
@@ -178,11 +178,11 @@ def lower_steps(config: RunConfig, plan: PhasePlan, mesh: Mesh) -> list[tuple[st
     def prune_and_grow(state: TrainState, grads: Any, target_nnz: Any, drop_fraction: Any) -> Any:
         moving = (state.key, plan.tx, state.params, grads, state.masks, state.opt_state)
         how = {"target_nnz": target_nnz, "drop_fraction": drop_fraction, "rule": rule, "regrowth": regrowth}
-        return (rule.evolve or evolve)(*moving, **how)
+        return (rule.choose_masks or move_masks)(*moving, **how)
 
     with jax.set_mesh(mesh):
         train = steps.train.lower(state, batch_ABT, pattern=pattern, width=width)
-        if not rule.evolves:
+        if not rule.moves:
             return [("train step", train)]
         topology = steps.topology.lower(state, batch_ABT, *targets, pattern=pattern, width=width)
         alone = jax.jit(prune_and_grow, out_shardings=(shardings.params, shardings.masks, shardings.opt_state))

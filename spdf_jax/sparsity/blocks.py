@@ -4,7 +4,7 @@ The live blocks, column by column and in it from top to bottom, are ``data [J, K
 `spdf_jax.ops.block_linear` computes. Optimiser state follows them and is as small.
 
 A topology step drops the blocks of smallest score and lets them exchange while the gradient of what grows gains by it: prune
-and grow (`spdf_jax.sparsity.rules`) under the counts.
+and grow (`spdf_jax.sparsity.topology`) under the counts.
 
 Shape legend: I input blocks, J output blocks, K live blocks an output block, b side of a block, L layers.
 """
@@ -25,8 +25,8 @@ from spdf_jax.ops.block_linear import live_inputs
 from spdf_jax.sparsity.block_topology import BlockGrid, best_topology, exchange, random_topology
 from spdf_jax.sparsity.patterns import Pattern
 from spdf_jax.sparsity.regrowth import reset_masked_state
-from spdf_jax.sparsity.rules import Rule
 from spdf_jax.sparsity.select import select_top_k
+from spdf_jax.sparsity.topology import Rule
 from spdf_jax.tree import along_state, map_named, named_leaves
 
 
@@ -155,7 +155,7 @@ def move_blocks(
     drop_fraction: jax.Array,
     rule: Rule,
 ) -> tuple[Any, Any, Any]:
-    """A whole topology step of live blocks, as `spdf_jax.sparsity.rules.evolve` is one of masks.
+    """A whole topology step of live blocks, as `spdf_jax.sparsity.topology.move_masks` is one of masks.
 
     Of every matrix the blocks of smallest drop score are let go, and `gradient_share` of them exchange by the norm of the
     dense gradient, then the rest at random. A block that nothing could replace stays as it is.

@@ -20,10 +20,9 @@ from spdf_jax.sparsity import schedules
 from spdf_jax.sparsity.block_topology import block_grid
 from spdf_jax.sparsity.distributions import DISTRIBUTIONS, MatrixGroup, target_counts
 from spdf_jax.sparsity.patterns import parse_pattern
-from spdf_jax.sparsity.rules import RULES, Rule
-from spdf_jax.sparsity.topkast import TOPKAST
+from spdf_jax.sparsity.rules import RULES
+from spdf_jax.sparsity.topology import Rule
 
-RULES["topkast"] = TOPKAST
 SCHEDULES = ("constant", "cubic", "three_phases", "table", "alternate")
 
 # What uses which field of `SparsityConfig`.
@@ -34,11 +33,11 @@ LEVEL = Used(
 EXCHANGE = Used(lambda c: c.exchanges, "rules that exchange weights")
 MOVES = Used(lambda c: c.exchanges or bool(c.curve.ramps), "rules that exchange weights and schedules with a ramp")
 SHARE = Used(
-    lambda c: c.topology_rule.evolves and not c.topology_rule.evolve, "rules that exchange a share of the weights"
+    lambda c: c.topology_rule.moves and not c.topology_rule.choose_masks, "rules that exchange a share of the weights"
 )
 EXPLORED = Used(lambda c: not c.dense and RULES[c.rule].exploration > 0, "rules that explore, such as 'topkast'")
 CHOSEN = Used(
-    lambda c: not c.dense and c.topology_rule.evolve is None and c.curve(0.0) > 0,
+    lambda c: not c.dense and c.topology_rule.choose_masks is None and c.curve(0.0) > 0,
     "masks that are sparse from the first step and that the rule does not choose itself",
 )
 WINDOW = Used(lambda c: c.attention_end > c.attention_start, "phases with attention_end above attention_start")
@@ -131,7 +130,7 @@ class SparsityConfig:
     def exchanges(self) -> bool:
         """Whether weights come and go under one sparsity too."""
         rule = self.topology_rule
-        return rule.evolves and (rule.drop_fraction > 0 or rule.evolve is not None)
+        return rule.moves and (rule.drop_fraction > 0 or rule.choose_masks is not None)
 
     @property
     def blocks(self) -> bool:
@@ -150,7 +149,7 @@ class SparsityConfig:
             raise InputError(
                 f"sparsity.pattern: sparse_compute 'blocks' needs blocks such as 'block64', not {self.pattern!r}"
             )
-        if self.topology_rule.evolve:
+        if self.topology_rule.choose_masks:
             raise InputError(
                 f"sparsity.rule: {self.rule!r} keeps values outside its masks, for which sparse_compute 'blocks' has no room; "
                 f"use another rule, or sparse_compute 'masked'"
@@ -213,7 +212,7 @@ class Programme:
         self._aim = lru_cache(maxsize=None)(lambda step: config.curve(self._progress(step)))
         stop = round(config.stop_fraction * total_steps)
         self.last_step = stop - (stop / total_steps > config.stop_fraction)  # of those at intervals
-        if config.topology_rule.evolves:
+        if config.topology_rule.moves:
             self._check_moves()
         counts = self.counts(0)  # raises where a matrix does not divide into the pattern
         if config.blocks:
@@ -222,7 +221,7 @@ class Programme:
 
     def level(self, step: int) -> float:
         """The sparsity last aimed at before `step`: that of the last topology step, or of the initial masks."""
-        if not self.config.topology_rule.evolves or step <= 0:
+        if not self.config.topology_rule.moves or step <= 0:
             return self.config.curve(0.0)
         last = min(step - 1, self.last_step)
         last -= last % self.config.update_every_steps
@@ -236,8 +235,8 @@ class Programme:
     def topology(self, step: int) -> TopologyTarget | None:
         """The target if `step` is a topology step. Masks that would not change by it (dense, or no exchange) need none."""
         config, rule = self.config, self.config.topology_rule
-        own = rule.evolve is not None
-        if not rule.evolves or not self._due(step) or (step == 0 and not own):
+        own = rule.choose_masks is not None
+        if not rule.moves or not self._due(step) or (step == 0 and not own):
             return None
         target, progress = self.counts_for(self._aim(step)), self._progress(step)
         dense = all(n == self.groups[name].size for name, n in target.items())

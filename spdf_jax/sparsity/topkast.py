@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from spdf_jax.sparsity.masks import apply_masks, keep_where
-from spdf_jax.sparsity.rules import Rule, prune_and_grow_tree
+from spdf_jax.sparsity.topology import Rule, prune_and_grow_tree
 from spdf_jax.sparsity.transforms import sparse
 from spdf_jax.tree import check_same_structure, named_leaves
 
@@ -87,7 +87,7 @@ def choose_by_magnitude(
     rule: Rule,
     regrowth: str,
 ) -> tuple[Any, Any, TopKastState]:
-    """The topology step of Top-KAST: D and D + M largest values of every matrix; see `spdf_jax.sparsity.rules.evolve`."""
+    """Top-KAST's topology step: the D and D + M largest values of every matrix; see `spdf_jax.sparsity.topology.move_masks`."""
     del tx, params, drop_fraction, regrowth
     all_active = jax.tree.map(lambda mask: jnp.ones(mask.shape, bool), masks)
 
@@ -106,7 +106,3 @@ def choose_by_magnitude(
 def _pulled(values: jax.Array, mask: jax.Array) -> jax.Array:
     density = jnp.maximum(jnp.mean(mask, dtype=jnp.float32), 1 / mask.size)
     return values if mask.ndim == 0 else jnp.where(mask, values, values / density.astype(values.dtype))
-
-
-#: Its place in `RULES` is given by `spdf_jax.sparsity.programme`, as for any rule from outside `rules.py`.
-TOPKAST = Rule(drop_fraction=0.0, exploration=0.3, optimizer=explore, evolve=choose_by_magnitude)

@@ -18,7 +18,7 @@ from spdf_jax.sparsity.distributions import target_counts
 from spdf_jax.sparsity.masks import active_counts, apply_masks, dense_masks, init_masks, matrix_groups
 from spdf_jax.sparsity.programme import SparsityConfig
 from spdf_jax.sparsity.regrowth import reset_masked_state
-from spdf_jax.sparsity.rules import fit_masks
+from spdf_jax.sparsity.topology import fit_masks
 from spdf_jax.tree import LINEAR_KERNELS, LINEAR_KERNELS_AND_HEAD, LINEAR_KERNELS_AND_TIED_HEAD, Filter
 
 

@@ -17,7 +17,7 @@ import optax
 from spdf_jax.data import Batch
 from spdf_jax.sparsity.blocks import compress_tree, expand_tree, move_blocks
 from spdf_jax.sparsity.masks import apply_masks
-from spdf_jax.sparsity.rules import Rule, evolve
+from spdf_jax.sparsity.topology import Rule, move_masks
 from spdf_jax.training.losses import cross_entropy
 from spdf_jax.training.state import TrainState
 from spdf_jax.tree import named_leaves
@@ -141,7 +141,7 @@ def move_topology(
         params, topology, opt_state = move_blocks(key, tx, *parts, drop_fraction=drop_fraction, rule=rule)
         return state.replace(params=params, topology=topology, opt_state=opt_state)
     how: Any = {"target_nnz": target_nnz, "drop_fraction": drop_fraction, "rule": rule, "regrowth": regrowth}
-    move, parts = rule.evolve or evolve, (state.params, grads, state.masks, state.opt_state)
+    move, parts = rule.choose_masks or move_masks, (state.params, grads, state.masks, state.opt_state)
     params, masks, opt_state = move(key, tx, *parts, **how)
     return state.replace(params=params, masks=masks, opt_state=opt_state)
 
