@@ -13,7 +13,7 @@ from spdf_jax.config.read import load_config
 from spdf_jax.config.run import PhaseConfig, RunConfig
 from spdf_jax.data import DataConfig
 from spdf_jax.fields import OneOf, Range, Text, Used, requirements
-from spdf_jax.model.generate import DecodeConfig
+from spdf_jax.model.decoding import DecodeConfig
 from spdf_jax.optim import OptimizerConfig
 from spdf_jax.sharding import MeshConfig
 from spdf_jax.sparsity.programme import SparsityConfig

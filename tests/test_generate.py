@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 import spdf_jax as spdf
-from spdf_jax.model import generate as module
-from spdf_jax.model.generate import DecodeConfig, generate
+from spdf_jax.model import decoding
+from spdf_jax.model.decoding import DecodeConfig
+from spdf_jax.model.generate import generate
 from spdf_jax.sharding import MeshConfig, make_mesh
 
 CONFIG = spdf.GPTConfig(n_layer=2, n_head=2, d_model=16, vocab_size=13, context=40, init_std=0.35)
@@ -219,7 +220,7 @@ def test_where_every_token_would_repeat_there_is_no_continuation(method):
 )
 def test_what_would_repeat_by_hand(row, since, n, banned):
     padded = jnp.array([[*row, *[1, 2, 3, 1, 2, 3][: 8 - len(row)]]])  # what follows the row has no say
-    found_RV = module._repeats(padded, jnp.array([since]), jnp.array([len(row)]), n, 7)
+    found_RV = decoding._repeats(padded, jnp.array([since]), jnp.array([len(row)]), n, 7)
     assert set(np.flatnonzero(found_RV[0])) == banned
 
 
@@ -228,7 +229,7 @@ def test_what_would_repeat_in_random_ragged_rows():
     tokens_RS, lengths_R = rng.integers(0, 3, (40, 12)), rng.integers(1, 13, 40)
     since_R = rng.integers(0, lengths_R + 1)
     for n in (1, 2, 3, 5):
-        found_RV = jax.jit(module._repeats, static_argnums=(3, 4))(tokens_RS, since_R, lengths_R, n, 3)
+        found_RV = jax.jit(decoding._repeats, static_argnums=(3, 4))(tokens_RS, since_R, lengths_R, n, 3)
         rows = [tuple(row[a:b]) for row, a, b in zip(tokens_RS, since_R, lengths_R, strict=True)]
         expected = [[repeated((*row, t), n) for t in range(3)] for row in rows]
         np.testing.assert_array_equal(found_RV, expected)
@@ -252,10 +253,10 @@ def test_results_come_in_the_order_of_the_prompts_whatever_their_lengths():
 
 def test_sampling_is_decided_by_the_seed_and_compiled_once():
     first = decode(method="sample", seed=1, no_repeat_ngram=2)
-    programs = module._decode._cache_size()
+    programs = decoding.decode._cache_size()
     assert decode(method="sample", seed=1, no_repeat_ngram=2) == first
     assert [g.tokens for g in decode(method="sample", seed=2, no_repeat_ngram=2)] != [g.tokens for g in first]
-    assert module._decode._cache_size() == programs
+    assert decoding.decode._cache_size() == programs
 
 
 def test_the_same_prompt_twice_is_sampled_twice():

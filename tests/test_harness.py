@@ -17,7 +17,8 @@ from spdf_jax.evals import harness as module
 from spdf_jax.evals.harness import HarnessModel, run_harness
 from spdf_jax.evals.likelihood import log_likelihoods, perplexity, rolling_log_likelihoods
 from spdf_jax.evals.task_data import TASKS, write_task
-from spdf_jax.model.generate import DecodeConfig, generate
+from spdf_jax.model.decoding import DecodeConfig
+from spdf_jax.model.generate import generate
 
 TEXT = "to be or not to be, that is the question: whether it is nobler to bear the slings and arrows of fortune\n" * 3
 REVIEWS = [("a fine film", "positive"), ("dull and long", "negative"), ("not to be missed", "1"), ("no arrows", 0)]

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 import spdf_jax as spdf
-from spdf_jax.model.generate import DecodeConfig, generate
+from spdf_jax.model.decoding import DecodeConfig
+from spdf_jax.model.generate import generate
 
 pytestmark = [
     pytest.mark.slow,

@@ -11,8 +11,8 @@ import pytest
 
 import spdf_jax as spdf
 from spdf_jax.model import layer_norm
+from spdf_jax.model.decoding import empty_cache
 from spdf_jax.model.flops import parameter_count
-from spdf_jax.model.generate import empty_cache
 from spdf_jax.model.layer_norm import LayerNorm
 from spdf_jax.ops.attention_patterns import PATTERNS
 from spdf_jax.ops.block_linear import dense_linear

@@ -11,8 +11,9 @@ from test_model import in_steps
 
 import spdf_jax as spdf
 from spdf_jax.huggingface import save_gpt2
+from spdf_jax.model.decoding import DecodeConfig, empty_cache
 from spdf_jax.model.flops import parameter_count, step_flops
-from spdf_jax.model.generate import DecodeConfig, empty_cache, generate
+from spdf_jax.model.generate import generate
 from spdf_jax.model.mupar import mup_multipliers
 from spdf_jax.model.primer import DConv
 from spdf_jax.optim import _decayed

@@ -18,7 +18,7 @@ from spdf_jax.fields import (
     check_fields,
 )
 from spdf_jax.model.config import GPTConfig
-from spdf_jax.model.generate import DecodeConfig
+from spdf_jax.model.decoding import DecodeConfig
 from spdf_jax.optim import OptimizerConfig
 from spdf_jax.sharding import MeshConfig
 from spdf_jax.sparsity.programme import SparsityConfig

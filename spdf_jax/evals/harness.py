@@ -19,7 +19,8 @@ from spdf_jax.errors import InputError
 from spdf_jax.evals.exams import markdown_table
 from spdf_jax.evals.likelihood import log_likelihoods, rolling_log_likelihoods
 from spdf_jax.evals.task_data import write_task
-from spdf_jax.model.generate import DecodeConfig, generate
+from spdf_jax.model.decoding import DecodeConfig
+from spdf_jax.model.generate import generate
 from spdf_jax.model.gpt import GPT
 
 if TYPE_CHECKING:

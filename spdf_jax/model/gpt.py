@@ -96,7 +96,7 @@ class GPT(nn.Module):
     with `dconv` ``blocks/dconv_{q, k, v}/taps [L, 3, D]``, but no ``dconv_q`` with `shared_qk`.
 
     With ``positions_BT``, the place of each token in its sequence, the tokens continue those of earlier calls: their keys and
-    values go into the ``cache`` collection (`spdf_jax.model.generate.empty_cache`, ``mutable=["cache"]``), and each sees all
+    values go into the ``cache`` collection (`spdf_jax.model.decoding.empty_cache`, ``mutable=["cache"]``), and each sees all
     cached positions up to its own. Padding, on the right of a prompt, is at position -1: nothing of it is kept.
 
     With kernels as live blocks and a ``topology`` collection (`spdf_jax.sparsity.blocks`), the layers compute those alone.
