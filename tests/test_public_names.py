@@ -1,15 +1,13 @@
-"""What users read: every public name's help is complete, and the README's Python runs as it stands there."""
+"""What users read: every public name's help is complete."""
 
 import inspect
 import pydoc
 import re
-from pathlib import Path
 
 import pytest
 
 import spdf_jax as spdf
 
-README = Path(__file__).parent.parent / "README.md"
 OBJECTS = {name: getattr(spdf, name) for name in spdf.__all__}
 FUNCTIONS = {name: one for name, one in OBJECTS.items() if inspect.isfunction(one)}
 CLASSES = {name: one for name, one in OBJECTS.items() if inspect.isclass(one)}
@@ -72,18 +70,3 @@ def test_a_class_says_what_it_holds(name):
     assert [
         field for field in fields if not re.search(rf"^ .*\b{field}\b.*: ", section(name, "Attributes"), re.M)
     ] == []
-
-
-def test_the_readme_runs():
-    """Its Python blocks, one after another, as somebody pastes them."""
-    blocks = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
-    assert blocks
-    rules, names = dict(spdf.RULES), {}
-    try:
-        exec(compile("\n".join(blocks), str(README), "exec"), names)
-    finally:
-        spdf.RULES.clear()
-        spdf.RULES.update(rules)
-    weights, mask = (names[tree]["blocks"]["mlp_up"]["kernel"] for tree in ("params", "masks"))
-    assert mask.sum() == mask.size // 4
-    assert not weights[~mask].any()
