@@ -16,7 +16,8 @@ import spdf_jax as spdf
 from spdf_jax.config.read import load_config
 from spdf_jax.data import load_tokenizer
 from spdf_jax.evals import harness
-from spdf_jax.evals.exams import exam_results, read_questions, take_exams
+from spdf_jax.evals.exam_questions import read_questions
+from spdf_jax.evals.exams import exam_results, take_exams
 from spdf_jax.evals.harness import run_harness
 from spdf_jax.evals.likelihood import log_likelihoods
 from spdf_jax.jobs import train as jobs

@@ -8,14 +8,8 @@ from pathlib import Path
 import pytest
 
 from spdf_jax.errors import InputError
-from spdf_jax.evals.exams import (
-    SHIPPED_QUESTIONS,
-    CertificationResult,
-    ExamResults,
-    Question,
-    read_questions,
-    take_exams,
-)
+from spdf_jax.evals.exam_questions import SHIPPED_QUESTIONS, Question, read_questions
+from spdf_jax.evals.exams import CertificationResult, ExamResults, take_exams
 
 ROW = {
     "certification": "Baker",

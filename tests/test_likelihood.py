@@ -13,7 +13,8 @@ import spdf_jax as spdf
 from spdf_jax.data import validation_batches
 from spdf_jax.data.tokenizer import encode_plain, train_tokenizer
 from spdf_jax.evals import likelihood as module
-from spdf_jax.evals.exams import Question, exam_results, take_exams
+from spdf_jax.evals.exam_questions import Question
+from spdf_jax.evals.exams import exam_results, take_exams
 from spdf_jax.evals.likelihood import (
     log_likelihoods,
     perplexity,

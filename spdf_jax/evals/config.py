@@ -28,7 +28,7 @@ class EvaluationConfig:
       data_dir: the folder of their files, see `spdf_jax.evals.task_data`.
       num_fewshot: labelled examples before each question, for tasks that take some; -1: as each task says.
       exams: whether to sit the professional exams.
-      exam_questions: the file of their questions, see `spdf_jax.evals.exams`; "" stands for the package's own set.
+      exam_questions: the file of their questions, see `spdf_jax.evals.exam_questions`; "" stands for the package's own set.
       exam_mode: how choices are scored, ``length`` or ``letter``, see `spdf_jax.evals.exams.take_exams`.
     """
 

@@ -2,21 +2,12 @@
 
 Source: "Evaluating AI Vocational Skills Through Professional Testing" (2023), whose 1,149 certifications GPT-3 passed 39 % of.
 A set of our own questions ships with the package so that the suite runs anywhere; nobody sat it, so it has no human scores, and
-shares passed on it compare between our runs only. Real sets come by path, as one JSON object a line:
-
-    {"certification": "Python Associate", "field": "information technology", "question": "What is 7 // 2?",
-     "choices": ["3", "3.5"], "answer": "A", "human_score": 0.81}
-
-``answer`` is the letter of the right choice or its position counted from 0. ``human_score`` may be left out: the share that
-people get right, from 0 to 1, the same in all lines of a certification that give it.
+shares passed on it compare between our runs only. Real sets come by path, see `spdf_jax.evals.exam_questions`.
 """
 
 import dataclasses
-import json
 import math
-import string
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 from jax.sharding import Mesh
@@ -24,39 +15,16 @@ from jax.sharding import Mesh
 from spdf_jax.data import end_of_text_id
 from spdf_jax.data.tokenizer import Tokenizer
 from spdf_jax.errors import InputError
+from spdf_jax.evals.exam_questions import LETTERS, Question
 from spdf_jax.evals.likelihood import log_likelihoods
+from spdf_jax.evals.markdown import markdown_table
 from spdf_jax.model.gpt import GPT
 
-SHIPPED_QUESTIONS = Path(__file__).with_name("exam_questions.jsonl")
 PASS_OVER_PERCENT = 70
 MODES = ("length", "letter")
 
 #: (context, continuation) pairs -> for each the sum of the continuation's log-probabilities in nats, and its tokens.
 LogLikelihoods = Callable[[Sequence[tuple[str, str]]], Sequence[tuple[float, int]]]
-
-_REQUIRED = ("certification", "field", "question", "choices", "answer")
-_LETTERS = string.ascii_uppercase
-
-
-@dataclasses.dataclass(frozen=True)
-class Question:
-    """One multiple-choice question.
-
-    Attributes:
-        certification: the exam it belongs to.
-        field: the exam's field of work.
-        question: what is asked.
-        choices: two or more, all different.
-        answer: position of the right choice, from 0.
-        human_score: share of the certification's questions that people get right, if known.
-    """
-
-    certification: str
-    field: str
-    question: str
-    choices: tuple[str, ...]
-    answer: int
-    human_score: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,134 +175,6 @@ class ExamResults:
         return text
 
 
-# --- reading ---------------------------------------------------------------------------------------------------------
-
-
-def read_questions(path: Path | str = SHIPPED_QUESTIONS) -> tuple[Question, ...]:
-    """Reads a set of exams from JSON lines, as the module's docstring describes them; empty lines are skipped.
-
-    Args:
-        path: the file; by default the set of our own that ships with the package.
-
-    Returns:
-        The questions, in order.
-
-    Raises:
-        InputError: the file cannot be read or holds no question; or, with the line's number: it is not JSON or not UTF-8, a
-            key is missing, unknown or has a value of the wrong kind, there are fewer than 2 or more than 26 choices or two
-            equal ones, the answer is none of them, a question comes twice in a certification, or a certification has two
-            fields or two human scores.
-
-    >>> len(read_questions())
-    144
-    """
-    path = Path(path)
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except OSError as error:
-        raise InputError(f"exams {path}: cannot be read ({error.strerror}); give a file of JSON lines") from error
-    questions: list[Question] = []
-    known: dict[Any, tuple[Any, int]] = {}
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            question = _parse_question(line)
-            _check_agrees(question, number, known)
-        except InputError as error:
-            raise InputError(f"exams {path}: line {number}: {error}") from error
-        questions.append(question)
-    if not questions:
-        raise InputError(f"exams {path}: holds no question; give a file with one JSON object a line")
-    return tuple(questions)
-
-
-def _parse_question(line: bytes) -> Question:
-    """The question of one line, checked by itself."""
-    try:
-        row = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise InputError(f"not UTF-8 at byte {error.start}; save the file as UTF-8") from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"not JSON ({error}); write one object a line") from error
-    if not isinstance(row, dict):
-        raise InputError(f"a JSON {type(row).__name__}, not an object; write one object a line")
-    missing = [key for key in _REQUIRED if key not in row]
-    unknown = [key for key in row if key not in (*_REQUIRED, "human_score")]
-    if missing or unknown:
-        problems = [f"{kind} {', '.join(keys)}" for kind, keys in (("no", missing), ("unknown", unknown)) if keys]
-        raise InputError(f"{' and '.join(problems)}; the keys are {', '.join(_REQUIRED)} and, if known, human_score")
-    certification, field, question = (_text(row[key], key) for key in ("certification", "field", "question"))
-    choices = _parse_choices(row["choices"])
-    answer = _parse_answer(row["answer"], len(choices))
-    return Question(certification, field, question, choices, answer, _parse_human_score(row.get("human_score")))
-
-
-def _text(value: Any, where: str) -> str:
-    """`value` without blanks around it, if it is a text that can be encoded."""
-    if not isinstance(value, str) or not value.strip():
-        raise InputError(f"{where} {value!r} must be a text that is not empty; put it in quotes")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise InputError(f"{where} {value!r} holds half of a surrogate pair; write the character itself") from error
-    return value.strip()
-
-
-def _parse_choices(value: Any) -> tuple[str, ...]:
-    if not isinstance(value, list) or not 2 <= len(value) <= len(_LETTERS):
-        raise InputError(f"choices {value!r} must be a list of 2 to {len(_LETTERS)} texts; add or remove some")
-    choices = tuple(_text(choice, f"choices[{index}]") for index, choice in enumerate(value))
-    for index, choice in enumerate(choices):
-        if choice in choices[:index]:
-            raise InputError(f"choices[{index}] {choice!r} comes twice; make every choice different")
-    return choices
-
-
-def _parse_answer(value: Any, n_choices: int) -> int:
-    """The position that a letter or a position stands for."""
-    if isinstance(value, str) and len(value.strip()) == 1:
-        position = _LETTERS.find(value.strip().upper())
-    elif isinstance(value, int) and not isinstance(value, bool):
-        position = value
-    else:
-        position = -1
-    if not 0 <= position < n_choices:
-        allowed = f"a letter from A to {_LETTERS[n_choices - 1]} or a position from 0 to {n_choices - 1}"
-        raise InputError(f"answer {value!r} is none of the {n_choices} choices; give {allowed}")
-    return position
-
-
-def _parse_human_score(value: Any) -> float | None:
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-        raise InputError(f"human_score {value!r} must be a share from 0 to 1; write 70 % as 0.7")
-    return float(value)
-
-
-def _check_agrees(question: Question, number: int, known: dict[Any, tuple[Any, int]]) -> None:
-    """Holds a question against the lines before it; `known` keeps what was said first, and in which line."""
-    name = question.certification
-    for key, value in (("field", question.field), ("human_score", question.human_score)):
-        first, line = known.setdefault((name, key), (value, number)) if value is not None else (value, number)
-        if value != first:
-            raise InputError(f"{key} {value!r} of {name!r} was {first!r} in line {line}; give it one for all its lines")
-    # Exams repeat a wording such as "Which statement is true?"; with the same choices it is the same question.
-    identity = (name, _folded(question.question), frozenset(map(_folded, question.choices)))
-    _, line = known.setdefault(identity, (None, number))
-    if line != number:
-        raise InputError(f"question {question.question!r} of {name!r} is already in line {line}; remove one of the two")
-
-
-def _folded(text: str) -> str:
-    """What stays of a text when blanks are set aside."""
-    return " ".join(text.split())
-
-
-# --- scoring ---------------------------------------------------------------------------------------------------------
-
-
 def exam_results(
     model: GPT,
     params: Any,
@@ -419,7 +259,7 @@ def _pairs(question: Question, mode: str) -> list[tuple[str, str]]:
     asked = f"Question: {question.question}\n"
     if mode == "length":
         return [(f"{asked}Answer:", f" {choice}") for choice in question.choices]
-    letters = _LETTERS[: len(question.choices)]
+    letters = LETTERS[: len(question.choices)]
     listed = "".join(f"{letter}. {choice}\n" for letter, choice in zip(letters, question.choices, strict=True))
     return [(f"{asked}{listed}Answer:", f" {letter}") for letter in letters]
 
@@ -464,29 +304,5 @@ def _mean(values: Iterable[float]) -> float:
     return math.fsum(numbers) / len(numbers)
 
 
-# --- text ------------------------------------------------------------------------------------------------------------
-
-
 def _percent(share: float | None) -> str:
     return "" if share is None else f"{100 * share:.1f} %"
-
-
-def markdown_table(header: Sequence[str], alignment: str, rows: Sequence[Sequence[str | int]]) -> str:
-    """A Markdown table.
-
-    Args:
-        header: names of the columns.
-        alignment: an l or r for each column.
-        rows: the cells of each.
-
-    Returns:
-        Lines without one at the end.
-
-    >>> print(markdown_table(("task", "n"), "lr", [("ptb", 1)]))
-    | task | n |
-    | --- | ---: |
-    | ptb | 1 |
-    """
-    rule = ["---" if side == "l" else "---:" for side in alignment]
-    cells = [[_folded(str(cell)).replace("|", r"\|") for cell in row] for row in rows]
-    return "\n".join(f"| {' | '.join(row)} |" for row in (header, rule, *cells))

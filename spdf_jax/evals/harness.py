@@ -16,8 +16,8 @@ from jax.sharding import Mesh
 from spdf_jax.data import end_of_text_id
 from spdf_jax.data.tokenizer import Tokenizer, encode_plain
 from spdf_jax.errors import InputError
-from spdf_jax.evals.exams import markdown_table
 from spdf_jax.evals.likelihood import log_likelihoods, rolling_log_likelihoods
+from spdf_jax.evals.markdown import markdown_table
 from spdf_jax.evals.task_data import write_task
 from spdf_jax.model.decoding import DecodeConfig
 from spdf_jax.model.generate import generate

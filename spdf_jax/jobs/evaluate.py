@@ -18,7 +18,8 @@ from spdf_jax.data import (
 )
 from spdf_jax.data.tokenizer import Tokenizer
 from spdf_jax.errors import InputError
-from spdf_jax.evals.exams import SHIPPED_QUESTIONS, exam_results, read_questions
+from spdf_jax.evals.exam_questions import SHIPPED_QUESTIONS, read_questions
+from spdf_jax.evals.exams import exam_results
 from spdf_jax.evals.harness import harness_table, run_harness
 from spdf_jax.evals.metrics import score_texts
 from spdf_jax.jobs import Request, keep_compiled
