@@ -17,7 +17,7 @@ from spdf_jax.jobs.generate import generate_text
 from spdf_jax.model.flops import step_flops
 from spdf_jax.sharding import make_mesh
 from spdf_jax.sparsity.masks import active_counts
-from spdf_jax.training import loop
+from spdf_jax.training import loop, watch
 from spdf_jax.training.metrics import read_metrics
 from spdf_jax.training.phases import make_plan, total_cost
 from spdf_jax.training.restore import initial_from, saved_run, source_folder
@@ -176,6 +176,31 @@ def test_what_cannot_be_gone_on_from_is_refused_and_leaves_nothing(change, messa
     with pytest.raises(spdf.InputError, match=message):
         jobs.train(spdf.resolve(c), tmp_path / "run", progress=False)
     assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_a_watched_run_starts_from_another_and_stops_early_as_the_run_itself_does(
+    text, pretrained, tmp_path, monkeypatch
+):
+    c = finetuning(text, pretrained)
+    c.finetune.steps, c.finetune.patience_evaluations, c.loop.eval_every_steps = 40, 1, 2
+    config, losses = spdf.resolve(c), [5.0, 4.0, 4.5]  # at steps 0, 2, 4: the last is no better
+    measured = iter(losses * 2)
+    for module in (loop, watch):
+        monkeypatch.setattr(module, "evaluate", lambda *_: next(measured))
+    jobs.train(config, tmp_path, progress=False)
+    rows = [row for row in read_metrics(tmp_path) if "loss" in row]
+    watched = [(int(state.step), metrics.get("loss")) for state, metrics in spdf.watch_training(config)]
+    assert watched == [(0, None), *((row["step"], row["loss"]) for row in rows)]
+    assert watched[-1][0] == 4
+
+
+def test_a_watched_run_has_no_cell_beside_it_to_start_from(text):
+    c = base(text, "finetune")
+    c.init_from = "cell:dense"
+    with pytest.raises(
+        spdf.InputError, match=r"^config.init_from: 'cell:dense' is of a sweep; name the workdir of that cell"
+    ):
+        next(spdf.watch_training(spdf.resolve(c)))
 
 
 def test_early_stopping_keeps_the_best_and_survives_a_restart(text, pretrained, tmp_path, monkeypatch):

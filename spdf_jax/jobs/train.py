@@ -30,13 +30,14 @@ from spdf_jax.training.restore import (
     check_same_run,
     cost_before,
     enter_phase,
+    first_state,
     initial_from,
     read_summary,
     restore_state,
     saved_run,
     source_folder,
 )
-from spdf_jax.training.state import TrainState, init_state
+from spdf_jax.training.state import TrainState
 from spdf_jax.workdir import (
     BEST,
     CHECKPOINTS,
@@ -189,13 +190,10 @@ def _first_state(
     """The state to go on from, the phase it belongs to, and what is recorded with it."""
     source = source_folder(config, workdir)
     if checkpoints.latest_step() is None:
-        plan, model = plans[0], GPT(config.model)
-        record: dict[str, Any] = {"seconds": 0.0, "origin": {}}
-        if source is None:
-            return init_state(model, plan.tx, plan.config.sparsity, plan.filter, config.seed, mesh), 0, record
-        before = cost_before(source)
-        state = initial_from(source, config, plan, mesh)
-        return state, 0, record | {"origin": {"fingerprint": fingerprint(state), "before": before}}
+        before = cost_before(source) if source else None
+        state = first_state(config, plans[0], mesh, source)
+        origin = {"fingerprint": fingerprint(state), "before": before} if source else {}
+        return state, 0, {"seconds": 0.0, "origin": origin}
     try:
         record = checkpoints.record()
         if "init_from" in moved:

@@ -28,11 +28,10 @@ from spdf_jax.model.gpt import GPT
 from spdf_jax.planning.describe import describe
 from spdf_jax.planning.hlo import Items, executed, executed_collectives, matrix_flops, read_program
 from spdf_jax.planning.pod import GENERATIONS, Need, Pod, Times, estimate, splash_flops, splash_seconds, suggest
-from spdf_jax.sharding import batch_sharding, make_mesh, replicated
-from spdf_jax.sparsity.topology import move_masks
+from spdf_jax.sharding import batch_sharding, make_mesh, parameter_shardings, replicated
 from spdf_jax.training.phases import PhasePlan, make_plan
-from spdf_jax.training.state import TrainState, abstract_state, state_shardings
-from spdf_jax.training.step import make_steps
+from spdf_jax.training.state import TrainState, abstract_params, abstract_state, state_shardings
+from spdf_jax.training.step import make_steps, move_topology
 
 EXAMPLES = "v5e:4x4, v5e:16x16, v6e:16x16, v4:4x4x4, v5p:4x4x4"
 # libtpu is to look for no TPU, to say nothing of finding none, and to let other processes compile, too.
@@ -175,19 +174,21 @@ def lower_steps(config: RunConfig, plan: PhasePlan, mesh: Mesh) -> list[tuple[st
     steps = make_steps(GPT(config.model), plan.tx, plan.learning_rate, rule, shardings, regrowth)
     pattern, width = plan.programme.attention(0)
 
-    def prune_and_grow(state: TrainState, grads: Any, target_nnz: Any, drop_fraction: Any) -> Any:
-        moving = (state.key, plan.tx, state.params, grads, state.masks, state.opt_state)
-        how = {"target_nnz": target_nnz, "drop_fraction": drop_fraction, "rule": rule, "regrowth": regrowth}
-        return (rule.choose_masks or move_masks)(*moving, **how)
-
     with jax.set_mesh(mesh):
         train = steps.train.lower(state, batch_ABT, pattern=pattern, width=width)
         if not rule.moves:
             return [("train step", train)]
         topology = steps.topology.lower(state, batch_ABT, *targets, pattern=pattern, width=width)
-        alone = jax.jit(prune_and_grow, out_shardings=(shardings.params, shardings.masks, shardings.opt_state))
-        moved = alone.lower(state, state.params, *targets)
+        alone = jax.jit(partial(move_topology, plan.tx, rule, regrowth), out_shardings=shardings)
+        moved = alone.lower(state, _whole_gradients(config, plan, mesh), *targets)
         return [("train step", train), ("topology step", topology), ("prune and grow alone", moved)]
+
+
+def _whole_gradients(config: RunConfig, plan: PhasePlan, mesh: Mesh) -> Any:
+    """Shapes and shardings of the dense gradient, of kernels stored as blocks too."""
+    params = abstract_params(GPT(config.model))
+    shardings = parameter_shardings(mesh, params)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), params, shardings)
 
 
 def _compile(name: str, lowered: Any, pod: Pod, pattern: str, width: int) -> Program:

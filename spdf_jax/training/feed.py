@@ -90,13 +90,13 @@ def _packed(end: int | None, batches: Iterator[Batch]) -> Iterator[Batch]:
 
 
 def load_data(
-    config: RunConfig, workdir: Path, plans: Sequence[PhasePlan], *, begun: bool = True, progress: bool
+    config: RunConfig, workdir: Path | None, plans: Sequence[PhasePlan], *, begun: bool = True, progress: bool
 ) -> tuple[TokenData | None, Tokenizer | None]:
     """The text, where a phase models it or the tokenizer is made of it, and the tokenizer.
 
     Args:
       config: the run.
-      workdir: its folder.
+      workdir: its folder; None for a run that leaves none.
       plans: the phases to be fed.
       begun: whether the run has saved anything: its tokenizer is then its own, whatever lies elsewhere by now.
       progress: show progress.
@@ -123,10 +123,10 @@ def load_data(
     return tokens, tokenizer
 
 
-def _tokenizer_place(config: RunConfig, workdir: Path, begun: bool) -> str:
+def _tokenizer_place(config: RunConfig, workdir: Path | None, begun: bool) -> str:
     """Where the run's tokenizer lies: in its folder, where the config says, or in ``init_from``; "": it comes with the data."""
-    given, own = config.data.tokenizer, workdir / "tokenizer.json"
-    if begun and own.is_file():
+    given, own = config.data.tokenizer, workdir / "tokenizer.json" if workdir else None
+    if begun and own and own.is_file():
         if given and Path(given).exists() and load_tokenizer(given).to_str() != load_tokenizer(own).to_str():
             raise InputError(
                 f"config.data.tokenizer: {given!r} is not the tokenizer of the run in {workdir}, which is {own}; name that one"

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -56,30 +56,19 @@ class Run:
 
 def run_phase(run: Run, plan: PhasePlan, state: TrainState) -> TrainState:
     """Steps of one phase. Step n + 1 is dispatched before the metrics of step n are fetched."""
-    loop, programme = run.config.loop, plan.programme
-    shardings = state_shardings(run.mesh, plan.tx, state)
-    regrowth = plan.config.optimizer.regrowth
-    steps = make_steps(run.model, plan.tx, plan.learning_rate, programme.config.topology_rule, shardings, regrowth)
-    first = int(state.step)
-    batches = device_batches(run.feeds[plan.index], run.mesh, plan, first - plan.start)
-    if first == plan.start and _starts_anew(run, plan):
+    loop, first = run.config.loop, int(state.step)
+    steps = make_phase_steps(run.model, plan, run.mesh, state)
+    if first == plan.start and starts_anew(run.feeds, plan):
         _evaluate_and_log(run, plan, steps, state, first)
     run.last_log = (time.perf_counter(), run.total.tokens)
+    _save_pictures(run, plan, state, first if first < plan.end else -1)
     pending: tuple[int, StepCost, Any] | None = None
-    for step in traced(range(first, plan.end), loop.profiled_steps, run.workdir):
-        local = step - plan.start
-        processes.beat(step + 1, loop.watchdog_seconds)
-        if stops_early(of_phase(run.evaluations, plan.name), plan.config.patience_evaluations):
-            return state
-        if local in plan.picture_steps:
-            save_mask_pictures(run.workdir, step, state.element_masks())
-        batch_ABT = next(batches)
-        state, metrics = one_step(steps, plan, local, state, batch_ABT)
+    numbers = traced(_watched(range(first, plan.end), loop.watchdog_seconds), loop.profiled_steps, run.workdir)
+    taken = take_steps(plan, run.feeds[plan.index], run.mesh, steps, state, numbers, run.evaluations)
+    for step, state, metrics, cost in taken:
         if pending is not None:
             _fetch_and_log(run, plan, *pending)
-        if plan.config.task.name:
-            metrics |= {"tokens": task_tokens(batch_ABT.weights_BT)}
-        pending = (step, plan.cost(local, batch_ABT.tokens_BT.shape[-1]), metrics)
+        pending = (step, cost, metrics)
         done = step + 1
         evaluate, preempted = plan.evaluates_after(done), processes.preempted(done)
         save = preempted or done == plan.end or done % loop.checkpoint_every_steps == 0
@@ -94,9 +83,60 @@ def run_phase(run: Run, plan: PhasePlan, state: TrainState) -> TrainState:
         if preempted:
             run.checkpoints.wait()
             raise Restart(f"preempted: saved at step {done}; the same command resumes")
-    if plan.end - plan.start in plan.picture_steps and first < plan.end:
-        save_mask_pictures(run.workdir, plan.end, state.element_masks())
+        _save_pictures(run, plan, state, done)
     return state
+
+
+def make_phase_steps(model: GPT, plan: PhasePlan, mesh: Mesh, state: TrainState) -> Steps:
+    """The compiled steps of a phase, for states laid out as `state` is (arrays or shapes)."""
+    shardings = state_shardings(mesh, plan.tx, state)
+    rule, regrowth = plan.programme.config.topology_rule, plan.config.optimizer.regrowth
+    return make_steps(model, plan.tx, plan.learning_rate, rule, shardings, regrowth)
+
+
+def take_steps(
+    plan: PhasePlan,
+    feed: Feed,
+    mesh: Mesh,
+    steps: Steps,
+    state: TrainState,
+    numbers: Iterable[int],
+    evaluations: Mapping[tuple[str, int], float],
+) -> Iterator[tuple[int, TrainState, dict[str, Any], StepCost]]:
+    """The steps of a phase, for `run_phase` and `spdf_jax.watch_training` alike.
+
+    Args:
+      plan, feed, steps: of the phase.
+      mesh: where batches go.
+      state: before the first step taken; donated, as every one that is given out is when the next is asked for.
+      numbers: steps of the run to take, counted from 0.
+      evaluations: validation losses by phase and step, to which who takes the steps adds: they may end the phase early.
+
+    Yields:
+      ``(step, state, metrics, cost)``: the state after the step, and its metrics, still on the devices.
+    """
+    batches = device_batches(feed, mesh, plan, int(state.step) - plan.start)
+    for step in numbers:
+        if stops_early(of_phase(evaluations, plan.name), plan.config.patience_evaluations):
+            return
+        batch_ABT, local = next(batches), step - plan.start
+        state, metrics = one_step(steps, plan, local, state, batch_ABT)
+        if plan.config.task.name:
+            metrics |= {"tokens": task_tokens(batch_ABT.weights_BT)}
+        yield step, state, metrics, plan.cost(local, batch_ABT.tokens_BT.shape[-1])
+
+
+def _watched(numbers: Iterable[int], seconds: int) -> Iterator[int]:
+    """Tells the watchdog that another step begins."""
+    for step in numbers:
+        processes.beat(step + 1, seconds)
+        yield step
+
+
+def _save_pictures(run: Run, plan: PhasePlan, state: TrainState, done: int) -> None:
+    """Pictures of the masks after `done` steps of the run, where the plan has them."""
+    if done - plan.start in plan.picture_steps:
+        save_mask_pictures(run.workdir, done, state.element_masks())
 
 
 def one_step(steps: Steps, plan: PhasePlan, local: int, state: TrainState, batch_ABT: Batch) -> tuple[TrainState, Any]:
@@ -118,10 +158,10 @@ def device_batches(feed: Feed, mesh: Mesh, plan: PhasePlan, start_batch: int) ->
         yield jax.tree.map(lambda x: load(x.reshape(accumulate, -1, x.shape[-1])), batch)
 
 
-def _starts_anew(run: Run, plan: PhasePlan) -> bool:
+def starts_anew(feeds: Sequence[Feed], plan: PhasePlan) -> bool:
     """Whether nothing comparable was measured before a phase: it is the first, on other data, or seeks the best of its own."""
-    before = run.feeds[max(plan.index - 1, 0)].fingerprint
-    return plan.index == 0 or before != run.feeds[plan.index].fingerprint or plan.config.patience_evaluations > 0
+    before = feeds[max(plan.index - 1, 0)].fingerprint
+    return plan.index == 0 or before != feeds[plan.index].fingerprint or plan.config.patience_evaluations > 0
 
 
 def _fetch_and_log(run: Run, plan: PhasePlan, step: int, cost: StepCost, metrics: dict[str, Any]) -> None:

@@ -21,7 +21,7 @@ from spdf_jax.sharding import make_mesh, parameter_shardings
 from spdf_jax.sparsity.masks import dense_masks
 from spdf_jax.training.checkpoint import Checkpoints, DamagedCheckpointError
 from spdf_jax.training.phases import PhasePlan, make_plan
-from spdf_jax.training.state import TrainState, abstract_state, as_masks, start_phase, state_shardings
+from spdf_jax.training.state import TrainState, abstract_state, as_masks, init_state, start_phase, state_shardings
 from spdf_jax.workdir import BEST, CHECKPOINTS, CONFIG_FILE, SUMMARY_FILE, read_json
 
 #: What of a config may change between restarts and after the end: how the run reports, where and how it is computed, what is
@@ -133,11 +133,28 @@ def restore_state(config: RunConfig, plan: PhasePlan, mesh: Mesh, checkpoints: C
     return checkpoints.restore(abstract, state_shardings(mesh, plan.tx, abstract))
 
 
-def source_folder(config: RunConfig, workdir: Path) -> Path | None:
-    """Where ``config.init_from`` points for a run in `workdir`; None for nowhere."""
+def source_folder(config: RunConfig, workdir: Path | None) -> Path | None:
+    """Where ``config.init_from`` points for a run in `workdir`; None for nowhere.
+
+    Raises:
+      InputError: it names a cell of a sweep, but the run has no folder among others.
+    """
     if config.init_from.startswith("cell:"):
+        if workdir is None:
+            raise InputError(f"config.init_from: {config.init_from!r} is of a sweep; name the workdir of that cell")
         return workdir.parent / config.init_from.removeprefix("cell:")
     return Path(config.init_from) if config.init_from else None
+
+
+def first_state(config: RunConfig, plan: PhasePlan, mesh: Mesh, source: Path | None) -> TrainState:
+    """The state before the first step of a run: drawn, or that of `source`, see `source_folder`.
+
+    Raises:
+      InputError: see `initial_from`.
+    """
+    if source is None:
+        return init_state(GPT(config.model), plan.tx, plan.config.sparsity, plan.filter, config.seed, mesh)
+    return initial_from(source, config, plan, mesh)
 
 
 def initial_from(folder: Path, config: RunConfig, plan: PhasePlan, mesh: Mesh) -> TrainState:

@@ -1,24 +1,26 @@
 """A run looked at from inside: its states one by one, in memory."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from spdf_jax.config.checks import check_devices
 from spdf_jax.config.run import RunConfig
-from spdf_jax.data import prepare
 from spdf_jax.model.gpt import GPT
 from spdf_jax.sharding import make_mesh
-from spdf_jax.training.feed import make_feed
-from spdf_jax.training.loop import device_batches, evaluate, one_step
-from spdf_jax.training.phases import make_plan
-from spdf_jax.training.state import TrainState, init_state, start_phase, state_shardings
-from spdf_jax.training.step import make_steps
+from spdf_jax.training.feed import Feed, load_data, make_feed
+from spdf_jax.training.loop import evaluate, make_phase_steps, starts_anew, take_steps
+from spdf_jax.training.phases import PhasePlan, make_plan
+from spdf_jax.training.restore import enter_phase, first_state, source_folder
+from spdf_jax.training.state import TrainState
 
 
 def watch_training(config: RunConfig) -> Iterator[tuple[TrainState, dict[str, Any]]]:
     """The steps of the run that ``spdf_jax.main`` would make of `config`, bit for bit, but leaving no files.
+
+    It starts from ``init_from`` and stops early as that run does; the last state is then the newest one, not the best.
 
     Args:
       config: from `spdf_jax.resolve`.
@@ -44,25 +46,39 @@ def watch_training(config: RunConfig) -> Iterator[tuple[TrainState, dict[str, An
     """
     mesh, model, plans = make_mesh(config.mesh), GPT(config.model), make_plan(config)
     check_devices(config, mesh.shape["data"] * mesh.shape["fsdp"])
-    data = prepare(config.data, progress=False)
-    state = init_state(model, plans[0].tx, plans[0].config.sparsity, plans[0].filter, config.seed, mesh)
+    tokens, tokenizer = load_data(config, None, plans, begun=False, progress=False)
+    feeds = [make_feed(config, plan, tokens, tokenizer, mesh) for plan in plans]
+    with jax.set_mesh(mesh):  # never around a yield: it would leak to whoever looks on
+        state = first_state(config, plans[0], mesh, source_folder(config, None))
     yield state, {}
     for plan in plans:
-        phase, programme = plan.config, plan.programme
-        if plan.index:
-            reset = phase.reset_optimizer
-            state = start_phase(state, plan.tx, phase.sparsity, plan.filter, mesh, reset_optimizer=reset)
-        shardings, rule = state_shardings(mesh, plan.tx, state), programme.config.topology_rule
-        steps = make_steps(model, plan.tx, plan.learning_rate, rule, shardings, phase.optimizer.regrowth)
-        feed = make_feed(config, plan, data, data.tokenizer, mesh)
-        batches = device_batches(feed, mesh, plan, 0)
-        for local in range(phase.steps):
-            with jax.set_mesh(mesh):  # not around the yield: it would leak to whoever looks on
-                state, metrics = one_step(steps, plan, local, state, next(batches))
-            metrics = jax.device_get(metrics)
-            done = plan.start + local + 1
-            if plan.evaluates_after(done):
-                with jax.set_mesh(mesh):
-                    attention = plan.attention_after(done)
-                    metrics["val_loss"] = evaluate(feed.validation(), mesh, steps, state.variables, *attention)
+        taken = _watch_phase(model, plan, feeds, mesh, state)
+        for state, metrics in taken:
             yield state, metrics
+
+
+def _watch_phase(
+    model: GPT, plan: PhasePlan, feeds: Sequence[Feed], mesh: Mesh, state: TrainState
+) -> Iterator[tuple[TrainState, dict[str, Any]]]:
+    feed, evaluations = feeds[plan.index], dict[tuple[str, int], float]()
+
+    def measure(state: TrainState, done: int) -> float:
+        loss = evaluate(feed.validation(), mesh, steps, state.variables, *plan.attention_after(done))
+        evaluations[plan.name, done] = loss
+        return loss
+
+    with jax.set_mesh(mesh):
+        state = enter_phase(state, plan, mesh) if plan.index else state
+        steps = make_phase_steps(model, plan, mesh, state)
+        if plan.config.patience_evaluations and starts_anew(feeds, plan):
+            measure(state, plan.start)
+    taken = take_steps(plan, feed, mesh, steps, state, range(plan.start, plan.end), evaluations)
+    while True:
+        with jax.set_mesh(mesh):
+            if (after := next(taken, None)) is None:
+                return
+            step, state, device_metrics, _ = after
+            metrics = jax.device_get(device_metrics)
+            if plan.evaluates_after(step + 1):
+                metrics["val_loss"] = measure(state, step + 1)
+        yield state, metrics
