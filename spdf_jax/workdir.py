@@ -42,11 +42,11 @@ def write_json(path: Path, obj: Mapping[str, Any]) -> None:
     """Writes `obj` as indented JSON, atomically, keys in the order given, with a checksum that `read_json` compares.
 
     Args:
-        path: the file to write or replace.
-        obj: nested dicts, lists, strings and numbers (numpy and JAX numbers too).
+      path: the file to write or replace.
+      obj: nested dicts, lists, strings and numbers (numpy and JAX numbers too).
 
     Raises:
-        ValueError: a number is not finite; the file is left as it was.
+      ValueError: a number is not finite; the file is left as it was.
     """
     content = plain(obj, Path(path).name)
     content.pop(_CHECKSUM, None)
@@ -58,11 +58,11 @@ def read_json(path: Path, fix: str) -> dict[str, Any]:
     """The object in a JSON file, without its checksum. A file that has none, of an older release, is taken as it is.
 
     Args:
-        path: the file.
-        fix: what to do if it cannot be read.
+      path: the file.
+      fix: what to do if it cannot be read.
 
     Raises:
-        InputError: no such file, not a JSON object, or not what `write_json` wrote.
+      InputError: no such file, not a JSON object, or not what `write_json` wrote.
     """
     with reading(f"{path}: not readable JSON", fix):
         if path.stat().st_size > MAX_JSON_BYTES:
@@ -101,11 +101,11 @@ def write_atomically(path: Path, content: bytes) -> None:
     In a run of many processes process 0 writes it, and the others do nothing.
 
     Args:
-        path: the file to write or replace.
-        content: its bytes.
+      path: the file to write or replace.
+      content: its bytes.
 
     Raises:
-        OSError: it cannot be written; the old file stays and no temporary file is left.
+      OSError: it cannot be written; the old file stays and no temporary file is left.
     """
     if not is_first():
         return

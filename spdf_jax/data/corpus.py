@@ -33,11 +33,11 @@ class Corpus:
     """Documents that can be read any number of times.
 
     Attributes:
-        where: What messages call this corpus.
-        identity: Changes when a document, a name or the split changes.
-        total_bytes: UTF-8 bytes of all documents, or None where counting would mean reading everything.
-        read: Yields the texts of one split, in a fixed order.
-        remark: What was left out on purpose, for the user to know; "" if nothing was.
+      where: What messages call this corpus.
+      identity: Changes when a document, a name or the split changes.
+      total_bytes: UTF-8 bytes of all documents, or None where counting would mean reading everything.
+      read: Yields the texts of one split, in a fixed order.
+      remark: What was left out on purpose, for the user to know; "" if nothing was.
     """
 
     where: str
@@ -60,13 +60,13 @@ def embedded_corpus(validation_fraction: float) -> Corpus:
     the library's tests; files that are not UTF-8 are left out. The text differs a little between Python versions.
 
     Args:
-        validation_fraction: Share of the files, by hash of the relative path, that validates.
+      validation_fraction: Share of the files, by hash of the relative path, that validates.
 
     Returns:
-        The corpus, about 700 files and 12 MB.
+      The corpus, about 700 files and 12 MB.
 
     Raises:
-        InputError: This Python carries no library source.
+      InputError: This Python carries no library source.
     """
     root = Path(sysconfig.get_path("stdlib"))
 
@@ -104,17 +104,17 @@ def text_corpus(
     - else: by a hash of the text, so that the same text twice is in one split.
 
     Args:
-        path: The file or folder; what is hidden in it, or in a `__pycache__`, is not looked at.
-        text_key: Key or column of the text, where a file has such.
-        validation_fraction: Share of the documents (or of the single file) that validates.
-        train_files, validation_files: Patterns of names, see `DataConfig`.
-        split_by: `name` hashes a document's file and line instead of its text.
+      path: The file or folder; what is hidden in it, or in a `__pycache__`, is not looked at.
+      text_key: Key or column of the text, where a file has such.
+      validation_fraction: Share of the documents (or of the single file) that validates.
+      train_files, validation_files: Patterns of names, see `DataConfig`.
+      split_by: `name` hashes a document's file and line instead of its text.
 
     Returns:
-        The corpus.
+      The corpus.
 
     Raises:
-        InputError: Nothing at `path`, no text in it, a file that cannot be read, or a row without `text_key`.
+      InputError: Nothing at `path`, no text in it, a file that cannot be read, or a row without `text_key`.
     """
     sources, left_out = find_files(path, train_files, validation_files)
     undecided = [source for source in sources if source.split is None]
@@ -147,18 +147,18 @@ def tfds_corpus(
     Validation is the dataset's `validation` split, or where it has none, a hash split of `train`.
 
     Args:
-        name: As in `tfds.builder`: `dataset/config:version`. Only files are read: no dataset code runs, nothing is
-            downloaded.
-        data_dir: Where the dataset was prepared; "" is the TFDS default.
-        text_key: The text feature.
-        validation_fraction: Share of `train` held out where there is no `validation` split.
-        split_by: What that is decided by: the example's `text`, or its `name`, which is its index.
+      name: As in `tfds.builder`: `dataset/config:version`. Only files are read: no dataset code runs, nothing is
+        downloaded.
+      data_dir: Where the dataset was prepared; "" is the TFDS default.
+      text_key: The text feature.
+      validation_fraction: Share of `train` held out where there is no `validation` split.
+      split_by: What that is decided by: the example's `text`, or its `name`, which is its index.
 
     Returns:
-        The corpus.
+      The corpus.
 
     Raises:
-        InputError: The dataset is not prepared, not in a random-access format, or has no such split or text feature.
+      InputError: The dataset is not prepared, not in a random-access format, or has no such split or text feature.
     """
     import tensorflow_datasets as tfds  # here, not above: only this source needs it, and it is slow to import
 

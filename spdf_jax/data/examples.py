@@ -16,9 +16,9 @@ class Example(NamedTuple):
     """One input.
 
     Attributes:
-        context: What the model is given, as text.
-        references: Every text that is right for it; the same text twice counts twice.
-        category: WebNLG's kind of subject; "" elsewhere.
+      context: What the model is given, as text.
+      references: Every text that is right for it; the same text twice counts twice.
+      category: WebNLG's kind of subject; "" elsewhere.
     """
 
     context: str
@@ -30,8 +30,8 @@ class Task(NamedTuple):
     """Examples by split, none without references, no input twice in a split.
 
     Attributes:
-        train, validation, test: The splits, in the order of their source.
-        style: How the test split is scored: by text metrics as E2E, WebNLG or DART do, or by perplexity only.
+      train, validation, test: The splits, in the order of their source.
+      style: How the test split is scored: by text metrics as E2E, WebNLG or DART do, or by perplexity only.
     """
 
     train: tuple[Example, ...]
@@ -44,15 +44,15 @@ def make_task(splits: dict[TaskSplit, Iterable[Example]], *, style: Style, where
     """Examples of one input put together, those without references left out.
 
     Args:
-        splits: What was read; one input may come many times.
-        style: How to score.
-        where: What messages call the data.
+      splits: What was read; one input may come many times.
+      style: How to score.
+      where: What messages call the data.
 
     Returns:
-        The task.
+      The task.
 
     Raises:
-        InputError: A split has no example.
+      InputError: A split has no example.
 
     >>> rows = [Example("a", ("x",)), Example("b", ()), Example("a", ("y",))]
     >>> make_task({"train": rows, "validation": rows, "test": rows}, style="e2e", where="rows").train
@@ -69,11 +69,11 @@ def split_of_input(context: str, shares: dict[TaskSplit, float]) -> TaskSplit:
     """The split of an input by a stable hash of it alone, so all its texts stay together and a new one moves no other.
 
     Args:
-        context: The input.
-        shares: Share of each split, one after another over the range of the hash; they add up to 1.
+      context: The input.
+      shares: Share of each split, one after another over the range of the hash; they add up to 1.
 
     Returns:
-        The split.
+      The split.
 
     >>> [split_of_input(context, THREE_WAYS) for context in "fgh"]
     ['train', 'validation', 'train']
@@ -90,10 +90,10 @@ def seen_categories(task: Task) -> frozenset[str]:
     """Categories of the test split that training has seen too: WebNLG reports seen, unseen and all of them.
 
     Args:
-        task: Any task; where there are no categories the one category "" is seen.
+      task: Any task; where there are no categories the one category "" is seen.
 
     Returns:
-        The categories; a test example is seen if its category is among them.
+      The categories; a test example is seen if its category is among them.
 
     >>> seen, unseen = Example("a", ("x",), "City"), Example("b", ("y",), "Food")
     >>> seen_categories(Task((seen,), (seen,), (seen, unseen), "webnlg"))

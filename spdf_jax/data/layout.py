@@ -41,14 +41,14 @@ def find_files(path: str, train_files: str, validation_files: str) -> tuple[list
     """The files of `data.path`.
 
     Args:
-        path: a file, or a folder that is searched to its depths, linked folders too.
-        train_files, validation_files: patterns of names, see `DataConfig`.
+      path: a file, or a folder that is searched to its depths, linked folders too.
+      train_files, validation_files: patterns of names, see `DataConfig`.
 
     Returns:
-        The files to read, sorted by name; and the names, with the reason, of those left out on purpose.
+      The files to read, sorted by name; and the names, with the reason, of those left out on purpose.
 
     Raises:
-        InputError: nothing there, a file that cannot be read, or one whose split cannot be told; names the files.
+      InputError: nothing there, a file that cannot be read, or one whose split cannot be told; names the files.
     """
     root = Path(path)
     if root.is_dir():

@@ -22,8 +22,8 @@ class Pair(NamedTuple):
     """One context with one target.
 
     Attributes:
-        tokens: int32 ids of context, end of text, target, end of text.
-        target_start: Where the target starts in `tokens`.
+      tokens: int32 ids of context, end of text, target, end of text.
+      target_start: Where the target starts in `tokens`.
     """
 
     tokens: np.ndarray
@@ -34,9 +34,9 @@ class EncodedTask(NamedTuple):
     """A task in tokens.
 
     Attributes:
-        train, validation, test: A pair for each reference of each example, in order.
-        cut_contexts: Pairs whose context lost its end.
-        cut_targets: Pairs whose target lost its end too: what it lost is never scored.
+      train, validation, test: A pair for each reference of each example, in order.
+      cut_contexts: Pairs whose context lost its end.
+      cut_targets: Pairs whose target lost its end too: what it lost is never scored.
     """
 
     train: tuple[Pair, ...]
@@ -53,15 +53,15 @@ def encode_task(task: Task, tokenizer: Tokenizer, seq_len: int) -> EncodedTask:
     even without context loses its end too, with the final end of text.
 
     Args:
-        task: The examples.
-        tokenizer: One that has `<|endoftext|>`; spelled in an example, that string is ordinary text.
-        seq_len: Positions T of the longest row.
+      task: The examples.
+      tokenizer: One that has `<|endoftext|>`; spelled in an example, that string is ordinary text.
+      seq_len: Positions T of the longest row.
 
     Returns:
-        The pairs and how many were cut.
+      The pairs and how many were cut.
 
     Raises:
-        InputError: `seq_len` is under 1.
+      InputError: `seq_len` is under 1.
 
     >>> from spdf_jax.data.tokenizer import train_tokenizer
     >>> example = Example("a[b]", ("c.", "d."))
@@ -96,15 +96,15 @@ def encode_prompts(examples: Sequence[Example], tokenizer: Tokenizer, *, max_tok
     """What to decode from: context and end of text, the context cut at its end as `encode_task` does.
 
     Args:
-        examples: One prompt each.
-        tokenizer: As in `encode_task`.
-        max_tokens: Of a prompt: the model's context less the tokens to be decoded.
+      examples: One prompt each.
+      tokenizer: As in `encode_task`.
+      max_tokens: Of a prompt: the model's context less the tokens to be decoded.
 
     Returns:
-        The ids of every prompt.
+      The ids of every prompt.
 
     Raises:
-        InputError: `max_tokens` is under 1.
+      InputError: `max_tokens` is under 1.
 
     >>> from spdf_jax.data.tokenizer import train_tokenizer
     >>> tokenizer = train_tokenizer([], vocab_size=257, progress=False)
@@ -121,11 +121,11 @@ def decode_texts(tokens: Sequence[Sequence[int]], tokenizer: Tokenizer) -> list[
     """Texts of decoded targets, without end of text and outer white space.
 
     Args:
-        tokens: Ids of each target.
-        tokenizer: What `encode_prompts` used.
+      tokens: Ids of each target.
+      tokenizer: What `encode_prompts` used.
 
     Returns:
-        One text each.
+      One text each.
 
     >>> from spdf_jax.data.tokenizer import train_tokenizer
     >>> decode_texts([[221, 68, 14, 0]], train_tokenizer([], vocab_size=257, progress=False))
@@ -170,19 +170,19 @@ def task_batches(
     bucket before it is cut into batches, and the batches are then shuffled: pairs of one bucket meet at random.
 
     Args:
-        pairs: A split of `encode_task` for the same or a smaller `seq_len`.
-        seq_len: Positions T of the longest row.
-        batch_size: Rows B in a global batch, of all processes together.
-        seed: Of the orders.
-        start_batch: First batch to yield: as many as have been trained on.
-        process_index: This process, which gets its contiguous rows of every batch.
-        process_count: Processes that share a batch; all of them get the same T.
+      pairs: A split of `encode_task` for the same or a smaller `seq_len`.
+      seq_len: Positions T of the longest row.
+      batch_size: Rows B in a global batch, of all processes together.
+      seed: Of the orders.
+      start_batch: First batch to yield: as many as have been trained on.
+      process_index: This process, which gets its contiguous rows of every batch.
+      process_count: Processes that share a batch; all of them get the same T.
 
     Returns:
-        An iterator over batches of batch_size / process_count rows.
+      An iterator over batches of batch_size / process_count rows.
 
     Raises:
-        InputError: No pairs, a pair longer than `seq_len`, or a number does not fit.
+      InputError: No pairs, a pair longer than `seq_len`, or a number does not fit.
 
     >>> batch = next(task_batches([Pair(np.arange(5), 3)], seq_len=8, batch_size=1, seed=0))
     >>> batch.targets_BT, batch.weights_BT
@@ -210,17 +210,17 @@ def task_validation_batches(
     """Every pair exactly once, shortest first, padded as by `task_batches`.
 
     Args:
-        pairs: A split of `encode_task` for the same or a smaller `seq_len`.
-        seq_len: Positions T of the longest row.
-        batch_size: Rows B in a global batch, of all processes together.
-        process_index: This process, which gets its contiguous rows of every batch.
-        process_count: Processes that share a batch; all of them get as many batches.
+      pairs: A split of `encode_task` for the same or a smaller `seq_len`.
+      seq_len: Positions T of the longest row.
+      batch_size: Rows B in a global batch, of all processes together.
+      process_index: This process, which gets its contiguous rows of every batch.
+      process_count: Processes that share a batch; all of them get as many batches.
 
     Returns:
-        An iterator over batches of batch_size / process_count rows.
+      An iterator over batches of batch_size / process_count rows.
 
     Raises:
-        InputError: No pairs, a pair longer than `seq_len`, or a number does not fit.
+      InputError: No pairs, a pair longer than `seq_len`, or a number does not fit.
 
     >>> pairs = [Pair(np.arange(n), 1) for n in (9, 3, 4)]
     >>> [batch.tokens_BT.shape for batch in task_validation_batches(pairs, seq_len=64, batch_size=2)]

@@ -56,19 +56,19 @@ def train_batches(
     a batch may span two epochs. Reading is by random access: starting at `start_batch` costs nothing.
 
     Args:
-        tokens: 1-D ids, best memory-mapped; read window by window.
-        seq_len: Positions T in an example.
-        batch_size: Examples B in a global batch, of all processes together.
-        seed: Of the order.
-        start_batch: First batch to yield: as many as have been trained on.
-        process_index: This process, which gets its contiguous rows of every batch.
-        process_count: Processes that share a batch.
+      tokens: 1-D ids, best memory-mapped; read window by window.
+      seq_len: Positions T in an example.
+      batch_size: Examples B in a global batch, of all processes together.
+      seed: Of the order.
+      start_batch: First batch to yield: as many as have been trained on.
+      process_index: This process, which gets its contiguous rows of every batch.
+      process_count: Processes that share a batch.
 
     Returns:
-        An iterator over batches of batch_size / process_count rows.
+      An iterator over batches of batch_size / process_count rows.
 
     Raises:
-        InputError: The data is shorter than one window, or a number does not fit.
+      InputError: The data is shorter than one window, or a number does not fit.
 
     >>> batch = next(train_batches(np.arange(3), seq_len=2, batch_size=1, seed=0))
     >>> batch.tokens_BT, batch.targets_BT
@@ -105,17 +105,17 @@ def validation_batches(
     and all processes the same number of them.
 
     Args:
-        tokens: 1-D ids, best memory-mapped.
-        seq_len: Positions T in an example.
-        batch_size: Examples B in a global batch, of all processes together.
-        process_index: This process, which gets its contiguous rows of every batch.
-        process_count: Processes that share a batch.
+      tokens: 1-D ids, best memory-mapped.
+      seq_len: Positions T in an example.
+      batch_size: Examples B in a global batch, of all processes together.
+      process_index: This process, which gets its contiguous rows of every batch.
+      process_count: Processes that share a batch.
 
     Returns:
-        An iterator over batches of batch_size / process_count rows.
+      An iterator over batches of batch_size / process_count rows.
 
     Raises:
-        InputError: Fewer than two tokens, or a number does not fit.
+      InputError: Fewer than two tokens, or a number does not fit.
 
     >>> [batch.targets_BT.tolist() for batch in validation_batches(np.arange(8), seq_len=2, batch_size=2)]
     [[[1, 2], [3, 4]], [[5, 6], [7, 0]]]

@@ -101,11 +101,11 @@ def restaurant_task(*, train_examples: int, validation_examples: int, test_examp
     Which split an input can be in is decided by its hash, so no input is in two.
 
     Args:
-        train_examples, validation_examples, test_examples: Inputs of each split, two to six references each.
-        seed: Of all choices.
+      train_examples, validation_examples, test_examples: Inputs of each split, two to six references each.
+      seed: Of all choices.
 
     Returns:
-        The task, scored as E2E is.
+      The task, scored as E2E is.
 
     >>> task = restaurant_task(train_examples=2, validation_examples=1, test_examples=1, seed=0)
     >>> task.train[1].context

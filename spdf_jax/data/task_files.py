@@ -33,14 +33,14 @@ def read_task_files(name: str, path: str) -> Task:
     """The task in a folder of released files, or in one file of them.
 
     Args:
-        name: A key of `RELEASES`.
-        path: The folder or the file.
+      name: A key of `RELEASES`.
+      path: The folder or the file.
 
     Returns:
-        The task, references grouped by input.
+      The task, references grouped by input.
 
     Raises:
-        InputError: No such file, no name that fits, or a malformed one: with its line, and what to do.
+      InputError: No such file, no name that fits, or a malformed one: with its line, and what to do.
     """
     release, where = RELEASES[name], f"task.path={path!r}"
     examples = {

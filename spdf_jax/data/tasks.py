@@ -22,12 +22,12 @@ class TaskConfig:
     """What to fine-tune on and to score.
 
     Attributes:
-        name: "" is no task; `restaurant` is generated and needs no file; `e2e`, `webnlg`, `dart` and `curation` read
-            the released files; `tfds` reads what `prepare_tfds` wrote.
-        path: e2e, webnlg, dart, curation: the folder of the released files, or one file; a split
-            that has no file is made as `task_files` says. tfds: the dataset's folder.
-        train_examples, validation_examples, test_examples: restaurant: inputs of each split.
-        seed: restaurant: of the examples.
+      name: "" is no task; `restaurant` is generated and needs no file; `e2e`, `webnlg`, `dart` and `curation` read
+        the released files; `tfds` reads what `prepare_tfds` wrote.
+      path: e2e, webnlg, dart, curation: the folder of the released files, or one file; a split
+        that has no file is made as `task_files` says. tfds: the dataset's folder.
+      train_examples, validation_examples, test_examples: restaurant: inputs of each split.
+      seed: restaurant: of the examples.
     """
 
     name: Annotated[str, OneOf(("", *_STYLES, "tfds"))] = ""
@@ -48,13 +48,13 @@ def load_task(config: TaskConfig) -> Task:
     """Reads or generates a task; the same config again gives the same task from memory, without reading.
 
     Args:
-        config: Which task, and where it lies.
+      config: Which task, and where it lies.
 
     Returns:
-        Its examples by split, references grouped by input.
+      Its examples by split, references grouped by input.
 
     Raises:
-        InputError: No task is named, or its files are missing or malformed.
+      InputError: No task is named, or its files are missing or malformed.
 
     >>> task = load_task(TaskConfig("restaurant", train_examples=8, validation_examples=4, test_examples=2))
     >>> len(task.train), len(task.validation), len(task.test), task.style
@@ -83,14 +83,14 @@ def prepare_tfds(config: TaskConfig, data_dir: str) -> TaskConfig:
     """Writes a task as a TFDS dataset in array_record, without TensorFlow; the dataset is named as the task.
 
     Args:
-        config: The task.
-        data_dir: TFDS's data folder, in which `<task>/1.0.0` comes to be.
+      config: The task.
+      data_dir: TFDS's data folder, in which `<task>/1.0.0` comes to be.
 
     Returns:
-        The config whose `load_task` equals that of `config`.
+      The config whose `load_task` equals that of `config`.
 
     Raises:
-        InputError: The task cannot be read, is a TFDS dataset itself, or the dataset is there already.
+      InputError: The task cannot be read, is a TFDS dataset itself, or the dataset is there already.
     """
     if config.name == "tfds":
         raise InputError(f"task.path={config.path!r}: is prepared already; load it as it is")

@@ -63,13 +63,13 @@ def text_file(path: Path) -> TextFile:
     """Looks at a file's first bytes.
 
     Args:
-        path: a regular file, as it is or packed by gzip, zstd, bzip2 or xz.
+      path: a regular file, as it is or packed by gzip, zstd, bzip2 or xz.
 
     Returns:
-        How its documents are to be read.
+      How its documents are to be read.
 
     Raises:
-        InputError: it holds no text that can be read; names the file.
+      InputError: it holds no text that can be read; names the file.
     """
     with _faults(str(path)), _unpacked(path) as (stream, packed):
         head = stream.read(_SNIFF_BYTES)
@@ -109,15 +109,15 @@ def file_documents(file: TextFile, text_key: str) -> Iterator[tuple[str, str]]:
     """The documents of a file in order.
 
     Args:
-        file: from `text_file`.
-        text_key: key or column of the text, where the file has such.
+      file: from `text_file`.
+      text_key: key or column of the text, where the file has such.
 
     Yields:
-        What tells a document from the others of its file, such as its line, or "" for a whole file; and its text. Null
-        is no text.
+      What tells a document from the others of its file, such as its line, or "" for a whole file; and its text. Null
+      is no text.
 
     Raises:
-        InputError: the file is damaged, or has no text under `text_key`; says where.
+      InputError: the file is damaged, or has no text under `text_key`; says where.
     """
     with _faults(str(file.path)):
         if file.kind in ("parquet", "arrow"):

@@ -13,15 +13,15 @@ def write_tfds(task: Task, *, name: str, data_dir: str) -> str:
     """Writes a task as the TFDS dataset `name`, with the features context, references and category.
 
     Args:
-        task: What to write.
-        name: Lower case with underscores, as TFDS names are.
-        data_dir: TFDS's data folder; the dataset becomes a folder in it.
+      task: What to write.
+      name: Lower case with underscores, as TFDS names are.
+      data_dir: TFDS's data folder; the dataset becomes a folder in it.
 
     Returns:
-        The dataset's folder, for `read_tfds`.
+      The dataset's folder, for `read_tfds`.
 
     Raises:
-        InputError: The dataset is there already, or the folder cannot be written.
+      InputError: The dataset is there already, or the folder cannot be written.
     """
     folder = Path(data_dir, name)
     if folder.exists():
@@ -37,14 +37,14 @@ def read_tfds(path: str, style: Style) -> Task:
     """Reads a task that `write_tfds` wrote; only files are read, no dataset code runs.
 
     Args:
-        path: The dataset's folder.
-        style: How the task is scored.
+      path: The dataset's folder.
+      style: How the task is scored.
 
     Returns:
-        A task equal to the written one.
+      A task equal to the written one.
 
     Raises:
-        InputError: There is no such dataset, or it is damaged.
+      InputError: There is no such dataset, or it is damaged.
     """
     folder = Path(path)
     prepare_it = "prepare it with prepare_tfds"

@@ -51,13 +51,13 @@ class TokenData(NamedTuple):
     """Tokens ready to train on.
 
     Attributes:
-        train: Memory-mapped ids of the training documents, 1-D, end of text after each; of several files, what can be
-            sliced as if they were one.
-        validation: The same of the validation documents.
-        tokenizer: What turned text into these ids, or None where token files came without one.
-        vocab_size: Largest id that can occur, plus one.
-        fingerprint: Changes when the tokens change.
-        validation_bytes: UTF-8 bytes of the validation text, for perplexity per byte; None where it is not known.
+      train: Memory-mapped ids of the training documents, 1-D, end of text after each; of several files, what can be
+        sliced as if they were one.
+      validation: The same of the validation documents.
+      tokenizer: What turned text into these ids, or None where token files came without one.
+      vocab_size: Largest id that can occur, plus one.
+      fingerprint: Changes when the tokens change.
+      validation_bytes: UTF-8 bytes of the validation text, for perplexity per byte; None where it is not known.
     """
 
     train: np.ndarray
@@ -97,15 +97,15 @@ def open_token_files(path: str, tokenizer_path: str, token_dtype: str = "") -> T
     """Opens a folder of token files, see above.
 
     Args:
-        path: The folder.
-        tokenizer_path: Of the tokenizer that made the ids; "" takes the one in the folder, if there is one.
-        token_dtype: One of `TOKEN_DTYPES`, for raw ids; "" is uint16.
+      path: The folder.
+      tokenizer_path: Of the tokenizer that made the ids; "" takes the one in the folder, if there is one.
+      token_dtype: One of `TOKEN_DTYPES`, for raw ids; "" is uint16.
 
     Returns:
-        The tokens, memory-mapped; `vocab_size` is the largest id in the files plus one.
+      The tokens, memory-mapped; `vocab_size` is the largest id in the files plus one.
 
     Raises:
-        InputError: A file is missing, empty, truncated, of another type, or holds ids the tokenizer does not have.
+      InputError: A file is missing, empty, truncated, of another type, or holds ids the tokenizer does not have.
     """
     folder = Path(path)
     if not folder.is_dir():

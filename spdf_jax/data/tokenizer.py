@@ -36,13 +36,13 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int, progress: bool) ->
     """Trains a byte-level BPE as GPT-2's; the same texts give the same tokenizer.
 
     Args:
-        texts: The training documents; taken in pieces, so that memory does not grow with their length. A word of more
-            than 1024 characters counts as several.
-        vocab_size: Ids to end with, at least 257; a tiny corpus ends with fewer.
-        progress: Show a bar on standard error.
+      texts: The training documents; taken in pieces, so that memory does not grow with their length. A word of more
+        than 1024 characters counts as several.
+      vocab_size: Ids to end with, at least 257; a tiny corpus ends with fewer.
+      progress: Show a bar on standard error.
 
     Returns:
-        A tokenizer that encodes any text without loss; `<|endoftext|>` is id 0.
+      A tokenizer that encodes any text without loss; `<|endoftext|>` is id 0.
     """
     bpe = ByteLevelBPETokenizer()
     pieces = (part for text in texts for piece, _ in _pieces(text) for part in _bounded_words(piece))
@@ -59,14 +59,14 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """Reads a tokenizer from the local disk.
 
     Args:
-        path: A Hugging Face `tokenizer.json`; or a folder with one, or with the `vocab.json` and `merges.txt` of a byte-level
-            BPE, as GPT-2's. They are parsed; nothing in them can run.
+      path: A Hugging Face `tokenizer.json`; or a folder with one, or with the `vocab.json` and `merges.txt` of a byte-level
+        BPE, as GPT-2's. They are parsed; nothing in them can run.
 
     Returns:
-        The tokenizer, with truncation and padding off.
+      The tokenizer, with truncation and padding off.
 
     Raises:
-        InputError: No such file, not a tokenizer, one of BPE dropout, or it has no `<|endoftext|>` to separate documents.
+      InputError: No such file, not a tokenizer, one of BPE dropout, or it has no `<|endoftext|>` to separate documents.
     """
     place = Path(path)
     single = place / "tokenizer.json" if place.is_dir() else place
@@ -131,11 +131,11 @@ def document_ids(tokens_BT: np.ndarray, end_of_text: int | None) -> np.ndarray |
     again, the later ones would be learned from long documents alone.
 
     Args:
-        tokens_BT: inputs.
-        end_of_text: its id; None keeps nothing apart.
+      tokens_BT: inputs.
+      end_of_text: its id; None keeps nothing apart.
 
     Returns:
-        int32 ids from 0 in each row, or None.
+      int32 ids from 0 in each row, or None.
 
     >>> document_ids(np.array([[5, 6, 0, 7, 0, 0, 8]]), end_of_text=0)
     array([[0, 0, 1, 1, 2, 3, 3]], dtype=int32)
@@ -147,11 +147,11 @@ def encode_plain(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
     """Ids of each text, a spelled end of text as ordinary text, as in training.
 
     Args:
-        tokenizer: the model's.
-        texts: any.
+      tokenizer: the model's.
+      texts: any.
 
     Returns:
-        A list of ids for each.
+      A list of ids for each.
 
     >>> len(encode_plain(train_tokenizer(["a"], vocab_size=257, progress=False), ["<|endoftext|>"])[0])
     13
@@ -172,12 +172,12 @@ def encode_texts(tokenizer: Tokenizer, texts: Iterable[str]) -> Iterator[tuple[n
     """Encodes documents, end of text after each, in chunks of bounded memory.
 
     Args:
-        tokenizer: One that has `<|endoftext|>`. That string inside a document counts as ordinary text where
-            `tokenizer.encode_special_tokens` is set.
-        texts: The documents.
+      tokenizer: One that has `<|endoftext|>`. That string inside a document counts as ordinary text where
+        `tokenizer.encode_special_tokens` is set.
+      texts: The documents.
 
     Yields:
-        The next ids, and how many UTF-8 bytes of text they stand for.
+      The next ids, and how many UTF-8 bytes of text they stand for.
     """
     end_id = end_of_text_id(tokenizer)
     pieces = itertools.chain.from_iterable(map(_pieces, texts))

@@ -47,26 +47,26 @@ class DataConfig:
     """What to train on.
 
     Attributes:
-        source: `embedded` (the Python standard library's text), `text`, `token_files` or `tfds`.
-        path: text: a file or a folder of files; token_files: a folder of `train.bin` and `val.bin`, see there;
-            tfds: the data folder, "" for the TFDS default.
-        tfds_name: The dataset, as `name/config:version`.
-        text_key: Key or column of the text in JSON, CSV, Parquet or a dataset example.
-        train_files, validation_files: text: which files of the folder to read, where their names do not say it right:
-            patterns with commas between, of paths in the folder, in which `*` is any part of a path (`*.parquet`,
-            `train/*`). "" for train_files: all others; for validation_files: held out from the training files.
-        split_by: What a document is held out by, where files do not say it: `text`, a hash of itself, or `name`, one of
-            its file and line (as before this setting).
-        tokenizer: A local Hugging Face `tokenizer.json`, or a folder with one or with `vocab.json` and `merges.txt`; "" takes
-            that of `init_from`, or trains a byte-level BPE on the training documents.
-        tokenizer_vocab_size: Ids of the tokenizer to train, where none is given.
-        validation_fraction: Share of the documents held out where the source has no validation split of its own.
-        separate_documents: Whether nothing passes between documents that share a sequence; False, as most papers have it,
-            makes them one stream, in which a document sees those before it.
-        end_of_text_id: token_files: the id that stands between documents; -1 is the tokenizer's, and without one GPT-2's
-            where it is the largest id.
-        cache_dir: Where encoded tokens and compiled programs are kept; "" is `$XDG_CACHE_HOME/spdf_jax`, or
-            `~/.cache/spdf_jax`.
+      source: `embedded` (the Python standard library's text), `text`, `token_files` or `tfds`.
+      path: text: a file or a folder of files; token_files: a folder of `train.bin` and `val.bin`, see there;
+        tfds: the data folder, "" for the TFDS default.
+      tfds_name: The dataset, as `name/config:version`.
+      text_key: Key or column of the text in JSON, CSV, Parquet or a dataset example.
+      train_files, validation_files: text: which files of the folder to read, where their names do not say it right:
+        patterns with commas between, of paths in the folder, in which `*` is any part of a path (`*.parquet`,
+        `train/*`). "" for train_files: all others; for validation_files: held out from the training files.
+      split_by: What a document is held out by, where files do not say it: `text`, a hash of itself, or `name`, one of
+        its file and line (as before this setting).
+      tokenizer: A local Hugging Face `tokenizer.json`, or a folder with one or with `vocab.json` and `merges.txt`; "" takes
+        that of `init_from`, or trains a byte-level BPE on the training documents.
+      tokenizer_vocab_size: Ids of the tokenizer to train, where none is given.
+      validation_fraction: Share of the documents held out where the source has no validation split of its own.
+      separate_documents: Whether nothing passes between documents that share a sequence; False, as most papers have it,
+        makes them one stream, in which a document sees those before it.
+      end_of_text_id: token_files: the id that stands between documents; -1 is the tokenizer's, and without one GPT-2's
+        where it is the largest id.
+      cache_dir: Where encoded tokens and compiled programs are kept; "" is `$XDG_CACHE_HOME/spdf_jax`, or
+        `~/.cache/spdf_jax`.
     """
 
     source: Annotated[str, OneOf(_SOURCES)] = "embedded"
@@ -94,14 +94,14 @@ def prepare(config: DataConfig, *, progress: bool = True) -> TokenData:
     """Tokens of the configured data: from the cache, or tokenized now and cached.
 
     Args:
-        config: What to train on.
-        progress: Show bars on standard error.
+      config: What to train on.
+      progress: Show bars on standard error.
 
     Returns:
-        Memory-mapped tokens and their tokenizer.
+      Memory-mapped tokens and their tokenizer.
 
     Raises:
-        InputError: The config, the data, the tokenizer or the cache folder cannot be used.
+      InputError: The config, the data, the tokenizer or the cache folder cannot be used.
     """
     _check(config)
     if config.source == "token_files":
@@ -157,14 +157,14 @@ def document_end(config: DataConfig, data: TokenData) -> int | None:
     """The id by which documents are kept apart, see `spdf_jax.data.tokenizer.document_ids`.
 
     Args:
-        config: What to train on.
-        data: What `prepare` made of it.
+      config: What to train on.
+      data: What `prepare` made of it.
 
     Returns:
-        The id, or None where the config makes the documents one stream.
+      The id, or None where the config makes the documents one stream.
 
     Raises:
-        InputError: Token files whose id is not known, or does not occur.
+      InputError: Token files whose id is not known, or does not occur.
     """
     if not config.separate_documents:
         return None
@@ -189,7 +189,7 @@ def cache_folder(config: DataConfig) -> Path:
     """Where a machine keeps what it need not make again, see `DataConfig.cache_dir`.
 
     Raises:
-        InputError: It is to be in a home folder, and there is none.
+      InputError: It is to be in a home folder, and there is none.
     """
     if config.cache_dir:
         return Path(config.cache_dir)

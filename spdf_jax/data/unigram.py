@@ -12,15 +12,15 @@ def unigram_loss(train_tokens: np.ndarray, validation_tokens: np.ndarray, vocab_
     """Loss of a model that knows only how often each token occurs: what any trained model has to beat.
 
     Args:
-        train_tokens: 1-D ids to count; one is added to every count, so that no token has probability zero.
-        validation_tokens: 1-D ids; all but the first are targets.
-        vocab_size: Ids the model can predict.
+      train_tokens: 1-D ids to count; one is added to every count, so that no token has probability zero.
+      validation_tokens: 1-D ids; all but the first are targets.
+      vocab_size: Ids the model can predict.
 
     Returns:
-        Nats per validation target.
+      Nats per validation target.
 
     Raises:
-        InputError: A token id is at or over `vocab_size`.
+      InputError: A token id is at or over `vocab_size`.
 
     >>> round(unigram_loss(np.array([0, 0, 1, 0]), np.array([2, 0, 2, 1]), vocab_size=3), 4)  # of 4/7, 1/7 and 2/7
     1.2528

@@ -29,12 +29,12 @@ class Question:
     """One multiple-choice question.
 
     Attributes:
-        certification: the exam it belongs to.
-        field: the exam's field of work.
-        question: what is asked.
-        choices: two or more, all different.
-        answer: position of the right choice, from 0.
-        human_score: share of the certification's questions that people get right, if known.
+      certification: the exam it belongs to.
+      field: the exam's field of work.
+      question: what is asked.
+      choices: two or more, all different.
+      answer: position of the right choice, from 0.
+      human_score: share of the certification's questions that people get right, if known.
     """
 
     certification: str
@@ -49,16 +49,16 @@ def read_questions(path: Path | str = SHIPPED_QUESTIONS) -> tuple[Question, ...]
     """Reads a set of exams from JSON lines, as the module's docstring describes them; empty lines are skipped.
 
     Args:
-        path: the file; by default the set of our own that ships with the package.
+      path: the file; by default the set of our own that ships with the package.
 
     Returns:
-        The questions, in order.
+      The questions, in order.
 
     Raises:
-        InputError: the file cannot be read or holds no question; or, with the line's number: it is not JSON or not UTF-8, a
-            key is missing, unknown or has a value of the wrong kind, there are fewer than 2 or more than 26 choices or two
-            equal ones, the answer is none of them, a question comes twice in a certification, or a certification has two
-            fields or two human scores.
+      InputError: the file cannot be read or holds no question; or, with the line's number: it is not JSON or not UTF-8, a
+        key is missing, unknown or has a value of the wrong kind, there are fewer than 2 or more than 26 choices or two
+        equal ones, the answer is none of them, a question comes twice in a certification, or a certification has two
+        fields or two human scores.
 
     >>> len(read_questions())
     144

@@ -35,12 +35,12 @@ class CertificationResult:
     False
 
     Attributes:
-        certification: its name.
-        field: its field of work.
-        questions: how many it has.
-        correct: how many were answered right.
-        guess_score: score to expect from answering at random.
-        human_score: the score of people, if known.
+      certification: its name.
+      field: its field of work.
+      questions: how many it has.
+      correct: how many were answered right.
+      guess_score: score to expect from answering at random.
+      human_score: the score of people, if known.
     """
 
     certification: str
@@ -70,14 +70,14 @@ class Summary:
     """Several certifications together; every mean counts each certification once, whatever its number of questions.
 
     Attributes:
-        certifications: how many.
-        passed: how many of them were passed.
-        passed_share: the same as a share.
-        score: mean score.
-        guess_score: mean score to expect from answering at random.
-        human_compared: how many of them have a human score.
-        human_compared_score: mean score over those, None if there are none.
-        human_score: mean human score over those, None if there are none.
+      certifications: how many.
+      passed: how many of them were passed.
+      passed_share: the same as a share.
+      score: mean score.
+      guess_score: mean score to expect from answering at random.
+      human_compared: how many of them have a human score.
+      human_compared_score: mean score over those, None if there are none.
+      human_score: mean human score over those, None if there are none.
     """
 
     certifications: int
@@ -95,8 +95,8 @@ class ExamResults:
     """What came out of all exams.
 
     Attributes:
-        mode: how choices were scored, one of `MODES`.
-        certifications: results in the order of the questions.
+      mode: how choices were scored, one of `MODES`.
+      certifications: results in the order of the questions.
     """
 
     mode: str
@@ -117,8 +117,8 @@ class ExamResults:
         """Everything as plain values, for JSON and for a chart.
 
         Returns:
-            `mode`; `overall`, a `Summary`; `fields`, a list of summaries, each with its `field`; `certifications`, a list of
-            `CertificationResult` with `score` and `passed`.
+          `mode`; `overall`, a `Summary`; `fields`, a list of summaries, each with its `field`; `certifications`, a list of
+          `CertificationResult` with `score` and `passed`.
         """
         return {
             "mode": self.mode,
@@ -188,19 +188,19 @@ def exam_results(
     """Sits the exams with a model: `take_exams`, scored by `spdf_jax.evals.likelihood.log_likelihoods`.
 
     Args:
-        model: `spdf_jax.GPT`.
-        params: its parameters, masks applied.
-        tokenizer: the model's.
-        questions: the exams, as `read_questions` gives them.
-        mode: ``length`` or ``letter``.
-        batch_size: most choices scored at once; changes no result but for rounding.
-        mesh: `spdf_jax.sharding.make_mesh`; None: wherever `params` are.
+      model: `spdf_jax.GPT`.
+      params: its parameters, masks applied.
+      tokenizer: the model's.
+      questions: the exams, as `read_questions` gives them.
+      mode: ``length`` or ``letter``.
+      batch_size: most choices scored at once; changes no result but for rounding.
+      mesh: `spdf_jax.sharding.make_mesh`; None: wherever `params` are.
 
     Returns:
-        The marks.
+      The marks.
 
     Raises:
-        InputError: as `take_exams` and `log_likelihoods` do.
+      InputError: as `take_exams` and `log_likelihoods` do.
     """
 
     def score(pairs: Sequence[tuple[str, str]]) -> list[tuple[float, int]]:
@@ -221,17 +221,17 @@ def take_exams(questions: Sequence[Question], log_likelihoods: LogLikelihoods, m
     choices with their letters, and a choice scores the log-probability of its letter.
 
     Args:
-        questions: the exams, as `read_questions` gives them.
-        log_likelihoods: for (context, continuation) pairs, the sum of the continuation's log-probabilities in nats and its
-            number of tokens, in order. It is called once, with all pairs. A continuation begins with its blank.
-        mode: ``length`` or ``letter``.
+      questions: the exams, as `read_questions` gives them.
+      log_likelihoods: for (context, continuation) pairs, the sum of the continuation's log-probabilities in nats and its
+        number of tokens, in order. It is called once, with all pairs. A continuation begins with its blank.
+      mode: ``length`` or ``letter``.
 
     Returns:
-        The marks. Of choices that score the same the first counts as given.
+      The marks. Of choices that score the same the first counts as given.
 
     Raises:
-        InputError: an unknown mode, or no questions.
-        ValueError: the scorer returned another number of scores than asked for, a NaN, or a continuation without tokens.
+      InputError: an unknown mode, or no questions.
+      ValueError: the scorer returned another number of scores than asked for, a NaN, or a continuation without tokens.
 
     >>> question = Question("Baker", "food", "What makes dough rise?", ("salt", "yeast"), answer=1)
     >>> take_exams([question], lambda pairs: [(-2.0, 1) if "yeast" in c else (-3.0, 1) for _, c in pairs]).overall.passed

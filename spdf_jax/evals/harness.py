@@ -40,11 +40,11 @@ class HarnessModel(LM):
     Log-likelihoods are those of `spdf_jax.evals.likelihood`, at its longest stride.
 
     Args:
-        model: `spdf_jax.GPT`.
-        params: its parameters, masks applied.
-        tokenizer: the model's.
-        batch_size: most sequences at once; changes no result but for rounding.
-        mesh: `spdf_jax.sharding.make_mesh`; None: wherever `params` are.
+      model: `spdf_jax.GPT`.
+      params: its parameters, masks applied.
+      tokenizer: the model's.
+      batch_size: most sequences at once; changes no result but for rounding.
+      mesh: `spdf_jax.sharding.make_mesh`; None: wherever `params` are.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class HarnessModel(LM):
         its beginning.
 
         Raises:
-            InputError: another setting, or values that cannot be.
+          InputError: another setting, or values that cannot be.
         """
         together: dict[DecodeConfig, list[int]] = defaultdict(list)
         for index, request in enumerate(requests):
@@ -131,21 +131,21 @@ def run_harness(
     """Runs tasks of lm-eval on local files; nothing is downloaded.
 
     Args:
-        model: `spdf_jax.GPT`.
-        params: its parameters, masks applied.
-        tokenizer: the model's.
-        tasks: some of `spdf_jax.evals.task_data.TASKS`. Prompts of ``sst2`` and ``rte`` are ours: compare between our runs.
-        data_dir: the folder of their files, see `spdf_jax.evals.task_data`.
-        batch_size: most sequences at once; changes no result but for rounding.
-        num_fewshot: labelled examples before each question, for tasks that take some; None: as each task says.
-        limit: only that many of each task's first questions.
-        mesh: `spdf_jax.sharding.make_mesh`; None: wherever `params` are.
+      model: `spdf_jax.GPT`.
+      params: its parameters, masks applied.
+      tokenizer: the model's.
+      tasks: some of `spdf_jax.evals.task_data.TASKS`. Prompts of ``sst2`` and ``rte`` are ours: compare between our runs.
+      data_dir: the folder of their files, see `spdf_jax.evals.task_data`.
+      batch_size: most sequences at once; changes no result but for rounding.
+      num_fewshot: labelled examples before each question, for tasks that take some; None: as each task says.
+      limit: only that many of each task's first questions.
+      mesh: `spdf_jax.sharding.make_mesh`; None: wherever `params` are.
 
     Returns:
-        For JSON: ``lm_eval_version``, and ``tasks``, for each its ``metrics``, ``samples``, ``num_fewshot`` and ``version``.
+      For JSON: ``lm_eval_version``, and ``tasks``, for each its ``metrics``, ``samples``, ``num_fewshot`` and ``version``.
 
     Raises:
-        InputError: lm-eval is not installed, no or unknown tasks, or a folder or file that is missing or malformed.
+      InputError: lm-eval is not installed, no or unknown tasks, or a folder or file that is missing or malformed.
     """
     if LM is object:
         raise InputError("tasks: they run on lm-eval, which is not installed: pip install -e '.[eval]'")

@@ -26,8 +26,8 @@ class Window(NamedTuple):
     """Ids that the model sees at once, and how many of them, at the end, it is scored on.
 
     Attributes:
-        tokens: ids [at most ``context + 1``]; the last one is a target only.
-        scored_tokens: how many; the first of `tokens` never is.
+      tokens: ids [at most ``context + 1``]; the last one is a target only.
+      scored_tokens: how many; the first of `tokens` never is.
     """
 
     tokens: np.ndarray
@@ -38,8 +38,8 @@ class Perplexity(NamedTuple):
     """Exponentials of the mean negative log-likelihood; each mean is over all texts together.
 
     Attributes:
-        per_token, per_word, per_byte: the perplexities; only the last two compare between tokenizers.
-        tokens, words, utf8_bytes: what was counted; words are what blanks separate.
+      per_token, per_word, per_byte: the perplexities; only the last two compare between tokenizers.
+      tokens, words, utf8_bytes: what was counted; words are what blanks separate.
     """
 
     per_token: float
@@ -68,20 +68,20 @@ def log_likelihoods(
     of text is ordinary text. A context too long loses its beginning; an empty one is `end_of_text`.
 
     Args:
-        model: `spdf_jax.GPT`.
-        params: its parameters, masks applied.
-        tokenizer: the model's.
-        pairs: (context, continuation).
-        batch_size: most windows at once; changes no result but for rounding.
-        end_of_text: id that stands for an empty context.
-        mesh: `spdf_jax.sharding.make_mesh`; splits the batch over ``data`` and ``fsdp``. None: wherever `params` are.
+      model: `spdf_jax.GPT`.
+      params: its parameters, masks applied.
+      tokenizer: the model's.
+      pairs: (context, continuation).
+      batch_size: most windows at once; changes no result but for rounding.
+      end_of_text: id that stands for an empty context.
+      mesh: `spdf_jax.sharding.make_mesh`; splits the batch over ``data`` and ``fsdp``. None: wherever `params` are.
 
     Returns:
-        For each pair, in order: the sum of the continuation's log-probabilities in nats, its number of tokens, and whether each
-        of them is the likeliest at its place.
+      For each pair, in order: the sum of the continuation's log-probabilities in nats, its number of tokens, and whether each
+      of them is the likeliest at its place.
 
     Raises:
-        InputError: a continuation without tokens of its own or longer than the context, or an id outside the vocabulary.
+      InputError: a continuation without tokens of its own or longer than the context, or an id outside the vocabulary.
 
     >>> from spdf_jax.data.tokenizer import train_tokenizer
     >>> from spdf_jax.model.config import GPTConfig
@@ -125,20 +125,20 @@ def rolling_log_likelihoods(
     """The log-likelihood of whole texts, every token scored exactly once, each text by itself after `end_of_text`.
 
     Args:
-        model: `spdf_jax.GPT`.
-        params: its parameters, masks applied.
-        tokenizer: the model's.
-        texts: of any length; an empty one has log-likelihood 0.
-        batch_size: most windows at once; changes no result but for rounding.
-        end_of_text: id that comes before each text.
-        stride_tokens: see `rolling_windows`.
-        mesh: as for `log_likelihoods`.
+      model: `spdf_jax.GPT`.
+      params: its parameters, masks applied.
+      tokenizer: the model's.
+      texts: of any length; an empty one has log-likelihood 0.
+      batch_size: most windows at once; changes no result but for rounding.
+      end_of_text: id that comes before each text.
+      stride_tokens: see `rolling_windows`.
+      mesh: as for `log_likelihoods`.
 
     Returns:
-        For each text, in order: the sum of its tokens' log-probabilities in nats, and its number of tokens.
+      For each text, in order: the sum of its tokens' log-probabilities in nats, and its number of tokens.
 
     Raises:
-        InputError: a stride that does not fit, or an id outside the vocabulary.
+      InputError: a stride that does not fit, or an id outside the vocabulary.
     """
     ids = encode_plain(tokenizer, texts)
     cut = functools.partial(
@@ -160,16 +160,16 @@ def rolling_windows(
     ``seq_len - stride_tokens + 1``. Windows in full are those of `spdf_jax.data.validation_batches` at the default stride.
 
     Args:
-        tokens: ids of a text.
-        end_of_text: id put before them.
-        seq_len: most tokens that the model sees.
-        stride_tokens: 1 to `seq_len`; 0 stands for `seq_len`, the fewest windows. A smaller one gives tokens more context.
+      tokens: ids of a text.
+      end_of_text: id put before them.
+      seq_len: most tokens that the model sees.
+      stride_tokens: 1 to `seq_len`; 0 stands for `seq_len`, the fewest windows. A smaller one gives tokens more context.
 
     Yields:
-        `Window`; none for no tokens.
+      `Window`; none for no tokens.
 
     Raises:
-        InputError: a stride outside its range.
+      InputError: a stride outside its range.
 
     >>> for window in rolling_windows([1, 2, 3, 4, 5], end_of_text=0, seq_len=3):
     ...     print(window.tokens, window.scored_tokens)
@@ -192,14 +192,14 @@ def perplexity(texts: Sequence[str], scores: Sequence[tuple[float, int]]) -> Per
     """Perplexities of texts.
 
     Args:
-        texts: what was scored.
-        scores: of each its log-likelihood in nats and its tokens, as `rolling_log_likelihoods` gives them.
+      texts: what was scored.
+      scores: of each its log-likelihood in nats and its tokens, as `rolling_log_likelihoods` gives them.
 
     Returns:
-        `Perplexity`.
+      `Perplexity`.
 
     Raises:
-        InputError: not a word in all the texts.
+      InputError: not a word in all the texts.
 
     >>> perplexity(["ab cd"], [(-5 * math.log(2.0), 2)]).per_byte
     2.0

@@ -7,12 +7,12 @@ def markdown_table(header: Sequence[str], alignment: str, rows: Sequence[Sequenc
     """A Markdown table.
 
     Args:
-        header: names of the columns.
-        alignment: an l or r for each column.
-        rows: the cells of each.
+      header: names of the columns.
+      alignment: an l or r for each column.
+      rows: the cells of each.
 
     Returns:
-        Lines without one at the end.
+      Lines without one at the end.
 
     >>> print(markdown_table(("task", "n"), "lr", [("ptb", 1)]))
     | task | n |

@@ -44,13 +44,13 @@ def write_task(name: str, data_dir: Path, folder: Path, num_fewshot: int | None 
     """Writes a task's definition and its data into a folder, for lm-eval's ``TaskManager(include_path=folder)``.
 
     Args:
-        name: one of `TASKS`.
-        data_dir: the user's folder, see the module's docstring.
-        folder: an empty one, or one with other tasks.
-        num_fewshot: labelled examples before each question, in the place of the definition's; None keeps it.
+      name: one of `TASKS`.
+      data_dir: the user's folder, see the module's docstring.
+      folder: an empty one, or one with other tasks.
+      num_fewshot: labelled examples before each question, in the place of the definition's; None keeps it.
 
     Raises:
-        InputError: an unknown task, examples for a task that has none, a file that is missing or malformed (with its line).
+      InputError: an unknown task, examples for a task that has none, a file that is missing or malformed (with its line).
 
     >>> import tempfile
     >>> folder = Path(tempfile.mkdtemp())

@@ -26,15 +26,15 @@ def write_page(path: Path, *, title: str, status: str, verdict: str, note: str, 
     """Writes a page, atomically.
 
     Args:
-        path: of the page.
-        title: its heading.
-        status: a few words above it.
-        verdict: the sentence below it: what came out.
-        note: what to keep in mind with it, or "".
-        panels: its cards, in order.
+      path: of the page.
+      title: its heading.
+      status: a few words above it.
+      verdict: the sentence below it: what came out.
+      note: what to keep in mind with it, or "".
+      panels: its cards, in order.
 
     Returns:
-        The path.
+      The path.
     """
     page = _PAGE.render(title=title, status=status, verdict=verdict, note=note, panels=panels, alone=_alone(panels))
     write_atomically(path, page.encode())

@@ -163,7 +163,7 @@ def read_run(workdir: Path) -> Run:
     """Reads a run's folder.
 
     Raises:
-        InputError: the folder holds no run, or a file in it cannot be read.
+      InputError: the folder holds no run, or a file in it cannot be read.
     """
     rows = read_metrics(workdir)
     summary = _read_json(workdir / SUMMARY_FILE) or {}
@@ -193,7 +193,7 @@ def read_sweep(workdir: Path) -> Sweep:
     """Reads a sweep's folder, finished or not: the cells that are there, and the table if there is one.
 
     Raises:
-        InputError: the folder holds no cell that has begun, or a file in it cannot be read.
+      InputError: the folder holds no cell that has begun, or a file in it cannot be read.
     """
     folders = sorted(path.parent for path in (workdir / "cells").glob(f"*/{METRICS_FILE}"))
     begun = [folder for folder in folders if (folder / CONFIG_FILE).is_file()]

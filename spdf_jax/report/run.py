@@ -35,13 +35,13 @@ def write_report(workdir: Path) -> Path:
     """Writes `report.html`, atomically, from what the run in `workdir` has recorded so far.
 
     Args:
-        workdir: the run's folder; needs `config.json` and `metrics.jsonl`, all else is shown where it is there.
+      workdir: the run's folder; needs `config.json` and `metrics.jsonl`, all else is shown where it is there.
 
     Returns:
-        The path of the page.
+      The path of the page.
 
     Raises:
-        InputError: the folder holds no run, or a file in it cannot be read.
+      InputError: the folder holds no run, or a file in it cannot be read.
     """
     workdir = Path(workdir)
     run = read_run(workdir)

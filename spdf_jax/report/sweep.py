@@ -27,13 +27,13 @@ def write_sweep_report(workdir: Path) -> Path:
     """Writes a sweep's `report.html`, atomically, from what its cells have recorded so far.
 
     Args:
-        workdir: the sweep's folder; needs one cell that has begun, and shows the table once there is one.
+      workdir: the sweep's folder; needs one cell that has begun, and shows the table once there is one.
 
     Returns:
-        The path of the page.
+      The path of the page.
 
     Raises:
-        InputError: the folder holds no cell that has begun, or a file in it cannot be read.
+      InputError: the folder holds no cell that has begun, or a file in it cannot be read.
     """
     sweep = read_sweep(Path(workdir))
     with matplotlib.rc_context(STYLE):

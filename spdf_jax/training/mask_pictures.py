@@ -17,9 +17,9 @@ def save_mask_picture(workdir: Path, step: int, pictures: Mapping[str, np.ndarra
     """Saves the density images of one step as `mask_pictures/step_<step>.npz`, atomically.
 
     Args:
-        workdir: the run's folder.
-        step: the step the masks are of.
-        pictures: leaf path -> 2-D density image and 1-D degrees, as `picture_of` makes them.
+      workdir: the run's folder.
+      step: the step the masks are of.
+      pictures: leaf path -> 2-D density image and 1-D degrees, as `picture_of` makes them.
     """
     folder = Path(workdir) / PICTURES_FOLDER
     folder.mkdir(exist_ok=True)
@@ -59,15 +59,15 @@ def mask_picture(mask: np.ndarray, max_side: int = 64) -> np.ndarray:
     """Shrinks a mask to a small image of local densities.
 
     Args:
-        mask: a 2-D bool mask.
-        max_side: the most pixels a side of the image may have.
+      mask: a 2-D bool mask.
+      max_side: the most pixels a side of the image may have.
 
     Returns:
-        A float32 image in [0, 1]: each pixel the mean of its block of the mask. Blocks of the last row and column may
-        be smaller and are averaged over what they hold.
+      A float32 image in [0, 1]: each pixel the mean of its block of the mask. Blocks of the last row and column may
+      be smaller and are averaged over what they hold.
 
     Raises:
-        ValueError: the mask is not 2-D, or empty.
+      ValueError: the mask is not 2-D, or empty.
 
     >>> mask_picture(np.array([[True, False, True]]), max_side=2)
     array([[0.5, 1. ]], dtype=float32)

@@ -44,15 +44,15 @@ class Tracker:
         Rows after step 0 where there is no checkpoint are set aside under another name, and this is said.
 
         Args:
-            workdir: the run's folder; made if it is not there.
-            resume_step: the step of the restored checkpoint; 0 for a fresh run, which keeps rows of step 0 only.
-            total_steps: the run's last step, over all phases.
-            progress: whether to show a progress bar (on a terminal) or occasional lines (elsewhere).
-            durable: what `make_durable` returned for that checkpoint.
+          workdir: the run's folder; made if it is not there.
+          resume_step: the step of the restored checkpoint; 0 for a fresh run, which keeps rows of step 0 only.
+          total_steps: the run's last step, over all phases.
+          progress: whether to show a progress bar (on a terminal) or occasional lines (elsewhere).
+          durable: what `make_durable` returned for that checkpoint.
 
         Raises:
-            InputError: the folder cannot be written, a row in it cannot be read, or rows that the checkpoint counts are not as
-                they were.
+          InputError: the folder cannot be written, a row in it cannot be read, or rows that the checkpoint counts are not as
+            they were.
         """
         self._workdir = Path(workdir)
         self._progress = make_progress(progress and is_first(), resume_step, total_steps)
@@ -78,11 +78,11 @@ class Tracker:
         A row of the resume step that an earlier start already wrote (same step, phase and kind) is skipped.
 
         Args:
-            row: the row; numpy and JAX scalars and arrays are written as plain numbers.
+          row: the row; numpy and JAX scalars and arrays are written as plain numbers.
 
         Raises:
-            ValueError: a number in the row is not finite; nothing is written.
-            OSError: the disk is full; `metrics.jsonl` is left as it was.
+          ValueError: a number in the row is not finite; nothing is written.
+          OSError: the disk is full; `metrics.jsonl` is left as it was.
         """
         plain_row = plain(row, "row")
         if not is_first() or _identity(plain_row) in self._already_logged:
@@ -152,13 +152,13 @@ def read_metrics(workdir: Path) -> list[dict[str, Any]]:
     """Reads the rows of `metrics.jsonl`, in order; a last line torn by a kill is left out.
 
     Args:
-        workdir: the run's folder.
+      workdir: the run's folder.
 
     Returns:
-        The rows.
+      The rows.
 
     Raises:
-        InputError: there is no such file, or a line before the last is not a row.
+      InputError: there is no such file, or a line before the last is not a row.
     """
     path = Path(workdir) / METRICS_FILE
     if not path.is_file():
