@@ -14,10 +14,10 @@ from safetensors.numpy import load_file, save_file
 from tokenizers import ByteLevelBPETokenizer, Tokenizer
 
 import spdf_jax as spdf
-from spdf_jax import huggingface
 from spdf_jax.data import END_OF_TEXT, load_tokenizer
 from spdf_jax.data.tokenizer import train_tokenizer
 from spdf_jax.errors import InputError
+from spdf_jax.huggingface import folder as huggingface_folder
 from spdf_jax.huggingface import load_gpt2, save_gpt2
 from spdf_jax.tree import named_leaves
 
@@ -273,7 +273,7 @@ def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch, error):
         path.write_bytes(b"half of it")
         raise error
 
-    monkeypatch.setattr(huggingface, "save_file", fail)
+    monkeypatch.setattr(huggingface_folder, "save_file", fail)
     with pytest.raises(InputError, match=r"cannot be written \(.*No space left on device\); make room"):
         save_gpt2(tmp_path / "gpt2", TINY, random_params(TINY))
     assert not list(tmp_path.iterdir())

@@ -10,9 +10,8 @@ import pytest
 from tokenizers import normalizers, pre_tokenizers
 
 import spdf_jax as spdf
-from spdf_jax import huggingface
 from spdf_jax.data.tokenizer import train_tokenizer
-from spdf_jax.huggingface import load_gpt2, save_gpt2
+from spdf_jax.huggingface import gpt2, load_gpt2, save_gpt2
 from spdf_jax.model import gpt as model_module
 
 pytestmark = pytest.mark.slow
@@ -114,7 +113,7 @@ def test_we_compute_transformers_logits(tmp_path, torch, transformers, changes, 
     assert_same_logits(*load_gpt2(tmp_path), model, torch)
 
 
-@pytest.mark.parametrize("name", [name for names in huggingface._ACTIVATIONS.values() for name in names])
+@pytest.mark.parametrize("name", [name for names in gpt2.ACTIVATIONS.values() for name in names])
 def test_every_activation_that_is_read_is_theirs(tmp_path, torch, transformers, name):
     model = their_model(transformers, torch, activation_function=name, n_layer=1, embd_pdrop=0.2)
     model.save_pretrained(tmp_path)

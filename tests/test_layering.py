@@ -39,7 +39,7 @@ LIBRARIES = {
     "orbax": {"training.checkpoint"},
     "ml_collections": {"config", "main"},
     "absl": {"main"},
-    "safetensors": {"sparsity.mask_files", "huggingface"},
+    "safetensors": {"sparsity.mask_files", "huggingface.folder"},
     "matplotlib": {"report"},
     "tensorboard": {"training.events"},
     "tensorflow": set(),

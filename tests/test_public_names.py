@@ -3,6 +3,7 @@
 import inspect
 import pydoc
 import re
+from pathlib import Path
 
 import pytest
 
@@ -70,3 +71,8 @@ def test_a_class_says_what_it_holds(name):
     assert [
         field for field in fields if not re.search(rf"^ .*\b{field}\b.*: ", section(name, "Attributes"), re.M)
     ] == []
+
+
+def test_sections_of_docstrings_are_indented_by_two():
+    section = re.compile(r"^( *)(Args|Returns|Raises|Yields|Attributes):\n(?!\1  \S)", re.MULTILINE)
+    assert [str(path) for path in Path(spdf.__file__).parent.rglob("*.py") if section.search(path.read_text())] == []
