@@ -3,7 +3,7 @@
 
 say() { printf '%s: %s\n' "${0##*/}" "$*" >&2; }
 
-# The user must mend something.
+# The user must fix something.
 die() {
   say "$@"
   exit 2
@@ -72,7 +72,7 @@ run() {
   if [[ $dry_run ]]; then quote "$@"; else "$@"; fi
 }
 
-# worst CODE...: 2 (mend something) before a crash before 75 (start again) before 0.
+# worst CODE...: 2 (fix something) before a crash before 75 (start again) before 0.
 worst() {
   local code result=0
   for code; do
@@ -84,7 +84,7 @@ worst() {
   echo "$result"
 }
 
-# read_topology v5e:16x16: what that slice is called elsewhere. The same words as --plan_topology's.
+# read_topology v5e:16x16: what that pod is called elsewhere. The same words as --plan_topology's.
 # shellcheck disable=SC2034  # for the scripts that source this
 read_topology() {
   shape=${1#*:}

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Submits a training run to GKE as a JobSet: one TPU slice, one pod a host.
+# Submits a training run to GKE as a JobSet: one TPU pod, one container a host.
 #
 #   launch/gke_jobset.sh --topology v5e:16x16 --image REGION-docker.pkg.dev/PROJECT/REPOSITORY/spdf_jax -- \
 #     --config experiments/gpt2_mst.py:124m --workdir gs://BUCKET/mst
 #
 # Needs kubectl at a cluster with the JobSet controller (v0.6 or later) and a node pool of that topology, and an image whose
 # working folder is this one, installed by pip install -c requirements.lock -e '.[tpu]'. --workdir must be on storage that
-# all pods see. The JobSet restarts whatever ends, but for what you must mend (exit code 2), which fails it. A JobSet that has
+# all containers see. The JobSet restarts whatever ends, but for what you must fix (exit code 2), which fails it. A JobSet that has
 # ended is in the way of the next one of its name: kubectl delete jobset NAME.
 #
-# --topology NAME         the slice, spelled as for --plan_topology; needed
+# --topology NAME         the TPU pod, spelled as for --plan_topology; needed
 # --image IMAGE           the image; needed
 # --chips_per_host N      chips of each host: 4, or all if there are fewer (8 on ct5lp-hightpu-8t)
 # --spot                  on nodes that may be taken away

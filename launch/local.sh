@@ -4,7 +4,7 @@
 #   launch/local.sh --processes 2 -- --config experiments/gpt2_mst.py
 #
 # Each process's lines are marked with its number. When one fails the others are ended, and the worst exit code is returned.
-# What was preempted, lost a process (75) or crashed is started again; what you must mend (2) is not.
+# What was preempted, lost a process (75) or crashed is started again; what you must fix (2) is not.
 #
 # --processes N            how many processes; needed
 # --devices_per_process N  devices of each process (1)

@@ -7,7 +7,7 @@
 # The folder in which it is given, Python's environment and --workdir must be on storage that all nodes see. sbatch reads
 # the rest (partition, account, time limit, memory) from its own variables, SBATCH_PARTITION and so on. Two minutes before the
 # time limit, and when SLURM preempts, the processes save and end with 75, and the job is queued again. A crash
-# is started again inside the job; what you must mend (2) ends it.
+# is started again inside the job; what you must fix (2) ends it.
 #
 # --nodes N               how many nodes; needed
 # --gpus_per_node N       GPUs of each node; needed

@@ -1,20 +1,20 @@
 #!/usr/bin/env bash
-# Trains on a Cloud TPU slice: asks for it, installs this folder on all its workers, runs, and gives it back.
+# Trains on a Cloud TPU pod: asks for it, installs this folder on all its workers, runs, and gives it back.
 #
 #   launch/tpu_pod.sh --topology v5e:16x16 --zone europe-west4-b --spot -- \
 #     --config experiments/gpt2_mst.py:124m --workdir gs://BUCKET/mst
 #
-# Needs gcloud, logged in, with a project and TPU quota. --workdir must be on storage that all workers see. A slice that is
+# Needs gcloud, logged in, with a project and TPU quota. --workdir must be on storage that all workers see. A pod that is
 # taken away is asked for again, and the run goes on. What was preempted or lost a process (75) or crashed is started again on
-# the slice; what you must mend (2) is not. When this script is interrupted, slice and run stay; the same command takes over.
+# the pod; what you must fix (2) is not. When this script is interrupted, pod and run stay; the same command takes over.
 #
-# --topology NAME         the slice, spelled as for --plan_topology; needed
+# --topology NAME         the pod, spelled as for --plan_topology; needed
 # --zone ZONE             where; needed
-# --spot                  a slice that may be taken away, at a lower price
+# --spot                  a pod that may be taken away, at a lower price
 # --name NAME             the name of the queued resource and its node (spdf-jax)
 # --runtime_version NAME  software of the workers (the one for that generation)
 # --restarts N            how many times to start again after a crash (3)
-# --keep                  leave the slice there at the end
+# --keep                  leave the pod there at the end
 # --dry_run               print the commands and run nothing
 # -- ...                  flags of spdf_jax.main, or another command
 
@@ -79,7 +79,7 @@ if [[ $dry_run ]]; then
 fi
 scratch=$(mktemp)
 trap 'rm -f "$scratch"' EXIT
-trap 'say "interrupted; the slice is still there, and this ends it: $(quote "${delete[@]}")"; exit 130' INT
+trap 'say "interrupted; the pod is still there, and this ends it: $(quote "${delete[@]}")"; exit 130' INT
 failures=0 ready='' seen=''
 while :; do
   if ! now=$(state 2>"$scratch"); then
@@ -90,7 +90,7 @@ while :; do
   seen=$now
   code=1
   case $now in
-    ABSENT) create || again "the slice cannot be asked for" ;;
+    ABSENT) create || again "the pod cannot be asked for" ;;
     ACTIVE)
       if [[ ! $ready ]] && ! install; then
         again "the workers cannot be set up"
@@ -105,7 +105,7 @@ while :; do
       esac
       ;;
     FAILED | SUSPENDED)
-      if [[ $ready ]]; then failures=0 ready=''; else again "no slice (gcloud compute tpus queued-resources describe $name --zone=$zone says why)"; fi
+      if [[ $ready ]]; then failures=0 ready=''; else again "no pod (gcloud compute tpus queued-resources describe $name --zone=$zone says why)"; fi
       "${delete[@]}" || true
       ;;
     *) sleep 30 ;;

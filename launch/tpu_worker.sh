@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# tpu_worker.sh RUN COMMAND...: what tpu_pod.sh starts on each worker of a slice. Starts COMMAND apart from the connection and
+# tpu_worker.sh RUN COMMAND...: what tpu_pod.sh starts on each worker of a pod. Starts COMMAND apart from the connection and
 # follows it: called again with the same RUN, as gcloud does when a connection breaks, it goes on following; with
 # another, it first ends the run before.
 

@@ -37,7 +37,7 @@ _PROFILE_STEPS = flags.DEFINE_string("profile_steps", "", "A:B leaves a profile 
 def main(argv: Sequence[str]) -> int:
     """Runs a job and returns the exit code, other than 0 with one message on standard error.
 
-    0 is done, 2 something the user can mend, 75 (`processes.RESTART_CODE`) an end before its time: the same command goes on.
+    0 is done, 2 something the user can fix, 75 (`processes.RESTART_CODE`) an end before its time: the same command goes on.
     """
     try:
         _parse(argv)
@@ -63,7 +63,7 @@ def _fail(message: str) -> int:
 
 
 def _parse(argv: Sequence[str]) -> None:
-    """Reads the flags. A bad one is the user's to mend, however ml_collections raises it."""
+    """Reads the flags. A bad one is the user's to fix, however ml_collections raises it."""
     try:
         rest = flags.FLAGS(list(argv))[1:]
     except (InputError, flags.Error) as error:

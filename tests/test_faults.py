@@ -81,7 +81,7 @@ def whole(text, tmp_path_factory):
 
 
 def saved(workdir: Path) -> list[np.ndarray]:
-    """Every array of what a run has come to."""
+    """Every array of a run's result."""
     state = saved_run(workdir).state
     return jax.tree.leaves(jax.device_get(state.replace(key=jax.random.key_data(state.key))))
 

@@ -1,4 +1,4 @@
-"""Workdirs of earlier releases: each was killed at some step, and must come to what its own release came to."""
+"""Workdirs of earlier releases: each was killed at some step, and must end where its own release ended."""
 
 import json
 import shutil

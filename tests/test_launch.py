@@ -136,7 +136,7 @@ def test_help_names_every_flag(script):
         ),
     ],
 )
-def test_what_the_user_must_mend(script, arguments, message):
+def test_what_the_user_must_fix(script, arguments, message):
     result = launch(script, *arguments)
     assert (result.returncode, result.stdout, result.stderr) == (2, "", f"{script}: {message}\n")
 
@@ -514,7 +514,7 @@ def test_tpu_pod_gives_up_on_a_slice_that_never_comes(tmp_path):
     assert result.returncode == 1
     assert did == ["create", "delete"]
     assert result.stderr.splitlines()[-1] == (
-        "tpu_pod.sh: no slice (gcloud compute tpus queued-resources describe spdf-jax --zone=europe-west4-b says why), "
+        "tpu_pod.sh: no pod (gcloud compute tpus queued-resources describe spdf-jax --zone=europe-west4-b says why), "
         "and --restarts 0 is used up"
     )
 

@@ -388,8 +388,8 @@ GOOD_JSON = json.dumps([{"tripleset": [["a", "b", "c"]], "annotations": [{"text"
         ("e2e", {"devset.csv": "mr\nname[A]\n"}, r"devset\.csv:1: columns \['mr'\], but mr,ref are needed; give"),
         ("e2e", {"devset.csv": GOOD_CSV + "\nname[B]\n"}, r"devset\.csv:4: 1 fields under 2 columns; quote or remove"),
         ("e2e", {"devset.csv": GOOD_CSV + "a,b,c\n"}, r"devset\.csv:3: 3 fields under 2 columns"),
-        ("e2e", {"devset.csv": GOOD_CSV + 'a,"b" c\n'}, r"devset\.csv:3: not CSV .*; mend or remove the row"),
-        ("e2e", {"devset.csv": GOOD_CSV + "name[B],\n"}, r"devset\.csv:3: an empty mr or ref; mend or remove"),
+        ("e2e", {"devset.csv": GOOD_CSV + 'a,"b" c\n'}, r"devset\.csv:3: not CSV .*; fix or remove the row"),
+        ("e2e", {"devset.csv": GOOD_CSV + "name[B],\n"}, r"devset\.csv:3: an empty mr or ref; fix or remove"),
         (
             "e2e",
             {"devset.csv": "mr,ref\nna\xefve,x\n".encode("latin-1")},

@@ -112,7 +112,7 @@ def test_a_row_of_the_resume_step_lost_before_the_restart_is_written(tmp_path):
     assert read_metrics(tmp_path)[-2:] == [train_row(9), evaluation_row(9)]
 
 
-def test_a_damaged_line_before_the_last_is_the_users_to_mend(tmp_path):
+def test_a_damaged_line_before_the_last_is_the_users_to_fix(tmp_path):
     run_steps(tmp_path, 0, 3)
     path = tmp_path / "metrics.jsonl"
     damaged = path.read_bytes().replace(b'"step": 1,', b'"step" 1,')

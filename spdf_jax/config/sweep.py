@@ -28,7 +28,7 @@ class Column(NamedTuple):
     Attributes:
       header: above it.
       key: dotted, into a cell's ``summary`` or ``evaluation``. ``a/b`` is a quotient, ``a+b`` a sum, ``a@b=c`` a place on the
-        cell's curve (`spdf_jax.jobs.sweep`): its column `a` where its column `b` first comes to what the key `c` is in row 1.
+        cell's curve (`spdf_jax.jobs.sweep`): its column `a` where its column `b` first reaches what the key `c` is in row 1.
       format: of the figure.
       relative: whether to add the ratio to row 1.
       choice: of which choice of a row the figure is; "" takes the best one by validation loss.

@@ -100,7 +100,7 @@ def _read_e2e(file: Path) -> Iterator[Example]:
     """The E2E challenge's CSV: https://github.com/tuetschek/e2e-dataset; cleaned: https://github.com/tuetschek/e2e-cleaning."""
     for line, (context, reference) in _csv_rows(file, ("mr", "ref")):
         if not (context and reference):
-            raise InputError(f"{file}:{line}: an empty mr or ref; mend or remove the row")
+            raise InputError(f"{file}:{line}: an empty mr or ref; fix or remove the row")
         yield Example(context, (reference,))
 
 
@@ -125,9 +125,9 @@ def _read_dart(file: Path) -> Iterator[Example]:
             references = tuple(filter(None, (_clean(annotation["text"]) for annotation in row["annotations"])))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             message = "expected {'tripleset': [[subject, relation, object], ...], 'annotations': [{'text': ...}]}"
-            raise InputError(f"{file}: item {number}: {message}; mend or remove the item") from error
+            raise InputError(f"{file}: item {number}: {message}; fix or remove the item") from error
         if not triples:
-            raise InputError(f"{file}: item {number}: an empty tripleset; mend or remove the item")
+            raise InputError(f"{file}: item {number}: an empty tripleset; fix or remove the item")
         yield Example(_linearised(triples), references)
 
 
@@ -148,7 +148,7 @@ def _read_webnlg(file: Path) -> Iterator[Example]:
         where = f"{file}: entry {number} (eid {entry.get('eid')})"
         triples = [_split_triple(triple.text or "", where) for triple in entry.iterfind("modifiedtripleset/mtriple")]
         if not triples:
-            raise InputError(f"{where}: no modifiedtripleset/mtriple; mend or remove the entry")
+            raise InputError(f"{where}: no modifiedtripleset/mtriple; fix or remove the entry")
         good = (
             _clean("".join(lex.itertext()))
             for lex in entry.iterfind("lex")
@@ -160,7 +160,7 @@ def _read_webnlg(file: Path) -> Iterator[Example]:
 def _split_triple(text: str, where: str) -> tuple[str, ...]:
     parts = tuple(part.strip() for part in text.split(" | "))
     if len(parts) != 3:
-        raise InputError(f"{where}: triple {text!r} is not 'subject | relation | object'; mend or remove the entry")
+        raise InputError(f"{where}: triple {text!r} is not 'subject | relation | object'; fix or remove the entry")
     return parts
 
 
@@ -187,7 +187,7 @@ def _csv_rows(file: Path, *choices: tuple[str, str]) -> Iterator[tuple[int, tupl
                 message = f"{len(row)} fields under {len(header)} columns; quote or remove the row"
                 raise InputError(f"{file}:{reader.line_num}: {message}")
     except csv.Error as error:
-        raise InputError(f"{file}:{reader.line_num}: not CSV ({error}); mend or remove the row") from error
+        raise InputError(f"{file}:{reader.line_num}: not CSV ({error}); fix or remove the row") from error
     finally:
         csv.field_size_limit(before)
 

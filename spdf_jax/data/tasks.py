@@ -84,7 +84,7 @@ def prepare_tfds(config: TaskConfig, data_dir: str) -> TaskConfig:
 
     Args:
       config: The task.
-      data_dir: TFDS's data folder, in which `<task>/1.0.0` comes to be.
+      data_dir: TFDS's data folder, in which `<task>/1.0.0` is made.
 
     Returns:
       The config whose `load_task` equals that of `config`.

@@ -151,7 +151,7 @@ def _faults(where: str) -> Iterator[None]:
         raise InputError(f"{where}: cut or damaged ({error}); fetch it again or move it away") from error
     except OSError as error:
         reason = error.strerror or str(error).partition("\n")[0]
-        raise InputError(f"{where}: cannot be read ({reason}); mend it, fix its permissions or move it away") from error
+        raise InputError(f"{where}: cannot be read ({reason}); fix it or its permissions, or move it away") from error
 
 
 @contextlib.contextmanager
@@ -195,7 +195,7 @@ def _line_documents(file: TextFile, reader: io.TextIOWrapper, text_key: str) -> 
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise InputError(f"{where}: not a line of JSON ({error}); mend or remove the line") from error
+            raise InputError(f"{where}: not a line of JSON ({error}); fix or remove the line") from error
         yield f":{number}", _row_text(row, text_key, where)
 
 
@@ -218,11 +218,11 @@ def _json_documents(file: TextFile, reader: io.TextIOWrapper, text_key: str) -> 
                 continue
             if not is_list and item and not buffer[at:].strip():
                 return
-            raise InputError(f"{file.path}: item {item + 1}: not JSON ({error}); mend or remove it") from error
+            raise InputError(f"{file.path}: item {item + 1}: not JSON ({error}); fix or remove it") from error
         item, at = item + 1, end
         yield f":{item}", _row_text(row, text_key, f"{file.path}: item {item}")
     if buffer[start + 1 :].strip() or reader.read(_READ_CHARS).strip():
-        raise InputError(f"{file.path}: more after the end of its list; mend it")
+        raise InputError(f"{file.path}: more after the end of its list; fix it")
 
 
 def _row_text(row: Any, text_key: str, where: str) -> str:
@@ -251,7 +251,7 @@ def _csv_documents(file: TextFile, lines: io.TextIOWrapper, text_key: str) -> It
             if row:
                 yield f":{reader.line_num}", row[column]
     except csv.Error as error:
-        raise InputError(f"{file.path}:{reader.line_num}: not CSV ({error}); mend or remove the row") from error
+        raise InputError(f"{file.path}:{reader.line_num}: not CSV ({error}); fix or remove the row") from error
     finally:
         csv.field_size_limit(before)
 

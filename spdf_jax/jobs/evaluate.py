@@ -49,7 +49,7 @@ def run(config: RunConfig, request: Request) -> None:
 
 
 def evaluate_checkpoint(config: RunConfig, workdir: Path, output: Path | None = None) -> dict[str, Any]:
-    """What a run has come to: perplexity, for a task its decoded test set, scored, and what ``config.evaluation`` asks for.
+    """The result of a run: its perplexity, for a task its decoded test set, scored, and what ``config.evaluation`` asks for.
 
     Perplexity is over the whole validation set, per token and, of text, per UTF-8 byte; a task's is over the target tokens of
     its test set. Prints the figures and writes ``evaluation.json``, for a task ``generations.jsonl`` too.
@@ -83,7 +83,7 @@ def evaluate_checkpoint(config: RunConfig, workdir: Path, output: Path | None = 
             f"cannot be made again; restore the file, or the data"
         )
     with jax.set_mesh(mesh):
-        suites = _run_suites(saved, mesh, tokenizer)  # first: what a user may have to mend, before anything slow
+        suites = _run_suites(saved, mesh, tokenizer)  # first: what a user may have to fix, before anything slow
         loss = evaluate(feed.validation(), mesh, steps, state.variables, *attention)
         test_loss = evaluate(feed.test(), mesh, steps, state.variables, *attention) if feed.test else loss
     result: dict[str, Any] = {"step": int(state.step), "val_loss": loss, "perplexity": math.exp(test_loss)}

@@ -61,7 +61,7 @@ def train_cells(config: SweepConfig, workdir: Path, *, command: str = "", progre
       The content of ``table.json``.
 
     Raises:
-      InputError: anything the user can mend; cells that are finished stay.
+      InputError: anything the user can fix; cells that are finished stay.
     """
     make_workdir(workdir)
     with lock(workdir):
@@ -162,7 +162,7 @@ def _figure(record: dict[str, Any], key: str, first: dict[str, Any]) -> float | 
 
 
 def reached(values: Sequence[float], along: Sequence[float], level: float) -> float | None:
-    """What `values` is where `along` first comes to `level`, on the line between two points of a curve; None if it never does.
+    """What `values` is where `along` first reaches `level`, on the line between two points of a curve; None if it never does.
 
     >>> reached([0, 100, 200], [7.0, 5.0, 4.5], 4.75), reached([0, 100, 200], [7.0, 5.0, 4.5], 4.0)
     (150.0, None)

@@ -212,7 +212,7 @@ def _first_state(
 def _go_back_for_best(
     config: RunConfig, workdir: Path, plan: PhasePlan, mesh: Mesh, checkpoints: Checkpoints, best: Checkpoints
 ) -> None:
-    """Where the best state so far is damaged or gone, drops what was saved after it, so that the run comes to it again.
+    """Where the best state so far is damaged or gone, drops what was saved after it, so that the run makes it again.
 
     Raises:
       InputError: there is nothing before it to go back to.
@@ -341,7 +341,7 @@ def _finish(run: Run, step: int, tokens: TokenData | None) -> dict[str, Any]:
 
 
 def _finished(config: RunConfig, workdir: Path, mesh: Mesh) -> dict[str, Any] | None:
-    """The summary of a run that has come to its end, and whose result is there and sound; a missing report is made again."""
+    """The summary of a run that is finished, and whose result is there and sound; a missing report is made again."""
     summary = read_summary(workdir)
     if summary is None:
         return None

@@ -36,7 +36,7 @@ _COSTS = ("train_flops", "dense_flops", "tokens", "wall_seconds", "val_loss")
 
 
 class SavedRun(NamedTuple):
-    """What a run has come to: its best state if its last phase may stop early, its newest otherwise; blocks as masks."""
+    """The result of a run: its best state if its last phase may stop early, its newest otherwise; blocks as masks."""
 
     config: RunConfig
     plan: PhasePlan
@@ -79,7 +79,7 @@ def check_same_run(config: RunConfig, workdir: Path) -> list[str]:
 
 
 def saved_run(workdir: Path, mesh: Mesh | None = None, config: RunConfig | None = None) -> SavedRun:
-    """Loads what a run has come to.
+    """Loads the result of a run.
 
     Args:
       workdir: the run's folder.
