@@ -93,7 +93,7 @@ def test_bad_commands_exit_2_with_one_message(case, tmp_path):
     assert "Traceback" not in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
     if case == "no data there":  # it got as far as to say what it is about to do
-        assert f"Others: --config {MST}:mini, {MST}:mini_blocks, {MST}:mini_er, {MST}:124m_er." in result.stdout
+        assert f"Others, by --config {MST}:VARIANT: mini, mini_blocks, mini_er, 124m_er." in result.stdout
 
 
 def test_a_good_override_works_and_plan_trains_nothing(tmp_path):

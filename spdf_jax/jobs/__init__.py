@@ -39,11 +39,11 @@ class Request(NamedTuple):
     @contextlib.contextmanager
     def training(self, config: RunConfig | SweepConfig) -> Iterator[None]:
         """What is said before training, and, where all is to be quiet, nothing of what it prints."""
-        others = ", ".join(f"{self.file}:{variant}" for variant in config.variants if variant != config.variant)
+        others = ", ".join(variant for variant in config.variants if variant != config.variant)
         with contextlib.redirect_stdout(io.StringIO()) if self.quiet else contextlib.nullcontext():
             print(
                 f"Running {config.experiment}, variant {config.variant}, on {device_name()}."
-                + (f" Others: --config {others}." if others else ""),
+                + (f" Others, by --config {self.file}:VARIANT: {others}." if others else ""),
                 flush=True,
             )
             yield
