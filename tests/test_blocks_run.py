@@ -17,7 +17,8 @@ from spdf_jax.jobs.export import export
 from spdf_jax.sharding import MeshConfig, make_mesh
 from spdf_jax.sparsity.blocks import compress_tree
 from spdf_jax.sparsity.programme import SparsityConfig
-from spdf_jax.training.checkpoint import Checkpoints, check_invariants
+from spdf_jax.training.checkpoint import Checkpoints
+from spdf_jax.training.invariants import check_invariants
 from spdf_jax.training.phases import make_plan
 from spdf_jax.training.restore import saved_run
 from spdf_jax.training.state import abstract_state, init_state, start_phase, state_shardings

@@ -50,7 +50,7 @@ from spdf_jax.jobs.evaluate import evaluate_checkpoint
 from spdf_jax.report import write_report
 from spdf_jax.sharding import device_name
 from spdf_jax.training import checkpoint as checkpointing
-from spdf_jax.training import loop
+from spdf_jax.training import loop, stored_state
 from spdf_jax.training.metrics import read_metrics
 from spdf_jax.training.restore import saved_run
 
@@ -485,7 +485,7 @@ def test_a_checksum_tells_one_changed_bit_and_two_swapped_elements(dtype):
             if dtype == "bool"
             else jax.lax.bitcast_convert_type(jnp.asarray(words), jnp.dtype(dtype))
         )
-        return int(checkpointing._checksum(jnp.asarray(array)))
+        return int(stored_state._checksum(jnp.asarray(array)))
 
     whole = checksum(words)
     for bit in range(1 if dtype == "bool" else 8 * bits.itemsize):

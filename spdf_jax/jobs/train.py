@@ -20,7 +20,7 @@ from spdf_jax.model.flops import parameter_count
 from spdf_jax.model.gpt import GPT
 from spdf_jax.planning.describe import describe
 from spdf_jax.sharding import device_name, make_mesh
-from spdf_jax.training.checkpoint import Checkpoints, DamagedCheckpointError, fingerprint
+from spdf_jax.training.checkpoint import Checkpoints, DamagedCheckpointError
 from spdf_jax.training.early_stopping import best_evaluation, of_phase
 from spdf_jax.training.feed import Feed, load_data, make_feed
 from spdf_jax.training.loop import Run, run_phase
@@ -38,6 +38,7 @@ from spdf_jax.training.restore import (
     source_folder,
 )
 from spdf_jax.training.state import TrainState
+from spdf_jax.training.stored_state import fingerprint
 from spdf_jax.workdir import (
     BEST,
     CHECKPOINTS,

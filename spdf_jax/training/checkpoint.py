@@ -7,8 +7,6 @@ untouched; a checkpoint that does not read back as it was written is noticed, wh
 
 import contextlib
 import errno
-import hashlib
-import json
 import os
 import re
 import shutil
@@ -18,18 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from orbax.checkpoint._src.path.atomicity_types import TMP_DIR_SUFFIX  # has no public name
 
 from spdf_jax.errors import InputError
 from spdf_jax.processes import RESTART_CODE, is_first, stop, wait_for_first
-from spdf_jax.sparsity.block_topology import balanced_topologies
-from spdf_jax.sparsity.mask_files import pack_masks, unpack_masks
-from spdf_jax.sparsity.masks import active_counts
-from spdf_jax.sparsity.programme import Programme
 from spdf_jax.training.state import TrainState
-from spdf_jax.tree import Filter, named_leaves
+from spdf_jax.training.stored_state import examined, is_mask, pack, plain, shapes, unpack
 from spdf_jax.workdir import checksum, set_aside
 
 # Metadata and index files of one checkpoint; about 60 kB were seen.
@@ -75,8 +68,8 @@ class Checkpoints:
         step = int(state.step)
         if step in self._manager.all_steps():
             return
-        packed = _pack(state)
-        finite, leaves = _examined(packed)
+        packed = pack(state)
+        finite, leaves = examined(packed)
         if not finite:
             raise InputError(
                 f"step {step}: the loss is finite, but a parameter or a value of the optimiser is not; stopped. {self.kept()} "
@@ -135,20 +128,20 @@ class Checkpoints:
         """
         record = self.record()
         step: int = record["step"]
-        packed = jax.eval_shape(_pack, abstract)
+        packed = jax.eval_shape(pack, abstract)
         with self._damage_named(step):
-            saved = record["leaves"] if "leaves" in record else _shapes(self._manager.item_metadata(step)["state"])
-        self._check(step, saved, _shapes(jax.eval_shape(_plain, packed)))
+            saved = record["leaves"] if "leaves" in record else shapes(self._manager.item_metadata(step)["state"])
+        self._check(step, saved, shapes(jax.eval_shape(plain, packed)))
         # A packed mask's last axis is eight times shorter than its parameter's: restored whole, split when unpacked.
-        layout = jax.tree.map(lambda x, s: shardings.step if _is_mask(x) else s, abstract, shardings)
+        layout = jax.tree.map(lambda x, s: shardings.step if is_mask(x) else s, abstract, shardings)
         target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), packed, layout)
         with self._damage_named(step):
             args = ocp.args.Composite(state=ocp.args.StandardRestore(target))
             restored = self._manager.restore(step, args=args)["state"]
-            changed = [n for n, leaf in _examined(restored)[1].items() if "leaves" in record and leaf != saved[n]]
+            changed = [n for n, leaf in examined(restored)[1].items() if "leaves" in record and leaf != saved[n]]
             if changed:
                 raise ValueError(f"{', '.join(changed[:3])}: not what was written")
-        return _unpack(restored, abstract, shardings)
+        return unpack(restored, abstract, shardings)
 
     def fall_back(self, damage: DamagedCheckpointError) -> str:
         """Sets the newest checkpoint aside for the one before it, and says so.
@@ -256,104 +249,7 @@ class _WithoutLateReads:
             self.hook(unraisable)
 
 
-def fingerprint(state: TrainState) -> str:
-    """A hash of every number of a state, the same on every mesh."""
-    return hashlib.sha256(json.dumps(_examined(_pack(state))[1], sort_keys=True).encode()).hexdigest()
-
-
 def _os_error(text: str) -> int | None:
     """The number in what tensorstore says of a system call that failed."""
     found = re.search(r"os_error_code='(\d+)'", text)
     return int(found[1]) if found else None
-
-
-def _is_mask(leaf: jax.Array) -> bool:
-    return leaf.ndim > 0 and leaf.dtype == bool
-
-
-def _pack(state: TrainState) -> TrainState:
-    """With every mask in bits: those of an optimiser too, such as Top-KAST's explored set."""
-    return jax.tree.map(lambda leaf: pack_masks(leaf) if _is_mask(leaf) else leaf, state)
-
-
-def _unpack(packed: TrainState, abstract: TrainState, shardings: TrainState) -> TrainState:
-    leaves, wanted, layout = (jax.tree.leaves(tree) for tree in (packed, abstract, shardings))
-    where = [i for i, leaf in enumerate(wanted) if _is_mask(leaf)]
-    unpack = jax.jit(
-        lambda bits: unpack_masks(bits, [wanted[i] for i in where]), out_shardings=[layout[i] for i in where]
-    )
-    for i, mask in zip(where, unpack([leaves[i] for i in where]), strict=True):
-        leaves[i] = mask
-    return jax.tree.unflatten(jax.tree.structure(packed), leaves)
-
-
-def _plain(packed: TrainState) -> TrainState:
-    """With the key as the integers that orbax writes."""
-    return packed.replace(key=jax.random.key_data(packed.key))
-
-
-def _shapes(tree: Any) -> dict[str, list[Any]]:
-    """``{leaf name: [shape]}``."""
-    return {name: [list(leaf.shape)] for name, leaf in named_leaves(tree)}
-
-
-def _examined(packed: TrainState) -> tuple[bool, dict[str, list[Any]]]:
-    """Whether all numbers are finite, and ``{leaf name: [shape, checksum]}``."""
-    finite, checksums = jax.device_get(_examine(packed))
-    return bool(finite), {name: [*shape, int(checksums[name])] for name, shape in _shapes(_plain(packed)).items()}
-
-
-@jax.jit
-def _examine(packed: TrainState) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The numbers of `_examined`."""
-    leaves = named_leaves(_plain(packed))
-    finite = [jnp.all(jnp.isfinite(leaf)) for _, leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.floating)]
-    return jnp.all(jnp.stack(finite)), {name: _checksum(leaf) for name, leaf in leaves}
-
-
-def _checksum(array: jax.Array) -> jax.Array:
-    """Sum of a hash of every element with its place, modulo 2^32: the same on every mesh, and computed where the shards are.
-
-    The hash is one-to-one in the element (multiply by odd, xor with a shift), so that no change of one element goes unseen.
-    """
-    unsigned = jnp.dtype(f"uint{8 * array.dtype.itemsize}")
-    bits = array if array.dtype == bool else jax.lax.bitcast_convert_type(array, unsigned)
-    mixed = bits.astype(jnp.uint32)
-    for axis in range(array.ndim):
-        place = jax.lax.broadcasted_iota(jnp.uint32, array.shape, axis)
-        mixed = (mixed ^ place) * jnp.uint32(0x9E3779B1)
-        mixed = mixed ^ (mixed >> 15)
-    return jnp.sum(mixed, dtype=jnp.uint32)
-
-
-def check_invariants(programme: Programme, filter: Filter, state: TrainState, phase_start: int) -> None:
-    """Masks hold the exact target counts, and every masked weight is exactly 0; anything else is a bug, and is not saved.
-
-    Raises:
-      RuntimeError: naming the leaf.
-    """
-    if not programme.groups:
-        return
-    local = int(state.step) - phase_start
-    counts = jax.device_get(_counts(state.masks, state.params, filter))
-    nonzero = jax.device_get(_nonzero_where_masked(state.params, state.masks))
-    for name, target in programme.counts(local).items():
-        if not (counts[name] == target).all():
-            raise RuntimeError(f"{name}: masks hold {counts[name]} active weights, the programme says {target}")
-        if nonzero[name]:
-            raise RuntimeError(f"{name}: {nonzero[name]} masked weights are not zero")
-    for name, balanced in jax.device_get(_balanced(state.params, state.topology)).items():
-        if not balanced:
-            raise RuntimeError(f"{name}: its live blocks are not the same number in every column and row")
-
-
-_counts = jax.jit(active_counts, static_argnums=2)
-_balanced = jax.jit(balanced_topologies)
-
-
-@jax.jit
-def _nonzero_where_masked(params: Any, masks: Any) -> dict[str, jax.Array]:
-    return {
-        name: jnp.sum((value != 0) & ~mask)
-        for (name, value), (_, mask) in zip(named_leaves(params), named_leaves(masks), strict=True)
-    }

@@ -18,9 +18,10 @@ from spdf_jax.data import Batch
 from spdf_jax.errors import InputError, Restart
 from spdf_jax.model.gpt import GPT
 from spdf_jax.sharding import batch_sharding, device_name
-from spdf_jax.training.checkpoint import Checkpoints, check_invariants
+from spdf_jax.training.checkpoint import Checkpoints
 from spdf_jax.training.early_stopping import best_evaluation, of_phase, stops_early
 from spdf_jax.training.feed import Feed
+from spdf_jax.training.invariants import check_invariants
 from spdf_jax.training.mask_pictures import save_mask_pictures
 from spdf_jax.training.metrics import Tracker
 from spdf_jax.training.phases import PhasePlan, StepCost, task_tokens
