@@ -50,8 +50,13 @@ class OptimizerConfig:
         check_fields(self, "optimizer")
 
 
-def learning_rate_schedule(config: OptimizerConfig, total_steps: int) -> Callable[[jax.Array], jax.Array]:
-    """Learning rate of a phase's step 0, 1, ...; linear warm-up, then the schedule down to the final fraction."""
+def learning_rate_schedule(
+    config: OptimizerConfig, total_steps: int, start: int = 0
+) -> Callable[[jax.Array], jax.Array]:
+    """Learning rate of a phase of `total_steps`, by the run's step, of which `start` come before the phase.
+
+    Linear warm-up, then the schedule down to the final fraction.
+    """
     peak, final = config.peak_learning_rate, config.peak_learning_rate * config.final_fraction
     decay_steps = max(1, total_steps - config.warmup_steps)
     after = {
@@ -61,7 +66,8 @@ def learning_rate_schedule(config: OptimizerConfig, total_steps: int) -> Callabl
     }[config.schedule]
     # From peak / n, not 0: the very first update counts too.
     warmup = optax.linear_schedule(peak / max(1, config.warmup_steps), peak, max(1, config.warmup_steps - 1))
-    return optax.join_schedules([warmup, after], [config.warmup_steps])
+    schedule = optax.join_schedules([warmup, after], [config.warmup_steps])
+    return lambda step: schedule(step - start)
 
 
 def make_optimizer(

@@ -29,7 +29,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from spdf_jax.errors import InputError
-from spdf_jax.sharding import batch_sharding
+from spdf_jax.sharding import batch_devices, batch_sharding
 
 #: BSD's EX_TEMPFAIL: nothing is wrong with the command; give it again.
 RESTART_CODE = 75
@@ -124,7 +124,7 @@ def data_share(mesh: Mesh) -> tuple[int, int]:
     Raises:
       InputError: a mesh that leaves a process out, or gives processes rows that overlap in part.
     """
-    n_rows = mesh.shape["data"] * mesh.shape["fsdp"]
+    n_rows = batch_devices(mesh)
     rows: dict[int, set[int]] = {process: set() for process in range(jax.process_count())}
     placed: Any = batch_sharding(mesh, rank=2).devices_indices_map((n_rows, 1))
     for device, (row, _) in placed.items():

@@ -4,6 +4,7 @@ Mesh axes: ``data`` splits the batch; ``fsdp`` splits the batch and the paramete
 vocabulary. Masks and optimiser moments are laid out like their parameters.
 """
 
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -30,6 +31,8 @@ PARAMETER_AXES: Sequence[tuple[str, tuple[str, ...]]] = (
 )
 #: Logical axis -> mesh axis.
 LOGICAL_TO_MESH = {"layers": None, "block": None, "embed": "fsdp", "wide": "tensor"}
+#: Mesh axes that split a batch, and the one that splits heads and other wide axes of activations.
+BATCH_AXES, WIDE_AXIS = ("data", "fsdp"), "tensor"
 
 
 Devices = Annotated[int, Range(least=1, most=LARGEST, special=-1)]
@@ -73,7 +76,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         raise InputError(f"mesh: {config} asks for {count} devices, {len(devices)} are there")
     # Linen's modules expect automatic axes; make_mesh would default to explicit ones.
     return jax.make_mesh(
-        tuple(sizes), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3, devices=devices[:count]
+        tuple(sizes), (*BATCH_AXES, WIDE_AXIS), axis_types=(AxisType.Auto,) * 3, devices=devices[:count]
     )
 
 
@@ -88,9 +91,18 @@ def device_name() -> str:
     return f"{found}, {cores} {'core' if cores == 1 else 'cores'}"
 
 
+def batch_devices(mesh: Mesh) -> int:
+    """How many devices share a batch.
+
+    >>> batch_devices(jax.make_mesh((1, 1, 1), ("data", "fsdp", "tensor")))
+    1
+    """
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
 def batch_sharding(mesh: Mesh, rank: int) -> NamedSharding:
     """Batch axis is the last but one (``[B, T]``, or ``[A, B, T]`` with gradient accumulation)."""
-    return NamedSharding(mesh, PartitionSpec(*(None,) * (rank - 2), ("data", "fsdp"), None))
+    return NamedSharding(mesh, PartitionSpec(*(None,) * (rank - 2), BATCH_AXES, None))
 
 
 def split_wide(x: jax.Array) -> jax.Array:
@@ -131,3 +143,28 @@ def optimizer_shardings(mesh: Mesh, tx: optax.GradientTransformation, opt_state:
     whole = replicated(mesh)
     like_weights = along_state(tx, opt_state, parameter_shardings(mesh, params), whole)
     return jax.tree.map(lambda leaf, s: s if len(s.spec) == len(leaf.shape) else whole, opt_state, like_weights)
+
+
+def target_platform() -> str:
+    """Where code traced now will run: the platform of the mesh set by ``jax.set_mesh``, else JAX's default backend.
+
+    The two differ when a program for a TPU is compiled on a machine that has none.
+
+    Returns:
+      ``cpu``, ``gpu`` or ``tpu``.
+
+    >>> with jax.set_mesh(jax.make_mesh((1,), ("data",), devices=jax.devices("cpu")[:1])):
+    ...     target_platform()
+    'cpu'
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.platform if device else jax.default_backend()
+
+
+def split_over_mesh(mesh: Any, batch: int, heads: int) -> tuple[tuple[str, ...], str | None]:
+    """Mesh axes that split the batch and the heads, where they divide them."""
+    batch_axes: tuple[str, ...] = ()
+    for axis in BATCH_AXES:
+        if batch % mesh.shape.get(axis, batch + 1) == 0:
+            batch_axes, batch = (*batch_axes, axis), batch // mesh.shape[axis]
+    return batch_axes, WIDE_AXIS if heads % mesh.shape.get(WIDE_AXIS, heads + 1) == 0 else None

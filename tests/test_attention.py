@@ -17,8 +17,10 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from spdf_jax.errors import InputError
 from spdf_jax.ops.attention import attention
-from spdf_jax.ops.attention_backends import attention_backend, choose_backend, cudnn_attention, target_platform
+from spdf_jax.ops.attention_backends import attention_backend, choose_backend
+from spdf_jax.ops.attention_kernels import cudnn_attention
 from spdf_jax.ops.attention_patterns import PATTERNS, attended_pairs, causal_share, pattern_mask
+from spdf_jax.sharding import target_platform
 
 # Widths that divide the length, do not, and exceed it; with both ends of each.
 LENGTHS_AND_WIDTHS = [(1, 128), (7, 3), (128, 128), (129, 16), (200, 1), (300, 128), (512, 16)]

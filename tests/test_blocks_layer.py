@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from spdf_jax.errors import InputError
-from spdf_jax.ops.block_linear import Linear, block_linear, live_inputs
+from spdf_jax.model.linear import Linear
+from spdf_jax.ops.block_linear import block_linear, live_inputs
 from spdf_jax.sparsity.block_topology import BlockGrid, random_topology
 from spdf_jax.sparsity.blocks import expand
 

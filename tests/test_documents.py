@@ -18,8 +18,8 @@ from spdf_jax.sharding import make_mesh
 from spdf_jax.training import step
 from spdf_jax.training.feed import make_feed
 from spdf_jax.training.loop import device_batches
-from spdf_jax.training.losses import cross_entropy
 from spdf_jax.training.phases import make_plan
+from spdf_jax.training.step import cross_entropy
 from spdf_jax.training.watch import watch_training
 
 END, LENGTH, FIRST = 0, 8, 3  # every window is 3 tokens of one document, end of text, 4 tokens of the next

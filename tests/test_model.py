@@ -14,8 +14,8 @@ from spdf_jax.model import layer_norm
 from spdf_jax.model.decoding import empty_cache
 from spdf_jax.model.flops import parameter_count
 from spdf_jax.model.layer_norm import LayerNorm
+from spdf_jax.model.linear import dense_linear
 from spdf_jax.ops.attention_patterns import PATTERNS
-from spdf_jax.ops.block_linear import dense_linear
 from spdf_jax.training.state import abstract_params
 
 TINY = spdf.GPTConfig(n_layer=2, n_head=2, d_model=16, vocab_size=50, context=12)

@@ -26,8 +26,9 @@ import numpy as np
 from runner import announce, arguments, print_head, print_row, time_in_turn, write_json
 
 from spdf_jax.ops.attention import attention
-from spdf_jax.ops.attention_backends import attention_backend, target_platform
+from spdf_jax.ops.attention_backends import attention_backend
 from spdf_jax.ops.attention_patterns import PATTERNS, causal_share
+from spdf_jax.sharding import target_platform
 
 BASELINE = "jax.nn"
 

@@ -19,7 +19,7 @@ from spdf_jax.data import Batch, length_buckets
 from spdf_jax.data.tokenizer import Tokenizer, encode_plain
 from spdf_jax.errors import InputError
 from spdf_jax.model.gpt import GPT
-from spdf_jax.sharding import batch_sharding, parameter_shardings, replicated
+from spdf_jax.sharding import batch_devices, batch_sharding, parameter_shardings, replicated
 
 
 class Window(NamedTuple):
@@ -236,7 +236,7 @@ def _score_windows(
     devices = 1
     if mesh is not None:
         params = jax.device_put(params, parameter_shardings(mesh, params))
-        devices = mesh.shape["data"] * mesh.shape["fsdp"]
+        devices = batch_devices(mesh)
     size = -(-batch_size // devices) * devices
     by_length: dict[int, list[int]] = defaultdict(list)
     for index, window in enumerate(windows):

@@ -26,7 +26,7 @@ from spdf_jax.jobs import Request, keep_compiled
 from spdf_jax.jobs.generate import decode_examples
 from spdf_jax.model.gpt import GPT
 from spdf_jax.report import write_report
-from spdf_jax.sharding import make_mesh
+from spdf_jax.sharding import batch_devices, make_mesh
 from spdf_jax.training.feed import load_data, make_feed
 from spdf_jax.training.loop import evaluate
 from spdf_jax.training.restore import SavedRun, saved_run_and_record
@@ -65,7 +65,7 @@ def evaluate_checkpoint(config: RunConfig, workdir: Path, output: Path | None = 
         file of its tasks or of the exams that is missing or malformed.
     """
     mesh = make_mesh(config.mesh)
-    check_devices(config, mesh.shape["data"] * mesh.shape["fsdp"])
+    check_devices(config, batch_devices(mesh))
     processes.agree("config", json.dumps(config.as_dict()), "start all of them with the same command and files")
     sweep(workdir)
     saved, record = saved_run_and_record(workdir, mesh, config)

@@ -19,7 +19,7 @@ from spdf_jax.jobs import Request, keep_compiled
 from spdf_jax.model.flops import parameter_count
 from spdf_jax.model.gpt import GPT
 from spdf_jax.planning.describe import describe
-from spdf_jax.sharding import device_name, make_mesh
+from spdf_jax.sharding import batch_devices, device_name, make_mesh
 from spdf_jax.training.checkpoint import Checkpoints, DamagedCheckpointError
 from spdf_jax.training.early_stopping import best_evaluation, of_phase
 from spdf_jax.training.feed import Feed, load_data, make_feed
@@ -88,7 +88,7 @@ def train(config: AnyConfig, workdir: Path | str, *, command: str = "", progress
     """
     config, workdir = resolve(config), Path(workdir)
     mesh = make_mesh(config.mesh)
-    check_devices(config, mesh.shape["data"] * mesh.shape["fsdp"])
+    check_devices(config, batch_devices(mesh))
     processes.agree("config", json.dumps(config.as_dict()), "start all of them with the same command and files")
     plans = make_plan(config)
     make_workdir(workdir)

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from spdf_jax.errors import InputError
 from spdf_jax.model.decoding import DecodeConfig, Program, decode
 from spdf_jax.model.gpt import GPT
-from spdf_jax.sharding import batch_sharding, parameter_shardings
+from spdf_jax.sharding import batch_devices, batch_sharding, parameter_shardings
 
 _SHORTEST_BUCKET_TOKENS = 16
 
@@ -75,7 +75,7 @@ def generate(
     devices = 1
     if mesh is not None:
         params = jax.device_put(params, parameter_shardings(mesh, params))
-        devices = mesh.shape["data"] * mesh.shape["fsdp"]
+        devices = batch_devices(mesh)
     size = -(-min(config.batch_size, len(prompts)) // devices) * devices
     key = jax.random.key(config.seed)
     # Seed and batch size are in the arguments: another of them is not another program.

@@ -15,11 +15,12 @@ from jax.ad_checkpoint import checkpoint_name
 from spdf_jax.errors import InputError
 from spdf_jax.model.config import GPTConfig, mup_scales
 from spdf_jax.model.layer_norm import LayerNorm
+from spdf_jax.model.linear import Linear, dense_linear
 from spdf_jax.model.primer import DConv, squared_relu
 from spdf_jax.ops.attention import attention
 from spdf_jax.ops.attention_backends import SPLASH_OUTPUT
 from spdf_jax.ops.attention_cached import cached_attention
-from spdf_jax.ops.block_linear import BLOCK_OUTPUT, Linear, dense_linear
+from spdf_jax.ops.block_linear import BLOCK_OUTPUT
 from spdf_jax.sharding import split_wide
 from spdf_jax.sparsity.masks import apply_masks
 

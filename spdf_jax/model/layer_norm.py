@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from spdf_jax.ops.attention_backends import target_platform
+from spdf_jax.sharding import target_platform
 
 
 class LayerNorm(nn.Module):

@@ -20,8 +20,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from spdf_jax.errors import InputError
-from spdf_jax.ops.attention_backends import choose_backend, cudnn_attention, splash_attention, target_platform
+from spdf_jax.ops.attention_backends import choose_backend
+from spdf_jax.ops.attention_kernels import cudnn_attention, splash_attention
 from spdf_jax.ops.attention_patterns import Band, bands, check_pattern
+from spdf_jax.sharding import target_platform
 
 # Stands for -inf in scores and log-sum-exps: exp gives exactly 0 beside a real score, and no difference is NaN.
 _NOWHERE = -1e30

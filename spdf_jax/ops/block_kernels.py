@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from spdf_jax.ops.attention_backends import target_platform
+from spdf_jax.sharding import target_platform
 
 #: Blocks and token counts must be multiples of a vector register's width.
 LANES = 128

@@ -9,7 +9,8 @@ from spdf_jax.config.run import RunConfig
 from spdf_jax.model.config import GPTConfig
 from spdf_jax.model.flops import head_size, linear_size, parameter_count
 from spdf_jax.model.gpt import GPT
-from spdf_jax.ops.attention_backends import attention_backend, target_platform
+from spdf_jax.ops.attention_backends import attention_backend
+from spdf_jax.sharding import target_platform
 from spdf_jax.training.phases import PhasePlan, make_plan, total_cost
 from spdf_jax.training.state import abstract_state
 

@@ -28,7 +28,7 @@ from spdf_jax.model.gpt import GPT
 from spdf_jax.planning.describe import describe
 from spdf_jax.planning.hlo import Items, executed, executed_collectives, matrix_flops, read_program
 from spdf_jax.planning.pod import GENERATIONS, Need, Pod, Times, estimate, splash_flops, splash_seconds, suggest
-from spdf_jax.sharding import batch_sharding, make_mesh, parameter_shardings, replicated
+from spdf_jax.sharding import batch_devices, batch_sharding, make_mesh, parameter_shardings, replicated
 from spdf_jax.training.phases import PhasePlan, make_plan
 from spdf_jax.training.state import TrainState, abstract_params, abstract_state, state_shardings
 from spdf_jax.training.step import make_steps, move_topology
@@ -135,7 +135,7 @@ def make_pod(config: RunConfig, topology: str) -> tuple[Pod, Mesh]:
     mesh = make_mesh(config.mesh, devices)
     if mesh.size < len(devices):
         raise InputError(f"config.mesh: {config.mesh} takes {mesh.size} of {len(devices)} chips; set a size to -1")
-    check_devices(config, mesh.shape["data"] * mesh.shape["fsdp"])
+    check_devices(config, batch_devices(mesh))
     return Pod(topology, tuple(tuple(device.coords) for device in mesh.devices.flat)), mesh
 
 

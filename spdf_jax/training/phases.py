@@ -125,7 +125,7 @@ def make_plan(config: RunConfig) -> list[PhasePlan]:
                 tx=make_optimizer(
                     phase.optimizer, _multipliers(config, phase), programme.config.topology_rule.optimizer
                 ),
-                learning_rate=_shifted(learning_rate_schedule(phase.optimizer, phase.steps), start),
+                learning_rate=learning_rate_schedule(phase.optimizer, phase.steps, start),
                 cost=_cost(config, phase, programme),
                 epoch_steps=epoch_steps,
                 eval_every_steps=config.loop.eval_every_steps,
@@ -140,10 +140,6 @@ def _multipliers(config: RunConfig, phase: PhaseConfig) -> Callable[[Any], Any] 
     if not config.model.mup_base_width:
         return None
     return partial(mup_multipliers, dataclasses.replace(config.model, mup_density=phase.sparsity.density))
-
-
-def _shifted(schedule: Callable[[jax.Array], jax.Array], start: int) -> Callable[[jax.Array], jax.Array]:
-    return lambda step: schedule(step - start)
 
 
 def _cost(config: RunConfig, phase: PhaseConfig, programme: Programme) -> Callable[..., StepCost]:

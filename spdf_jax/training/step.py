@@ -18,7 +18,6 @@ from spdf_jax.data import Batch
 from spdf_jax.sparsity.blocks import compress_tree, expand_tree, move_blocks
 from spdf_jax.sparsity.masks import apply_masks
 from spdf_jax.sparsity.topology import Rule, move_masks
-from spdf_jax.training.losses import cross_entropy
 from spdf_jax.training.state import TrainState
 from spdf_jax.tree import named_leaves
 
@@ -182,3 +181,23 @@ def eval_step(
 def _loss_sum(model: nn.Module, variables: Any, batch_BT: Batch, **options: Any) -> jax.Array:
     logits_BTV = model.apply(variables, batch_BT.tokens_BT, segments_BT=batch_BT.segments_BT, **options)
     return cross_entropy(logits_BTV, batch_BT.targets_BT, batch_BT.weights_BT)
+
+
+def cross_entropy(logits_BTV: Any, targets_BT: Any, weights_BT: Any) -> jax.Array:
+    """Sum of weighted next-token losses, in nats.
+
+    Args:
+      logits_BTV: any float dtype; computed in float32.
+      targets_BT: int token ids.
+      weights_BT: float32; 0 leaves a token out.
+
+    Returns:
+      float32 scalar; divide by ``weights_BT.sum()`` for the mean.
+
+    >>> float(cross_entropy(jnp.zeros((1, 2, 4)), jnp.zeros((1, 2), int), jnp.array([[1.0, 0.0]])))  # ln 4
+    1.3862943649291992
+    """
+    logits_BTV = logits_BTV.astype(jnp.float32)
+    log_z_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
+    target_logit_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
+    return jnp.sum((log_z_BT - target_logit_BT) * weights_BT)

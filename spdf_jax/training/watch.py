@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from spdf_jax.config.checks import check_devices
 from spdf_jax.config.run import RunConfig
 from spdf_jax.model.gpt import GPT
-from spdf_jax.sharding import make_mesh
+from spdf_jax.sharding import batch_devices, make_mesh
 from spdf_jax.training.feed import Feed, load_data, make_feed
 from spdf_jax.training.loop import evaluate, make_phase_steps, starts_anew, take_steps
 from spdf_jax.training.phases import PhasePlan, make_plan
@@ -45,7 +45,7 @@ def watch_training(config: RunConfig) -> Iterator[tuple[TrainState, dict[str, An
     (64, {})
     """
     mesh, model, plans = make_mesh(config.mesh), GPT(config.model), make_plan(config)
-    check_devices(config, mesh.shape["data"] * mesh.shape["fsdp"])
+    check_devices(config, batch_devices(mesh))
     tokens, tokenizer = load_data(config, None, plans, begun=False, progress=False)
     feeds = [make_feed(config, plan, tokens, tokenizer, mesh) for plan in plans]
     with jax.set_mesh(mesh):  # never around a yield: it would leak to whoever looks on
