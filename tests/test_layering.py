@@ -92,6 +92,12 @@ def test_no_circle_of_imports():
     assert list(graphlib.TopologicalSorter(ours).static_order())
 
 
+def test_rooms_are_small_enough_to_be_read():
+    assert len([path for path in PACKAGE.glob("*.py") if path.name != "__init__.py"]) <= 8
+    for module, path in MODULES.items():
+        assert len(path.read_text().splitlines()) <= 350, f"{module}: split it"
+
+
 def test_experiments_import_the_public_interface_only():
     for path in (PACKAGE.parent / "experiments").glob("*.py"):
         ours = {name for name in imports(path) if name.startswith("spdf_jax")}

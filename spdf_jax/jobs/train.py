@@ -25,13 +25,13 @@ from spdf_jax.training.early_stopping import best_evaluation, of_phase
 from spdf_jax.training.feed import Feed, load_data, make_feed
 from spdf_jax.training.loop import Run, run_phase
 from spdf_jax.training.metrics import Tracker, read_metrics
-from spdf_jax.training.phases import PhasePlan, StepCost, make_plan, total_cost
+from spdf_jax.training.phases import PhasePlan, make_plan, recorded_cost
 from spdf_jax.training.restore import (
+    check_same_origin,
     check_same_run,
     cost_before,
     enter_phase,
     first_state,
-    initial_from,
     read_summary,
     restore_state,
     saved_run,
@@ -134,7 +134,7 @@ def train(config: AnyConfig, workdir: Path | str, *, command: str = "", progress
                 checkpoints=checkpoints,
                 best=best,
                 tracker=tracker,
-                total=_counted(record, plans, step),
+                total=recorded_cost(record, plans, step),
                 seconds=record["seconds"],
                 evaluations=_evaluations(workdir, step, record) if step else {},
             )
@@ -198,7 +198,7 @@ def _first_state(
     try:
         record = checkpoints.record()
         if "init_from" in moved:
-            _check_same_origin(config, source, plans[0], mesh, record)
+            check_same_origin(config, source, plans[0], mesh, record)
         plan = plans[min(record["phase"], len(plans) - 1)]
         state = restore_state(config, plan, mesh, checkpoints)
     except DamagedCheckpointError as damage:
@@ -255,18 +255,6 @@ def _check_same_data(record: dict[str, Any], feeds: list[Feed], plan: PhasePlan)
             )
 
 
-def _check_same_origin(
-    config: RunConfig, source: Path | None, plan: PhasePlan, mesh: Mesh, record: dict[str, Any]
-) -> None:
-    """Refuses an ``init_from`` that is neither where this run started from, nor the same in another place."""
-    was = record.get("origin", {}).get("fingerprint")
-    if source is None or was is None or fingerprint(initial_from(source, config, plan, mesh)) != was:
-        raise InputError(
-            f"config.init_from: {config.init_from!r} does not hold what this run started from; give the config of this run, or "
-            f"choose another --workdir"
-        )
-
-
 def _elsewhere(record: dict[str, Any]) -> str:
     """What to know where the steps so far were not computed on what is at hand."""
     here = device_name()
@@ -274,13 +262,6 @@ def _elsewhere(record: dict[str, Any]) -> str:
     # XLA splits long float32 sums by the cores it may use, and any sum by devices: another number of them, another rounding.
     what = f" It was computed on {before} so far, and is on {here} now: it will not end with the same bits as on either alone."
     return what if before != here else ""
-
-
-def _counted(record: dict[str, Any], plans: list[PhasePlan], step: int) -> StepCost:
-    """What the run has cost so far; a record of a release that counted full rows alone does not say all of it."""
-    if set(StepCost._fields) <= record.keys():
-        return StepCost(*(record[name] for name in StepCost._fields))
-    return total_cost(plans, step)
 
 
 def _evaluations(workdir: Path, step: int, record: dict[str, Any]) -> dict[tuple[str, int], float]:

@@ -181,6 +181,13 @@ def total_cost(plans: list[PhasePlan], steps: int | None = None) -> StepCost:
     return total
 
 
+def recorded_cost(record: dict[str, Any], plans: list[PhasePlan], step: int) -> StepCost:
+    """What the run has cost so far; a record of a release that counted full rows alone does not say all of it."""
+    if set(StepCost._fields) <= record.keys():
+        return StepCost(*(record[name] for name in StepCost._fields))
+    return total_cost(plans, step)
+
+
 def run_cost(config: RunConfig) -> StepCost:
     """What a run will cost, counted before it starts: the figures that its ``summary.json`` will hold.
 

@@ -22,6 +22,7 @@ from spdf_jax.sparsity.masks import dense_masks
 from spdf_jax.training.checkpoint import Checkpoints, DamagedCheckpointError
 from spdf_jax.training.phases import PhasePlan, make_plan
 from spdf_jax.training.state import TrainState, abstract_state, as_masks, init_state, start_phase, state_shardings
+from spdf_jax.training.stored_state import fingerprint
 from spdf_jax.workdir import BEST, CHECKPOINTS, CONFIG_FILE, SUMMARY_FILE, read_json
 
 #: What of a config may change between restarts and after the end: how the run reports, where and how it is computed, what is
@@ -76,6 +77,18 @@ def check_same_run(config: RunConfig, workdir: Path) -> list[str]:
             f"the config of that run"
         )
     return places
+
+
+def check_same_origin(
+    config: RunConfig, source: Path | None, plan: PhasePlan, mesh: Mesh, record: dict[str, Any]
+) -> None:
+    """Refuses an ``init_from`` that is neither where this run started from, nor the same in another place."""
+    was = record.get("origin", {}).get("fingerprint")
+    if source is None or was is None or fingerprint(initial_from(source, config, plan, mesh)) != was:
+        raise InputError(
+            f"config.init_from: {config.init_from!r} does not hold what this run started from; give the config of this run, or "
+            f"choose another --workdir"
+        )
 
 
 def saved_run(workdir: Path, mesh: Mesh | None = None, config: RunConfig | None = None) -> SavedRun:
