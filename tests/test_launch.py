@@ -109,6 +109,10 @@ def test_help_names_every_flag(script):
             "unknown argument --process: --help lists the flags, and what to run follows --",
         ),
         ("slurm.sh", [*TRAIN], "--nodes is missing, for example --nodes 4"),
+        *(
+            (script, ["--name", "a\x07b", *TRAIN], "--name: a control character is in its value; leave it out")
+            for script in ("slurm.sh", "tpu_pod.sh", "gke_jobset.sh")
+        ),
         ("slurm.sh", ["--nodes=2", *TRAIN], "--gpus_per_node is missing, for example --gpus_per_node 8"),
         ("slurm.sh", [*USED["slurm.sh"], "--process_per=core", *TRAIN], "--process_per core: gpu or node is needed"),
         ("tpu_pod.sh", [*TRAIN], "--topology is missing, for example --topology v5e:16x16"),

@@ -19,7 +19,7 @@ import spdf_jax as spdf
 from spdf_jax import processes
 from spdf_jax.jobs import train as jobs
 from spdf_jax.sharding import MeshConfig, make_mesh, parameter_shardings
-from spdf_jax.training import metrics as tracking
+from spdf_jax.training import mask_pictures
 from spdf_jax.training.metrics import read_metrics
 
 STEPS = ("--config.pretrain.steps=24", "--config.finetune.steps=4")
@@ -122,6 +122,31 @@ def test_a_mesh_that_leaves_a_process_out_is_refused(monkeypatch):
         processes.data_share(mesh)
 
 
+def test_a_process_of_other_code_is_refused(tmp_path, monkeypatch):
+    ours = processes.code_version()
+    shutil.copytree(ROOT / "spdf_jax", tmp_path / "spdf_jax", ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(processes, "__file__", str(tmp_path / "spdf_jax" / "processes.py"))
+    assert processes.code_version() == ours
+    with (tmp_path / "spdf_jax" / "training" / "step.py").open("a") as file:
+        file.write("# other\n")
+    assert processes.code_version() != ours
+    monkeypatch.setattr(processes, "from_first", lambda make: ours)
+    with pytest.raises(spdf.InputError, match="code: process 0 has another than process 0; install the same"):
+        processes.agree("code", processes.code_version(), "install the same")
+
+
+@pytest.mark.slow
+def test_of_two_processes_the_one_of_other_code_says_so_and_both_end(text, tmp_path):
+    shutil.copytree(ROOT / "spdf_jax", tmp_path / "other" / "spdf_jax")
+    with (tmp_path / "other" / "spdf_jax" / "training" / "step.py").open("a") as file:
+        file.write("# other\n")
+    ended = finish(start(2, 1, tmp_path / "run", text, *TINY, only={1: {"cwd": str(tmp_path / "other")}}))
+    assert ended[1].code == 2
+    assert "error: code: process 1 has another than process 0; install the same version of spdf_jax" in ended[1].errors
+    assert ended[0].code != 0
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
 def test_alone_everything_is_agreed():
     assert processes.is_first()
     assert processes.from_first(lambda: "mine") == "mine"
@@ -135,7 +160,7 @@ def test_masks_of_pictures_are_whole_whatever_their_sharding():
     mask = np.random.default_rng(0).random((3, 8, 16)) < 0.5
     masks = {"blocks": {"attn_q": {"kernel": mask}}}
     placed = jax.device_put(masks, parameter_shardings(mesh, masks))
-    np.testing.assert_array_equal(tracking._whole(placed["blocks"]["attn_q"]["kernel"][2]), mask[2])
+    np.testing.assert_array_equal(mask_pictures._whole(placed["blocks"]["attn_q"]["kernel"][2]), mask[2])
 
 
 # --- several ---------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import resource
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -176,8 +177,12 @@ def test_numpy_numbers_become_plain_ones(tmp_path):
     assert second["density"] == {"wte": [0.25, 0.5]}
 
 
-def test_tensorboard_reads_the_same_numbers_and_forgets_what_a_restart_redid(tmp_path):
+@pytest.mark.parametrize("set_back_seconds", [0, 3600])
+def test_tensorboard_reads_the_same_numbers_and_forgets_what_a_restart_redid(set_back_seconds, tmp_path, monkeypatch):
     run_steps(tmp_path, 0, 30)
+    seconds, nanoseconds = time.time, time.time_ns
+    monkeypatch.setattr(time, "time", lambda: seconds() - set_back_seconds)
+    monkeypatch.setattr(time, "time_ns", lambda: nanoseconds() - set_back_seconds * 10**9)
     run_steps(tmp_path, 21, TOTAL_STEPS)
     losses = scalar_events(tmp_path, "loss")
     assert [step for step, _ in losses] == list(range(1, TOTAL_STEPS + 1))
