@@ -23,7 +23,7 @@ from spdf_jax.errors import InputError
 Filter = Sequence[tuple[str, str]]
 DECISIONS = ("dense", "matrix", "stack", "matrices")
 
-#: Every linear kernel inside the transformer blocks of `spdf_jax.GPT`; embeddings, norms, biases and head stay dense
+#: Every linear kernel inside the layers of `spdf_jax.GPT`; embeddings, norms, biases and head stay dense
 #: (SPDF, section 2; arXiv 2303.10464). Matrices of another model that it does not name are refused, not left dense.
 LINEAR_KERNELS: Filter = (
     (r"^blocks/.*kernel$", "matrices"),
