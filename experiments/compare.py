@@ -14,9 +14,9 @@ mini    3 layers x 128, context 128, vocabulary 1024: 0.7M parameters, embedded 
         own; "to the dense loss" is read from those runs. Resumable cell by cell.
 seeds   the same with five seeds; cells of the first two may be copied from mini, to spare the time.
 
-Static, SET, RigL and SPDF's first phase hold 75 % zeros in every matrix of the layers; MST goes to 90 %, with a sparse head and sparse
-attention, and comes back to dense; the smaller dense model has the FLOPs of the static one. One learning rate for all: 50 steps
-up to 3e-3, then a cosine down to 3e-4.
+Static, SET, RigL and SPDF's first phase hold 75 % zeros in every matrix of the layers; MST goes to 90 %, with a sparse head and
+sparse attention, and returns to dense; the smaller dense model has the FLOPs of the static one. One learning rate for all: 50
+steps up to 3e-3, then a cosine down to 3e-4.
 """
 
 import dataclasses
