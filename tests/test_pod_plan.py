@@ -187,7 +187,7 @@ FITS = Need("v5e:4x4", 1, 16, 1, 64, 1, 1024, 8e9, 12e9)
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({}, "no smaller topology should do"),
+        ({}, "no smaller pod should do"),
         (
             {"split_bytes": 4e9, "chip_bytes": 8e9},  # 8 + 8 GB on 8 chips
             "the smallest that should do is --plan_topology=v5e:2x4 --config.mesh.data=1 --config.mesh.fsdp=8 "
@@ -205,7 +205,7 @@ FITS = Need("v5e:4x4", 1, 16, 1, 64, 1, 1024, 8e9, 12e9)
         ),
         (
             {"d_model": 16, "split_bytes": 30e9, "chip_bytes": 31e9},  # nothing more to split
-            "no v5e topology should do: set --config.model.remat=block, or a larger --config.mesh.tensor",
+            "no v5e pod should do: set --config.model.remat=block, or a larger --config.mesh.tensor",
         ),
     ],
 )
@@ -223,11 +223,11 @@ def tiny():
     return c
 
 
-@pytest.mark.parametrize("topology", ["v5e", "v5e:4", "v9:4x4", "v5e:4x4x", "4x4"])
-def test_an_unknown_topology_is_refused_with_examples(topology):
-    message = f"--plan_topology: {topology!r} is no topology; for example v5e:4x4, v5e:16x16"
+@pytest.mark.parametrize("name", ["v5e", "v5e:4", "v9:4x4", "v5e:4x4x", "4x4"])
+def test_an_unknown_pod_is_refused_with_examples(name):
+    message = f"--plan_topology: {name!r} is no pod; for example v5e:4x4, v5e:16x16"
     with pytest.raises(spdf.InputError, match=re.escape(message)):
-        describe_pod(spdf.resolve(tiny()), topology)
+        describe_pod(spdf.resolve(tiny()), name)
 
 
 def test_without_libtpu_the_message_says_what_to_install(monkeypatch):
@@ -307,10 +307,10 @@ needs_libtpu = pytest.mark.skipif(
 )
 
 
-def plan(topology):
+def plan(pod):
     # Its own process: libtpu stays. Simulated CPU devices are not what it compiles for.
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-c", JOB, topology]
+    command = [sys.executable, "-c", JOB, pod]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stderr == "", "libtpu stays silent"
@@ -327,7 +327,7 @@ def test_a_small_model_is_planned_for_a_pod_that_is_not_there():
     for step in (train, topology):
         assert re.search(r"memory a chip +0\.\d+ GB of 16 GB: fits", step)
         assert "splash attention 0." in step
-        # Three products of every weight of the blocks, the head, and attention: counted once a layer, not once.
+        # Three products of every weight of the layers, the head, and attention: counted once a layer, not once.
         flops = float(re.search(r"matrix FLOPs a chip +(\S+)", step)[1])
         products = 6 * 8 * 256 * (3 * 12 * 256**2 + 512 * 256) + 3 * 9 * 2 * 8 * 256**2 * 256
         assert flops == pytest.approx(products / 4, rel=0.1)
@@ -336,13 +336,13 @@ def test_a_small_model_is_planned_for_a_pod_that_is_not_there():
     assert "matrix FLOPs a chip   0" in alone
     largest = re.search(r"all-gather .* at most (\S+) (bytes|kB)", alone)
     assert largest is None or float(largest[1]) * {"bytes": 1, "kB": 1000}[largest[2]] < 256**2, "no matrix is gathered"
-    assert "suggestion            no smaller topology should do" in alone
+    assert "suggestion            no smaller pod should do" in alone
 
 
 @pytest.mark.slow
 @needs_libtpu
 def test_what_libtpu_does_not_know_and_meshes_that_do_not_fit_are_refused():
-    assert plan("v5e:3x3").startswith("refused: --plan_topology: 'v5e:3x3' is no topology (INVALID_ARGUMENT")
+    assert plan("v5e:3x3").startswith("refused: --plan_topology: 'v5e:3x3' is no pod (INVALID_ARGUMENT")
     assert plan("v5e:4x4").startswith(
         "refused: config.pretrain.batch_size: 8 sequences a micro-batch are not divisible"
     )

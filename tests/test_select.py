@@ -20,7 +20,7 @@ from spdf_jax.sparsity.topology import prune_and_grow_tree
 QUICK = settings(deadline=None, derandomize=True, max_examples=25)
 select = jax.jit(select_top_k)
 
-# Few shapes and dtypes, so that jit compiles few programmes; bfloat16 takes the 16-bit road, odd sizes cut rows anywhere.
+# Few shapes and dtypes, so that jit compiles few programs; bfloat16 takes the 16-bit road, odd sizes cut rows anywhere.
 KINDS = [((37,), jnp.float32), ((5, 7), jnp.bfloat16), ((2, 3, 5), jnp.float16), ((4, 8), jnp.uint32)]
 # 1.0078125 is bfloat16's next number after 1, 65504 float16's largest. Subnormals are left out: CPUs and GPUs flush them to
 # zero, NumPy does not.
@@ -61,7 +61,7 @@ def test_equals_a_stable_sort_for_any_values_any_k_and_any_eligibility(shape, dt
 
 
 def collective_sizes(hlo: str) -> list[int]:
-    """Elements of everything that a compiled programme sends between devices."""
+    """Elements of everything that a compiled program sends between devices."""
     kinds = r"all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
     results = re.findall(rf"= (.*?) (?:{kinds})(?:-start)?\(", hlo)
     return [

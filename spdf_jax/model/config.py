@@ -29,7 +29,7 @@ class GPTConfig:
       layer_norm_eps: epsilon.
       init_std: standard deviation of the normal distribution, not truncated, that embeddings and matrices are drawn from, as in
         GPT-2 and in MST's code; residual output projections get ``init_std / sqrt(2 n_layer)``.
-      remat: what the backward pass computes again instead of finding it stored. ``none``: nothing; ``dots``: all of a block
+      remat: what the backward pass computes again instead of finding it stored. ``none``: nothing; ``dots``: all of a layer
         but its matrix products and splash attention; ``mlp``: all but the MLP's hidden layer and splash attention; ``block``:
         all of it. Fewer bytes, more FLOPs, same values.
       mup_base_width, mup_density, mup_alpha: S-muPar, see `spdf_jax.model.mupar`; a base width of 0 turns it off. The

@@ -16,7 +16,7 @@ from spdf_jax.ops.attention_patterns import causal_share
 
 
 def linear_size(config: GPTConfig) -> int:
-    """Weights of all block matrices: ``L (4 D^2 + 2 D F)``, 12 L D^2 for F = 4 D."""
+    """Weights of the matrices in all layers: ``L (4 D^2 + 2 D F)``, 12 L D^2 for F = 4 D."""
     return config.n_layer * (4 * config.d_model**2 + 2 * config.d_model * config.mlp_width)
 
 
@@ -54,7 +54,7 @@ def train_flops(
     Args:
       config: the architecture.
       seq_len: tokens; 0 means the model's context.
-      sparsity: share of zeros over all block matrices.
+      sparsity: share of zeros over the matrices in all layers.
       head_sparsity: share of zeros in the output head.
       attention_share: share of the causal triangle attended to.
       include_head: count the output head.
@@ -110,8 +110,8 @@ def step_flops(
 
 def _active_weights(config: GPTConfig, active: Mapping[str, int]) -> int:
     head_name = "wte/embedding" if config.tied_head else "head/kernel"
-    blocks = {name: n for name, n in active.items() if name != head_name}
-    missing = sum(_leaf_size(config, name) - n for name, n in blocks.items())
+    in_layers = {name: n for name, n in active.items() if name != head_name}
+    missing = sum(_leaf_size(config, name) - n for name, n in in_layers.items())
     return linear_size(config) + taps_size(config) - missing + active.get(head_name, head_size(config))
 
 

@@ -1,7 +1,7 @@
 """GPT-2, GPT-3 and Primer as one functional Flax (Linen) model.
 
 Shape legend, used in every name: B batch, T tokens, S cached positions, V vocabulary, D d_model, F d_ff, H heads, K head width,
-L layers. Parameters of all blocks are stacked on a leading layer axis (`nn.scan`), so compile time does not grow with depth.
+L layers. Parameters of all layers are stacked on a leading axis (`nn.scan`), so compile time does not grow with depth.
 """
 
 from functools import partial
@@ -31,7 +31,7 @@ _ACTIVATIONS = {
     "squared_relu": squared_relu,
 }
 _policies = jax.checkpoint_policies
-# What the backward pass finds stored of a block, by `GPTConfig.remat`.
+# What the backward pass finds stored of a layer, by `GPTConfig.remat`.
 _STORED = {
     "dots": _policies.save_from_both_policies(
         _policies.dots_with_no_batch_dims_saveable, _policies.save_only_these_names(SPLASH_OUTPUT, BLOCK_OUTPUT)
@@ -41,8 +41,8 @@ _STORED = {
 }
 
 
-class Block(nn.Module):
-    """Transformer block; scanned over layers, so it maps a carry to (carry, None)."""
+class Layer(nn.Module):
+    """One layer, attention and MLP; `nn.scan` goes over all of them, so it maps a carry to (carry, None)."""
 
     config: GPTConfig
     pattern: str
@@ -145,13 +145,13 @@ class GPT(nn.Module):
         x_BTD = embed(tokens_BT)
         x_BTD += positions(jnp.arange(tokens_BT.shape[1]))[None] if positions_BT is None else positions(positions_BT)
         x_BTD = nn.Dropout(c.dropout, deterministic=deterministic)(x_BTD.astype(c.dtype))
-        block = Block if c.remat == "none" else nn.remat(Block, prevent_cse=False, policy=_STORED[c.remat])
+        layer = Layer if c.remat == "none" else nn.remat(Layer, prevent_cse=False, policy=_STORED[c.remat])
         lift: Any = {
             "variable_axes": {"params": 0, "topology": 0, "cache": 0},
             "split_rngs": {"params": True, "dropout": True},
         }
-        blocks = nn.scan(block, **lift, in_axes=nn.broadcast, length=c.n_layer)
-        x_BTD, _ = blocks(c, pattern, width, deterministic, name="blocks")(x_BTD, positions_BT, segments_BT)
+        layers = nn.scan(layer, **lift, in_axes=nn.broadcast, length=c.n_layer)
+        x_BTD, _ = layers(c, pattern, width, deterministic, name="blocks")(x_BTD, positions_BT, segments_BT)
         x_BTD = LayerNorm(c.layer_norm_eps, c.use_bias, c.dtype, name="ln_f")(x_BTD) * mup_scales(c).logits
         if c.tied_head:
             return split_wide(dense_linear(x_BTD, embed.embedding.astype(c.dtype).T))

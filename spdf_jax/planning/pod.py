@@ -35,7 +35,7 @@ class Generation(NamedTuple):
       clock_hertz: of the compiler's cycles: the peak over the matrix units' FLOPs a cycle.
       unit_width: of a matrix unit.
       ring: length of an axis from which its links close a ring.
-      topologies: sizes to suggest, smallest first.
+      sizes: shapes to suggest, smallest first.
     """
 
     hbm_bytes: float
@@ -44,7 +44,7 @@ class Generation(NamedTuple):
     clock_hertz: float
     unit_width: int
     ring: int
-    topologies: tuple[str, ...]
+    sizes: tuple[str, ...]
 
 
 GENERATIONS = {
@@ -59,13 +59,13 @@ GENERATIONS = {
 class Pod:
     """Chips by their coordinates, in the mesh's flattened order."""
 
-    topology: str
+    name: str
     coordinates: tuple[tuple[int, ...], ...]
 
     @property
     def generation(self) -> Generation:
         """Of its chips."""
-        return GENERATIONS[self.topology.partition(":")[0]]
+        return GENERATIONS[self.name.partition(":")[0]]
 
     def seconds(self, collective: Collective) -> float:
         """Time of a collective by itself.
@@ -161,7 +161,7 @@ class Need:
     """What a step takes on a chip of a pod, and how it is split there.
 
     Attributes:
-      topology: the pod's.
+      pod: its name.
       data, fsdp, tensor: sizes of the mesh.
       batch_size, accumulate: sequences a step, micro-batches a step.
       d_model: what `fsdp` must divide to split anything.
@@ -169,7 +169,7 @@ class Need:
       chip_bytes: on a chip, of everything.
     """
 
-    topology: str
+    pod: str
     data: int
     fsdp: int
     tensor: int
@@ -182,14 +182,14 @@ class Need:
     @property
     def fits(self) -> bool:
         """As it is."""
-        return self.chip_bytes <= GENERATIONS[self.topology.partition(":")[0]].hbm_bytes
+        return self.chip_bytes <= GENERATIONS[self.pod.partition(":")[0]].hbm_bytes
 
-    def on(self, topology: str) -> tuple[int, float] | None:
+    def on(self, pod: str) -> tuple[int, float] | None:
         """Fewest micro-batches with which it should fit with everything split over all chips, and the bytes a chip then.
 
         What is not split is taken to grow with the sequences of a micro-batch on a chip, and to shrink with them where it must.
         """
-        chips = _chips(topology)
+        chips = _chips(pod)
         share = chips // self.tensor
         if chips % self.tensor or self.d_model % share:
             return None
@@ -199,28 +199,28 @@ class Need:
             if self.batch_size % (accumulate * share) == 0:
                 growth = self.batch_size / (accumulate * share) / sequences
                 needed = split + (self.chip_bytes - self.split_bytes) * (max(1.0, growth) if self.fits else growth)
-                if needed <= GENERATIONS[topology.partition(":")[0]].hbm_bytes:
+                if needed <= GENERATIONS[pod.partition(":")[0]].hbm_bytes:
                     return accumulate, needed
         return None
 
 
 def suggest(need: Need, phase: str, remat: str) -> str:
-    """The smallest topology of the generation that should do; where this one does not, the settings with which it should.
+    """The smallest pod of the generation that should do; where this one does not, the settings with which it should.
 
     >>> suggest(Need("v5e:4x4", 16, 1, 1, 32, 1, 512, 12e9, 20e9), "pretrain", "block")
     'it should fit with --config.mesh.data=1 --config.mesh.fsdp=16 --config.mesh.tensor=1 \
 --config.pretrain.grad_accumulation_steps=1 (about 8.8 GB a chip)'
     """
-    name, _, _ = need.topology.partition(":")
-    here = _chips(need.topology)
-    sizes = [f"{name}:{size}" for size in GENERATIONS[name].topologies]
+    name, _, _ = need.pod.partition(":")
+    here = _chips(need.pod)
+    sizes = [f"{name}:{size}" for size in GENERATIONS[name].sizes]
     found = {
         size: best for size in sizes if (not need.fits or _chips(size) < here) and (best := need.on(size)) is not None
     }
     if not found:
         less = "--config.model.remat=block, or " if remat != "block" else ""
-        more = f"no {name} topology should do: set {less}a larger --config.mesh.tensor"
-        return "no smaller topology should do" if need.fits else more
+        more = f"no {name} pod should do: set {less}a larger --config.mesh.tensor"
+        return "no smaller pod should do" if need.fits else more
     same = next((size for size in found if _chips(size) == here), None)
     chosen = same or next(iter(found))
     accumulate, chip_bytes = found[chosen]
@@ -233,5 +233,5 @@ def suggest(need: Need, phase: str, remat: str) -> str:
     return f"{'the smallest that should do is' if need.fits else 'it takes'} --plan_topology={chosen} {flags}"
 
 
-def _chips(topology: str) -> int:
-    return math.prod(map(int, topology.partition(":")[2].split("x")))
+def _chips(pod: str) -> int:
+    return math.prod(map(int, pod.partition(":")[2].split("x")))

@@ -66,24 +66,24 @@ class Program:
     left_out: tuple[tuple[str, int], ...] = ()
 
 
-def describe_pod(config: RunConfig, topology: str) -> str:
+def describe_pod(config: RunConfig, name: str) -> str:
     """The table of ``--job plan --plan_topology``.
 
     Args:
       config: the run; its mesh must take every chip.
-      topology: ``generation:AxB`` or ``generation:AxBxC``.
+      name: the pod's, ``generation:AxB`` or ``generation:AxBxC``.
 
     Raises:
-      InputError: libtpu is not there; no such topology; a mesh or batch that does not fit it.
+      InputError: libtpu is not there; no such pod; a mesh or batch that does not fit it.
     """
-    pod, mesh = make_pod(config, topology)
-    g, axes = pod.generation, " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    pod, mesh = make_pod(config, name)
+    g, axes = pod.generation, " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     # Attention is chosen for the pod; what `describe` computes is computed here.
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         table = describe(config, mesh.shape["fsdp"] * mesh.shape["tensor"])
     lines = [
         table,
-        f"{topology:<24}{mesh.size} chips of {g.peak_flops / 1e12:.0f} TFLOP/s and {g.hbm_bytes / 1e9:.0f} GB, mesh {axes}, "
+        f"{pod.name:<24}{mesh.size} chips of {g.peak_flops / 1e12:.0f} TFLOP/s and {g.hbm_bytes / 1e9:.0f} GB, mesh {axes}, "
         f"remat {config.model.remat}",
     ]
     for plan in make_plan(config):
@@ -96,7 +96,7 @@ def describe_pod(config: RunConfig, topology: str) -> str:
         gradient_bytes = sum(map(_chip_bytes, jax.tree.leaves(state.params)))
         lines.append(f"  state                 {_amount(state_bytes)} a chip")
         need = Need(
-            topology,
+            pod.name,
             **mesh.shape,
             batch_size=plan.config.batch_size,
             accumulate=plan.config.grad_accumulation_steps,
@@ -108,17 +108,17 @@ def describe_pod(config: RunConfig, topology: str) -> str:
     return "\n".join(lines)
 
 
-def make_pod(config: RunConfig, topology: str) -> tuple[Pod, Mesh]:
+def make_pod(config: RunConfig, name: str) -> tuple[Pod, Mesh]:
     """The pod, and the config's mesh over it. Raises as `describe_pod` does."""
-    if topology.partition(":")[0] not in GENERATIONS or not re.fullmatch(r"\w+:\d+(x\d+){1,2}", topology):
-        raise InputError(f"--plan_topology: {topology!r} is no topology; for example {EXAMPLES}")
+    if name.partition(":")[0] not in GENERATIONS or not re.fullmatch(r"\w+:\d+(x\d+){1,2}", name):
+        raise InputError(f"--plan_topology: {name!r} is no pod; for example {EXAMPLES}")
     if importlib.util.find_spec("libtpu") is None:
         raise InputError(
             "--plan_topology: to compile for a TPU takes libtpu (and no TPU), which is not installed: "
             "pip install -c requirements.lock -e '.[tpu]'"
         )
-    for name, value in _ONLY_COMPILING.items():
-        os.environ.setdefault(name, value)
+    for variable, value in _ONLY_COMPILING.items():
+        os.environ.setdefault(variable, value)
     from jax.experimental import topologies  # brings libtpu
     from jax.experimental.compilation_cache import compilation_cache
 
@@ -126,17 +126,17 @@ def make_pod(config: RunConfig, topology: str) -> tuple[Pod, Mesh]:
     compilation_cache.reset_cache()  # which has been asked for, and remembers
 
     # The two cores of a v4 chip are one device on a pod; those of a v5p chip are without asking.
-    one_device = {"chip_config_name": "megacore"} if topology.startswith("v4:") else {}
+    one_device = {"chip_config_name": "megacore"} if name.startswith("v4:") else {}
     try:
-        devices = topologies.get_topology_desc(topology, "tpu", **one_device).devices
+        devices = topologies.get_topology_desc(name, "tpu", **one_device).devices
     except jax.errors.JaxRuntimeError as error:
         reason = str(error).splitlines()[0]
-        raise InputError(f"--plan_topology: {topology!r} is no topology ({reason}); for example {EXAMPLES}") from None
+        raise InputError(f"--plan_topology: {name!r} is no pod ({reason}); for example {EXAMPLES}") from None
     mesh = make_mesh(config.mesh, devices)
     if mesh.size < len(devices):
         raise InputError(f"config.mesh: {config.mesh} takes {mesh.size} of {len(devices)} chips; set a size to -1")
     check_devices(config, batch_devices(mesh))
-    return Pod(topology, tuple(tuple(device.coords) for device in mesh.devices.flat)), mesh
+    return Pod(name, tuple(tuple(device.coords) for device in mesh.devices.flat)), mesh
 
 
 def phase_state(config: RunConfig, plan: PhasePlan, mesh: Mesh) -> TrainState:

@@ -41,7 +41,7 @@ class Widening(NamedTuple):
     Attributes:
       config: of the kind that `widen` was given.
       filter: the leaves that the sparsity applies to, for `spdf_jax.init_masks`.
-      active_ratio: active block weights of `config` under that sparsity / block weights of the dense original.
+      active_ratio: active weights in the layers of `config` under that sparsity / those of the dense original.
     """
 
     config: Any
@@ -50,7 +50,7 @@ class Widening(NamedTuple):
 
 
 def widen(config: Config, sparsity: float, how: str = "d_model") -> Widening:
-    """A wider config whose active block weights at `sparsity` equal those of the dense `config`.
+    """A wider config whose layers at `sparsity` have as many active weights as the dense `config`.
 
     Source: Sparse-IFT (Thangarasa et al., arXiv 2303.11525), "sparse wide": ``d' = d / sqrt(1 - sparsity)``, or
     ``d_ff' = d_ff / (1 - sparsity)`` with attention left dense. Equal active weights are equal linear FLOPs a token; the
@@ -59,7 +59,7 @@ def widen(config: Config, sparsity: float, how: str = "d_model") -> Widening:
     Args:
       config: `spdf_jax.GPTConfig` or alike.
       sparsity: share of zeros in the sparse matrices of the wider model, in [0, 1).
-      how: ``d_model`` (all block matrices sparse; the number of heads stays, they get wider) or ``d_ff`` (only the MLP).
+      how: ``d_model`` (all matrices in layers sparse; the number of heads stays, they get wider) or ``d_ff`` (only the MLP).
 
     Returns:
       `Widening`. d' is a multiple of 8 a head and d_ff' of 8, and d_ff' takes up what rounding d' left over, so the ratio is
