@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Annotated, Any
 
 import jax
@@ -50,6 +51,7 @@ class OptimizerConfig:
         check_fields(self, "optimizer")
 
 
+@cache  # as `make_optimizer`
 def learning_rate_schedule(
     config: OptimizerConfig, total_steps: int, start: int = 0
 ) -> Callable[[jax.Array], jax.Array]:
@@ -70,6 +72,7 @@ def learning_rate_schedule(
     return lambda step: schedule(step - start)
 
 
+@cache  # compiled steps are known by it: of equal configs it must be one
 def make_optimizer(
     config: OptimizerConfig,
     multipliers: Any = None,

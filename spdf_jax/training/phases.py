@@ -14,6 +14,7 @@ from spdf_jax.config.checks import check_length
 from spdf_jax.config.run import PhaseConfig, RunConfig
 from spdf_jax.data import load_task, steps_per_epoch
 from spdf_jax.errors import InputError
+from spdf_jax.model.config import GPTConfig
 from spdf_jax.model.flops import step_flops
 from spdf_jax.model.gpt import GPT
 from spdf_jax.model.mupar import mup_multipliers
@@ -123,7 +124,9 @@ def make_plan(config: RunConfig) -> list[PhasePlan]:
                 filter=filter,
                 programme=programme,
                 tx=make_optimizer(
-                    phase.optimizer, _multipliers(config, phase), programme.config.topology_rule.optimizer
+                    phase.optimizer,
+                    _multipliers(config.model, phase.sparsity.density),
+                    programme.config.topology_rule.optimizer,
                 ),
                 learning_rate=learning_rate_schedule(phase.optimizer, phase.steps, start),
                 cost=_cost(config, phase, programme),
@@ -135,11 +138,10 @@ def make_plan(config: RunConfig) -> list[PhasePlan]:
     return plans
 
 
-def _multipliers(config: RunConfig, phase: PhaseConfig) -> Callable[[Any], Any] | None:
+@cache  # as optimisers are: what is made of equal configs is one object, which compiled steps are known by
+def _multipliers(config: GPTConfig, density: float) -> Callable[[Any], Any] | None:
     """S-muPar's, at the phase's own density."""
-    if not config.model.mup_base_width:
-        return None
-    return partial(mup_multipliers, dataclasses.replace(config.model, mup_density=phase.sparsity.density))
+    return partial(mup_multipliers, dataclasses.replace(config, mup_density=density)) if config.mup_base_width else None
 
 
 def _cost(config: RunConfig, phase: PhaseConfig, programme: Programme) -> Callable[..., StepCost]:

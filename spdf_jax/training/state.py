@@ -1,6 +1,6 @@
 """Everything that a run carries from step to step, its sharded initialisation, and phase changes."""
 
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import flax.linen as nn
@@ -87,13 +87,18 @@ def init_state(
     Returns:
       TrainState with masked parameters exactly 0.
     """
-    init = jax.jit(
+    return _initialisation(model, tx, config, filter, mesh)(jax.random.key(seed))
+
+
+@lru_cache(maxsize=4)  # as `spdf_jax.training.step.make_steps` keeps its programs
+def _initialisation(model: nn.Module, tx: Any, config: SparsityConfig, filter: Filter, mesh: Mesh) -> Any:
+    return jax.jit(
         lambda key: _fresh(model, tx, config, filter, key),
         out_shardings=state_shardings(mesh, tx, abstract_state(model, tx, config, filter)),
     )
-    return init(jax.random.key(seed))
 
 
+@lru_cache(maxsize=4)
 def abstract_state(
     model: nn.Module, tx: optax.GradientTransformation, config: SparsityConfig, filter: Filter
 ) -> TrainState:

@@ -6,7 +6,7 @@ optimiser is skipped.
 """
 
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -20,6 +20,8 @@ from spdf_jax.sparsity.masks import apply_masks
 from spdf_jax.sparsity.topology import Rule, move_masks
 from spdf_jax.training.state import TrainState
 from spdf_jax.tree import named_leaves
+
+STATIC = ("pattern", "width")
 
 
 class Steps(NamedTuple):
@@ -46,6 +48,8 @@ def make_steps(
 ) -> Steps:
     """Compiles nothing yet: `jax.jit` does at the first call of each.
 
+    Of equal arguments the same: a run made again in one process, in a notebook say, or resumed, or watched, compiles nothing.
+
     Args:
       model: `spdf_jax.GPT`.
       tx: from `spdf_jax.optim.make_optimizer`.
@@ -57,14 +61,27 @@ def make_steps(
     Returns:
       `Steps`.
     """
-    static = ("pattern", "width")
+    leaves, treedef = jax.tree.flatten(shardings)
+    return _make_steps(model, tx, learning_rate, rule, regrowth, treedef, *leaves)
+
+
+@lru_cache(maxsize=4)  # a device holds the programs of all of them
+def _make_steps(
+    model: nn.Module, tx: Any, learning_rate: Any, rule: Rule, regrowth: str, treedef: Any, *leaves: Any
+) -> Steps:
+    shardings = jax.tree.unflatten(treedef, leaves)
     out = (shardings, None) if shardings is not None else None
-    jit = partial(jax.jit, static_argnames=static, donate_argnames="state", out_shardings=out)
+    jit = partial(jax.jit, static_argnames=STATIC, donate_argnames="state", out_shardings=out)
     return Steps(
         train=jit(partial(train_step, model, tx, learning_rate)),
         topology=jit(partial(topology_step, model, tx, rule, regrowth)),
-        evaluate=jax.jit(partial(eval_step, model), static_argnames=static),
+        evaluate=_make_evaluation(model),
     )
+
+
+@lru_cache(maxsize=4)
+def _make_evaluation(model: nn.Module) -> Any:
+    return jax.jit(partial(eval_step, model), static_argnames=STATIC)
 
 
 def train_step(

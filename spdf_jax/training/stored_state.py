@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from functools import lru_cache
 from typing import Any
 
 import jax
@@ -26,12 +27,15 @@ def unpack(packed: TrainState, abstract: TrainState, shardings: TrainState) -> T
     """Inverse of `pack`, laid out by `shardings`; `abstract` gives the shapes."""
     leaves, wanted, layout = (jax.tree.leaves(tree) for tree in (packed, abstract, shardings))
     where = [i for i, leaf in enumerate(wanted) if is_mask(leaf)]
-    to_masks = jax.jit(
-        lambda bits: unpack_masks(bits, [wanted[i] for i in where]), out_shardings=[layout[i] for i in where]
-    )
+    to_masks = _unpacking(*(tuple(each[i] for i in where) for each in (wanted, layout)))
     for i, mask in zip(where, to_masks([leaves[i] for i in where]), strict=True):
         leaves[i] = mask
     return jax.tree.unflatten(jax.tree.structure(packed), leaves)
+
+
+@lru_cache(maxsize=4)
+def _unpacking(wanted: tuple[Any, ...], layout: tuple[Any, ...]) -> Any:
+    return jax.jit(lambda bits: unpack_masks(bits, [*wanted]), out_shardings=[*layout])
 
 
 def plain(packed: TrainState) -> TrainState:
