@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from forks import command
 from tiny import QUICKLY, can_mount, set_sparsity, tiny_config, write_text
 
 import spdf_jax as spdf
@@ -33,7 +34,8 @@ def text(tmp_path_factory):
     return write_text(tmp_path_factory.mktemp("data") / "text")
 
 
-def command(*arguments: str, prefix: tuple[str, ...] = (), **env: str) -> subprocess.CompletedProcess:
+def started(*arguments: str, prefix: tuple[str, ...] = (), **env: str) -> subprocess.CompletedProcess:
+    """`command`, but as a shell starts it."""
     return subprocess.run(
         [*prefix, sys.executable, "-m", "spdf_jax.main", *arguments],
         cwd=ROOT,
@@ -260,12 +262,12 @@ def test_compiled_programs_are_kept_beside_the_tokens_unless_told_otherwise(tmp_
 @pytest.mark.slow
 def test_a_quiet_run_prints_nothing_but_errors(text, tmp_path):
     quiet = ("--config", "tests/tiny_experiment.py", "--quiet", "--workdir", str(tmp_path))
-    result = command(*quiet, TINY_TEXT=str(text))
+    result = started(*quiet, TINY_TEXT=str(text))
     assert (result.returncode, result.stdout) == (0, "")
     # XLA itself complains here about compiling slowly where the machine is busy.
     assert not [word for word in ("error:", "validation", "Tokenize", "tokens/s", "left") if word in result.stderr]
     assert json.loads((tmp_path / "summary.json").read_text())["status"] == "finished"
-    result = command(*quiet, "--config.seed=1", TINY_TEXT=str(text))
+    result = started(*quiet, "--config.seed=1", TINY_TEXT=str(text))
     assert (result.returncode, result.stdout) == (2, "")
     assert "seed was 0, is 1" in result.stderr
 
@@ -280,10 +282,10 @@ def test_a_full_disk_exits_2_and_keeps_the_last_checkpoint(text, tmp_path):
     mounted = f'mount -t tmpfs -o size=900k tmpfs {disk} && {{ "$@"; code=$?; cp -r {disk} {saved}; exit $code; }}'
     prefix = ("unshare", "-rm", "sh", "-c", mounted, "sh")
     tiny = ("--config", "tests/tiny_experiment.py", "--quiet")
-    result = command(*tiny, "--workdir", str(disk / "run"), prefix=prefix, TINY_TEXT=str(text))
+    result = started(*tiny, "--workdir", str(disk / "run"), prefix=prefix, TINY_TEXT=str(text))
     assert result.returncode == 2, result.stderr
     assert "No space left on device; what was saved before is intact" in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
-    again = command(*tiny, "--noquiet", "--workdir", str(saved / "run"), TINY_TEXT=str(text))
+    again = started(*tiny, "--noquiet", "--workdir", str(saved / "run"), TINY_TEXT=str(text))
     assert again.returncode == 0, again.stderr
     assert "resuming after step" in again.stdout

@@ -21,8 +21,6 @@ from spdf_jax.sparsity.topology import Rule, move_masks
 from spdf_jax.training.state import TrainState
 from spdf_jax.tree import named_leaves
 
-STATIC = ("pattern", "width")
-
 
 class Steps(NamedTuple):
     """Compiled functions of one phase; `pattern` and `width` are static keywords of all three.
@@ -61,27 +59,25 @@ def make_steps(
     Returns:
       `Steps`.
     """
-    leaves, treedef = jax.tree.flatten(shardings)
-    return _make_steps(model, tx, learning_rate, rule, regrowth, treedef, *leaves)
-
-
-@lru_cache(maxsize=4)  # a device holds the programs of all of them
-def _make_steps(
-    model: nn.Module, tx: Any, learning_rate: Any, rule: Rule, regrowth: str, treedef: Any, *leaves: Any
-) -> Steps:
-    shardings = jax.tree.unflatten(treedef, leaves)
-    out = (shardings, None) if shardings is not None else None
-    jit = partial(jax.jit, static_argnames=STATIC, donate_argnames="state", out_shardings=out)
+    how = {"donate": "state", "out": (shardings, None) if shardings is not None else None}
     return Steps(
-        train=jit(partial(train_step, model, tx, learning_rate)),
-        topology=jit(partial(topology_step, model, tx, rule, regrowth)),
-        evaluate=_make_evaluation(model),
+        train=_program(train_step, model, tx, learning_rate, **how),
+        topology=_program(topology_step, model, tx, rule, regrowth, **how),
+        evaluate=_program(eval_step, model),
     )
 
 
-@lru_cache(maxsize=4)
-def _make_evaluation(model: nn.Module) -> Any:
-    return jax.jit(partial(eval_step, model), static_argnames=STATIC)
+def _program(step: Callable[..., Any], *bound: Any, donate: str = "", out: Any = None) -> Any:
+    leaves, treedef = jax.tree.flatten(out)
+    return _kept_program(step, bound, donate, treedef, tuple(leaves))
+
+
+@lru_cache(maxsize=6)  # a run of two phases; the device holds them all
+def _kept_program(
+    step: Callable[..., Any], bound: tuple[Any, ...], donate: str, treedef: Any, leaves: tuple[Any, ...]
+) -> Any:
+    how: Any = {"static_argnames": ("pattern", "width"), "donate_argnames": donate or ()}
+    return jax.jit(partial(step, *bound), out_shardings=jax.tree.unflatten(treedef, leaves), **how)
 
 
 def train_step(
