@@ -12,6 +12,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 import jax
 import pytest
+from matplotlib.figure import Figure
 from tiny import QUICKLY
 
 jax.config.update("jax_num_cpu_devices", 8)
@@ -29,6 +30,14 @@ def pytest_collection_finish():
     """Tracing makes objects by the million: the collector need not walk through JAX and all tests again for each lot."""
     gc.freeze()
     gc.set_threshold(100_000, 20, 100)
+
+
+@pytest.fixture(scope="module")
+def no_figures():
+    """Reports of tiny runs whose figures are empty: drawing them takes longer than such a run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", lambda self, file, **how: file.write("<svg></svg>"))
+        yield
 
 
 @pytest.hookimpl(wrapper=True)

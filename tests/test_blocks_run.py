@@ -25,6 +25,8 @@ from spdf_jax.training.state import abstract_state, init_state, start_phase, sta
 from spdf_jax.training.step import make_steps
 from spdf_jax.tree import named_leaves
 
+pytestmark = pytest.mark.usefixtures("no_figures")
+
 BLOCKS = {"sparsity": 0.75, "pattern": "block8", "sparse_compute": "blocks"}
 
 

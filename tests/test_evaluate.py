@@ -29,6 +29,8 @@ from spdf_jax.training.feed import load_data
 from spdf_jax.training.restore import saved_run
 from spdf_jax.workdir import read_json, write_json
 
+pytestmark = pytest.mark.usefixtures("no_figures")
+
 QUESTIONS = [
     ("Weigher", "physics", "Which is it?", ["weight", "mask"], "A"),
     ("Weigher", "physics", "Which is not?", ["loss", "grow dense prune"], "B"),

@@ -54,6 +54,8 @@ from spdf_jax.training import loop, stored_state
 from spdf_jax.training.metrics import read_metrics
 from spdf_jax.training.restore import saved_run
 
+pytestmark = pytest.mark.usefixtures("no_figures")
+
 ROOT = Path(__file__).parent.parent
 
 

@@ -24,6 +24,8 @@ from spdf_jax.training.restore import initial_from, saved_run, source_folder
 from spdf_jax.tree import named_leaves
 from spdf_jax.workdir import read_json
 
+pytestmark = pytest.mark.usefixtures("no_figures")
+
 UP = "blocks/mlp_up/kernel"
 
 

@@ -14,6 +14,8 @@ from spdf_jax.training.metrics import read_metrics
 from spdf_jax.training.restore import saved_run
 from spdf_jax.tree import named_leaves
 
+pytestmark = pytest.mark.usefixtures("no_figures")
+
 GOLDEN = Path(__file__).parent / "golden"
 RELEASES = sorted(folder.name for folder in GOLDEN.iterdir())
 

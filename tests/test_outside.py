@@ -35,6 +35,8 @@ from spdf_jax.sparsity.masks import init_masks
 from spdf_jax.training.restore import saved_run
 from spdf_jax.workdir import write_json
 
+pytestmark = pytest.mark.usefixtures("no_figures")
+
 HUGE_BYTES = 1 << 40
 
 

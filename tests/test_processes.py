@@ -22,6 +22,8 @@ from spdf_jax.sharding import MeshConfig, make_mesh, parameter_shardings
 from spdf_jax.training import mask_pictures
 from spdf_jax.training.metrics import read_metrics
 
+pytestmark = pytest.mark.usefixtures("no_figures")
+
 STEPS = ("--config.pretrain.steps=24", "--config.finetune.steps=4")
 BATCH = ("--config.pretrain.batch_size=8", "--config.finetune.batch_size=8")
 ALL_DEVICES = ("--config.mesh.data=1", "--config.mesh.fsdp=-1")

@@ -36,7 +36,10 @@ def write_text(folder: Path) -> Path:
 
 
 def tiny_config(text: Path, cache: Path):
-    """MST with all its phases in 60 steps, then a dense phase of 12."""
+    """MST with all its phases in 60 steps, then a dense phase of 12.
+
+    Its learning rate knows nothing of its length: runs of all lengths are one program.
+    """
     c = spdf.default_config("tiny", "test", variants=("test",), phases=("pretrain", "finetune"))
     c.model.n_layer, c.model.n_head, c.model.d_model, c.model.vocab_size, c.model.context = 2, 2, 16, 300, 32
     c.data.source, c.data.path, c.data.cache_dir, c.data.tokenizer_vocab_size = "text", str(text), str(cache), 280
@@ -45,7 +48,7 @@ def tiny_config(text: Path, cache: Path):
     for phase in (c.pretrain, c.finetune):
         phase.batch_size = 4
         phase.optimizer.warmup_steps = 4 if phase is c.pretrain else 1
-        phase.optimizer.peak_learning_rate = 1e-2
+        phase.optimizer.peak_learning_rate, phase.optimizer.schedule = 1e-2, "constant"
     s = c.pretrain.sparsity
     s.rule, s.schedule, s.sparsity, s.sparsify_head, s.update_every_steps = "mst", "three_phases", 0.8, True, 6
     s.ramp_end, s.ultra_end, s.restoration_end = 0.2, 0.6, 0.9

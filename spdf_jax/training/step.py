@@ -59,7 +59,7 @@ def make_steps(
     Returns:
       `Steps`.
     """
-    how = {"donate": "state", "out": (shardings, None) if shardings is not None else None}
+    how: Any = {"donate": "state", "out": (shardings, None) if shardings is not None else None}
     return Steps(
         train=_program(train_step, model, tx, learning_rate, **how),
         topology=_program(topology_step, model, tx, rule, regrowth, **how),
