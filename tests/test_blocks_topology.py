@@ -1,6 +1,7 @@
 """Block topologies: exact counts in every row and column whatever moves, exact conversions, optimiser state that follows."""
 
 import itertools
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -24,13 +25,18 @@ from spdf_jax.sparsity.blocks import (
     to_masks,
 )
 from spdf_jax.sparsity.mask_report import mask_report
+from spdf_jax.sparsity.masks import apply_masks
 from spdf_jax.sparsity.regrowth import reset_masked_state
 from spdf_jax.sparsity.rules import RULES
 from spdf_jax.sparsity.topology import Rule
 from spdf_jax.training.state import TrainState
 
+# One program each: op by op, every shape would compile some dozens of them.
+compress = jax.jit(compress, static_argnums=2)
 exchange = jax.jit(exchange, static_argnums=2)
+expand, expand_tree = jax.jit(expand), jax.jit(expand_tree)
 random_topology = jax.jit(random_topology, static_argnums=1)
+to_blocks, to_masks = jax.jit(to_blocks, static_argnums=(0, 4)), jax.jit(to_masks, static_argnums=0)
 GRIDS = [BlockGrid(2, *g) for g in ((4, 4, 1), (4, 8, 1), (8, 4, 2), (6, 4, 3), (3, 6, 2), (4, 6, 2), (5, 5, 5))]
 
 
@@ -158,13 +164,19 @@ def test_rows_may_be_whole_where_columns_are_many():
     assert block_grid("w", (12, 18), 2 * 9 * 4, "block2") == BlockGrid(2, 6, 9, 2)  # 3 in every row
 
 
+class Hashable(dict):
+    __hash__ = object.__hash__
+
+
+SMALL_GRIDS = Hashable({"a/kernel": BlockGrid(2, 4, 6, 2)})
+
+
 def small_problem(seed=0):
     """A kernel of 2 layers and a bias, in blocks, with gradients of the dense kernel."""
     params = {"a": {"kernel": normal(seed, 2, 8, 12), "bias": normal(seed + 1, 2, 12)}}
-    grids = {"a/kernel": BlockGrid(2, 4, 6, 2)}
-    topology = init_topology(jax.random.key(seed), params, grids)
+    topology = init_topology(jax.random.key(seed), params, SMALL_GRIDS)
     grads = jax.tree.map(lambda p: normal(seed + 7, *p.shape), params)
-    return params, grids, topology, grads
+    return params, topology, grads
 
 
 @pytest.mark.parametrize(
@@ -176,56 +188,65 @@ def small_problem(seed=0):
     ],
 )
 def test_state_of_any_optimiser_becomes_blocks_and_comes_back(name):
-    params, grids, topology, grads = small_problem()
+    params, topology, grads = small_problem()
     tx = OPTIMIZERS[name]()
-    masks = element_masks(to_blocks(tx, params, tx.init(params), topology, grids)[0], topology)
-    masked = jax.tree.map(lambda p, m: jnp.where(m, p, 0) if m.ndim else p, params, masks)
-    masked_grads = jax.tree.map(lambda g, m: jnp.where(m, g, 0) if m.ndim else g, grads, masks)
-    _, opt_state = jax.jit(tx.update)(masked_grads, tx.init(masked), masked)
-    opt_state = reset_masked_state(tx, opt_state, masked, masks)  # Adafactor's of a gradient of 0 is not quite 0
 
-    packed, packed_state = jax.jit(to_blocks, static_argnums=(0, 4))(tx, masked, opt_state, topology, Hashable(grids))
+    @jax.jit
+    def updated(params, grads, topology):
+        masks = element_masks(to_blocks(tx, params, tx.init(params), topology, SMALL_GRIDS)[0], topology)
+        masked, masked_grads = apply_masks(params, masks), apply_masks(grads, masks)
+        _, opt_state = tx.update(masked_grads, tx.init(masked), masked)
+        # Adafactor's of a gradient of 0 is not quite 0.
+        return masks, masked, reset_masked_state(tx, opt_state, masked, masks)
+
+    masks, masked, opt_state = updated(params, grads, topology)
+    packed, packed_state = to_blocks(tx, masked, opt_state, topology, SMALL_GRIDS)
     assert packed["a"]["kernel"].shape == (2, 6, 2, 2, 2)
-    assert jax.tree.map(jnp.shape, packed_state) == jax.tree.map(jnp.shape, tx.init(packed))
-    again, again_state, again_masks = jax.jit(to_masks, static_argnums=0)(tx, packed, packed_state, topology)
+    expected = jax.eval_shape(tx.init, packed)
+    assert jax.tree.map(jnp.shape, packed_state) == jax.tree.map(lambda leaf: leaf.shape, expected)
+    again, again_state, again_masks = to_masks(tx, packed, packed_state, topology)
     for a, b in zip(*map(jax.tree.leaves, ((again, again_masks), (masked, masks))), strict=True):
         np.testing.assert_array_equal(a, b)
     for a, b in zip(*map(jax.tree.leaves, (again_state, opt_state)), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
-class Hashable(dict):
-    __hash__ = object.__hash__
-
-
 def test_state_shared_by_a_row_is_refused():
-    params, grids, topology, _ = small_problem()
+    params, topology, _ = small_problem()
     tx = optax.adafactor(0.1, min_dim_size_to_factor=2)
     with pytest.raises(InputError, match=r"optimiser state of shape \(2, 8\) for a/kernel \(2, 8, 12\): it cannot be"):
-        to_blocks(tx, params, tx.init(params), topology, grids)
+        to_blocks(tx, params, tx.init(params), topology, SMALL_GRIDS)
 
 
-def small_state(tx, seed=0):
-    """The same in blocks, after one update of the optimiser, and dense gradients."""
-    params, grids, topology, grads = small_problem(seed)
-    packed, _ = to_blocks(tx, params, tx.init(params), topology, grids)
-    opt_state = tx.update(jax.tree.map(jnp.ones_like, packed), tx.init(packed), packed)[1]
+ADAM = optax.adam(0.1)
+
+
+@jax.jit
+def start(params, topology):
+    """The state in blocks after one update of the optimiser."""
+    packed, _ = to_blocks(ADAM, params, ADAM.init(params), topology, SMALL_GRIDS)
+    opt_state = ADAM.update(jax.tree.map(jnp.ones_like, packed), ADAM.init(packed), packed)[1]
     masks = jax.tree.map(lambda _: jnp.array(True), packed)
-    return TrainState(jnp.zeros((), int), packed, masks, opt_state, jax.random.key(0), topology), grads
+    return TrainState(jnp.zeros((), int), packed, masks, opt_state, jax.random.key(0), topology)
 
 
-def moved(key, tx, old, grads, drop_fraction, rule):
+def small_state():
+    """The small problem in blocks, and dense gradients."""
+    params, topology, grads = small_problem()
+    return start(params, topology), grads
+
+
+@partial(jax.jit, static_argnums=4)
+def move(key, old, grads, drop_fraction, rule):
     """The state with its live blocks moved, as `spdf_jax.training.step.move_topology` puts it together."""
     parts = (old.params, grads, old.topology, old.opt_state)
-    params, topology, opt_state = move_blocks(key, tx, *parts, drop_fraction=drop_fraction, rule=rule)
+    params, topology, opt_state = move_blocks(key, ADAM, *parts, drop_fraction=drop_fraction, rule=rule)
     return old.replace(params=params, topology=topology, opt_state=opt_state)
 
 
-def step(rule, drop_fraction, seed=0):
-    tx = optax.adam(0.1)
-    old, grads = small_state(tx, seed)
-    move = jax.jit(lambda key, old, z: moved(key, tx, old, grads, z, rule))
-    return old, grads, move(jax.random.key(seed + 5), old, drop_fraction)
+def step(rule, drop_fraction):
+    old, grads = small_state()
+    return old, grads, move(jax.random.key(5), old, grads, drop_fraction, rule)
 
 
 @pytest.mark.parametrize(
@@ -270,21 +291,15 @@ def test_a_share_of_what_grows_is_random():
 
 
 def test_another_drop_fraction_compiles_nothing():
-    tx = optax.adam(0.1)
-    state, grads = small_state(tx)
-    traced = []
-
-    @jax.jit
-    def move(key, state, z):
-        traced.append(1)
-        return moved(key, tx, state, grads, z, RULES["mst"])
-
+    state, grads = small_state()
+    compiled = []
     for i in range(3):
-        state = move(jax.random.key(i), state, jnp.float32(0.3 / (i + 1)))
-    assert len(traced) == 1
+        state = move(jax.random.key(i), state, grads, 0.3 / (i + 1), RULES["mst"])
+        compiled.append(move._cache_size())
+    assert len(set(compiled)) == 1
 
 
 def test_the_report_reads_them_as_masks():
-    state, _ = small_state(optax.sgd(0.1))
+    state, _ = small_state()
     report = mask_report(state.element_masks())
     assert [(row.name, row.active, row.dead_rows, row.dead_columns) for row in report.rows] == [("a/kernel", 96, 0, 0)]
