@@ -27,6 +27,8 @@ from spdf_jax.tree import named_leaves
 
 pytestmark = pytest.mark.usefixtures("no_figures")
 
+# One program each: op by op they would be dozens.
+as_masks, compress_tree = jax.jit(spdf.as_masks, static_argnums=0), jax.jit(compress_tree)
 BLOCKS = {"sparsity": 0.75, "pattern": "block8", "sparse_compute": "blocks"}
 
 
@@ -79,12 +81,12 @@ def test_training_in_blocks_is_training_under_the_same_masks(remat):
     assert state.params["blocks"]["mlp_up"]["kernel"].shape == (2, 16, 1, 8, 8)
     assert {m.ndim for m in jax.tree.leaves(state.masks)} == {0}
     steps = steps_of(model, plan)
-    masked = spdf.as_masks(plan.tx, copied(state))
+    masked = as_masks(plan.tx, copied(state))
     for batch in batches(3):
         state, metrics = steps.train(state, batch, pattern="causal", width=8)
         masked, expected = steps.train(masked, batch, pattern="causal", width=8)
         assert_close(metrics, expected)
-    assert_close(spdf.as_masks(plan.tx, state).params, masked.params, 1e-4)  # Adam's sign of a tiny gradient
+    assert_close(as_masks(plan.tx, state).params, masked.params, 1e-4)  # Adam's sign of a tiny gradient
     check_invariants(plan.programme, plan.filter, state, 0)
 
 
@@ -160,7 +162,7 @@ def test_phases_go_from_dense_to_blocks_to_masks_to_dense_and_carry_the_optimise
     tx, blocks = plan.tx, SparsityConfig(rule="static", **BLOCKS)
     start = lambda state, config: start_phase(state, tx, config, plan.filter, mesh, reset_optimizer=False)  # noqa: E731
     state, _ = steps_of(model, plan).train(state, next(batches(1)), pattern="causal", width=8)
-    whole = spdf.as_masks(tx, state)
+    whole = as_masks(tx, state)
 
     same = start(copied(state), blocks)
     for a, b in zip(*(jax.tree.leaves(s.replace(key=None)) for s in (same, state)), strict=True):

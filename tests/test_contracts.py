@@ -23,7 +23,6 @@ FILTER = [("stack", "stack")]
 MOVING = [name for name, rule in RULES.items() if rule.moves]
 SPECS = {"stack": PartitionSpec(None, "x", "y"), "bias": PartitionSpec()}
 every_pattern = pytest.mark.parametrize("pattern", PATTERNS)
-every_rule = pytest.mark.parametrize("rule", MOVING)
 
 
 @cache
@@ -58,6 +57,18 @@ def engine(rule, pattern):
 DISTINCT = list({engine(name, "unstructured"): name for name in reversed(MOVING)}.values())
 
 
+def every_pair(rules):
+    """Every rule and every pattern; of pairs, those that take another way: a pattern selects by gradient, at random, or both.
+
+    What a rule drops by is a score to every pattern, and how large blocks are is nothing to a rule: other pairs are slow.
+    """
+    ways = {("set", "2:4"), ("rigl", "2:4"), ("set", "block32"), ("rigl", "block32")}
+    quick = ways | {(rule, "unstructured") for rule in rules} | {("mst", pattern) for pattern in PATTERNS}
+    pairs = itertools.product(rules, PATTERNS)
+    marked = [pytest.param(*pair, marks=() if pair in quick else pytest.mark.slow) for pair in pairs]
+    return pytest.mark.parametrize(("rule", "pattern"), marked)
+
+
 def check(masks, params, count, pattern):
     """Treedef, dtypes, exact counts, and the pattern itself."""
     assert jax.tree.structure(masks) == jax.tree.structure(params)
@@ -89,8 +100,7 @@ def step(rule, pattern, seed, trees, count, drop_fraction):
     )
 
 
-@every_pattern
-@every_rule
+@every_pair(MOVING)
 def test_counts_are_exact_through_every_level_of_every_distribution_in_one_compilation(rule, pattern):
     params, grads = problem(pattern)
     groups, path = matrix_groups(params, FILTER), levels(pattern)
@@ -108,8 +118,7 @@ def test_counts_are_exact_through_every_level_of_every_distribution_in_one_compi
     assert update._cache_size() <= compiled + 1
 
 
-@every_pattern
-@pytest.mark.parametrize("rule", DISTINCT)
+@every_pair(DISTINCT)
 def test_the_key_decides_and_eight_devices_give_the_same_bits_as_one(rule, pattern):
     params, grads = problem(pattern)
     masks = init_masks(KEY, params, sparsity=levels(pattern)[0], filter=FILTER, pattern=pattern, method="magnitude")
