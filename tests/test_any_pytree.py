@@ -103,7 +103,7 @@ def test_masks_optimiser_topology_and_report_follow_the_tree_as_it_is(make, tmp_
     assert [row.name for row in spdf.mask_report(masks).rows] == sparse_names
     params = spdf.apply_masks(params, masks)
     tx = spdf.sparse(optax.adam(1e-2))
-    state = tx.init(params)
+    state = jax.jit(tx.init)(params)
 
     @jax.jit
     def train(params, state, masks):
@@ -117,9 +117,8 @@ def test_masks_optimiser_topology_and_report_follow_the_tree_as_it_is(make, tmp_
         losses.append(float(loss))
     assert losses[-1] < losses[0]
     targets = {name: jnp.array([32]) for name in sparse_names}
-    new = spdf.prune_and_grow_tree(
-        KEY, params, grads, masks, target_nnz=targets, drop_fraction=0.5, rule=spdf.RULES["mst"]
-    )
+    prune_and_grow = jax.jit(spdf.prune_and_grow_tree, static_argnames="rule")
+    new = prune_and_grow(KEY, params, grads, masks, target_nnz=targets, drop_fraction=0.5, rule=spdf.RULES["mst"])
     assert jax.tree.structure(new) == jax.tree.structure(params)
     report = spdf.mask_report(new, masks)
     assert [(row.active, row.size) for row in report.rows] == [(32, 128)] * 2
