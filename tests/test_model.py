@@ -1,6 +1,7 @@
 """GPT: shapes and published sizes, causality by gradients, masks in the forward pass, options, the cache."""
 
 import dataclasses
+from functools import cache, partial
 
 import chex
 import flax.linen as nn
@@ -22,10 +23,19 @@ TINY = spdf.GPTConfig(n_layer=2, n_head=2, d_model=16, vocab_size=50, context=12
 
 
 def make(config=TINY, **changes):
-    config = dataclasses.replace(config, **changes)
+    return _made(dataclasses.replace(config, **changes))
+
+
+@cache
+def _made(config):
     model = spdf.GPT(config)
     tokens_BT = jax.random.randint(jax.random.key(1), (2, config.context), 0, config.vocab_size)
     return model, jax.jit(model.init)(jax.random.key(0), tokens_BT)["params"], tokens_BT
+
+
+@partial(jax.jit, static_argnames=("model", "pattern", "width", "deterministic"))  # op by op it is dozens of programs
+def apply(model, params, tokens_BT, **how):
+    return model.apply({"params": params}, tokens_BT, **how)
 
 
 @pytest.mark.parametrize("changes", [{}, {"tied_head": False}, {"use_bias": False}, {"d_ff": 24}])
@@ -56,17 +66,14 @@ def test_published_sizes(size, millions):
 def test_no_logit_depends_on_a_later_token(pattern):
     model, params, tokens_BT = make()
 
-    def from_embeddings(offset_TD, t):
-        wte = params["wte"]["embedding"]
-        wpe = {"embedding": params["wpe"]["embedding"] + offset_TD}
-        logits = model.apply(
-            {"params": params | {"wpe": wpe, "wte": {"embedding": wte}}}, tokens_BT, pattern=pattern, width=4
-        )
-        return logits[0, t].sum()
+    @jax.jit
+    @jax.grad
+    def gradient(wpe_TD, t):
+        changed = params | {"wpe": {"embedding": wpe_TD}}
+        return apply(model, changed, tokens_BT, pattern=pattern, width=4)[0, t].sum()
 
     for t in (0, 5, 11):
-        grads_TD = jax.grad(from_embeddings)(jnp.zeros((12, 16)), t)
-        depends = np.abs(np.asarray(grads_TD)).sum(1) > 0
+        depends = np.abs(np.asarray(gradient(params["wpe"]["embedding"], t))).sum(1) > 0
         assert not depends[t + 1 :].any()
         assert depends[t]
         if pattern == "causal":
@@ -78,7 +85,7 @@ def test_forward_needs_masks_and_applies_them():
     masks = spdf.init_masks(jax.random.key(2), params, sparsity=0.5)
     zeroed = jax.tree.map(lambda m, p: p * m, masks, params)
     np.testing.assert_array_equal(
-        spdf.forward(model, params, tokens_BT, masks=masks), model.apply({"params": zeroed}, tokens_BT)
+        jax.jit(spdf.forward, static_argnums=0)(model, params, tokens_BT, masks=masks), apply(model, zeroed, tokens_BT)
     )
     with pytest.raises(TypeError, match="masks"):
         spdf.forward(model, params, tokens_BT)
@@ -91,27 +98,28 @@ def test_layer_scan_with_and_without_remat_agree_in_values_and_gradients(remat):
     model, params, tokens_BT = make()
     remat = spdf.GPT(dataclasses.replace(TINY, remat=remat))
 
-    def loss(m):
-        return jax.value_and_grad(lambda p: (m.apply({"params": p}, tokens_BT) ** 2).mean())(params)
+    @partial(jax.jit, static_argnums=0)
+    def loss(model, params):
+        return jax.value_and_grad(lambda params: (apply(model, params, tokens_BT) ** 2).mean())(params)
 
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7), loss(model), loss(remat))
+    ours, plain = loss(remat, params), loss(model, params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7), plain, ours)
 
 
 def test_bfloat16_keeps_float32_parameters_and_is_close():
     model, params, tokens_BT = make()
     half = spdf.GPT(dataclasses.replace(TINY, dtype="bfloat16"))
-    half_params = jax.jit(half.init)(jax.random.key(0), tokens_BT)["params"]
-    assert {leaf.dtype for leaf in jax.tree.leaves(half_params)} == {jnp.dtype("float32")}
-    logits = half.apply({"params": params}, tokens_BT)
+    assert {leaf.dtype for leaf in jax.tree.leaves(abstract_params(half))} == {jnp.dtype("float32")}
+    logits = apply(half, params, tokens_BT)
     assert logits.dtype == jnp.bfloat16
-    np.testing.assert_allclose(logits.astype(jnp.float32), model.apply({"params": params}, tokens_BT), atol=0.02)
+    np.testing.assert_allclose(logits.astype(jnp.float32), apply(model, params, tokens_BT), atol=0.02)
 
 
 def test_dropout_acts_in_training_only():
     model, params, tokens_BT = make(dropout=0.5)
-    still = model.apply({"params": params}, tokens_BT)
-    np.testing.assert_array_equal(still, model.apply({"params": params}, tokens_BT))
-    dropped = model.apply({"params": params}, tokens_BT, deterministic=False, rngs={"dropout": jax.random.key(3)})
+    still = apply(model, params, tokens_BT)
+    np.testing.assert_array_equal(still, apply(model, params, tokens_BT))
+    dropped = apply(model, params, tokens_BT, deterministic=False, rngs={"dropout": jax.random.key(3)})
     assert np.abs(np.asarray(dropped - still)).max() > 0
 
 
@@ -181,14 +189,14 @@ def in_steps(model, params, tokens_BT, prompt_tokens, length, **options):
 )
 def test_cached_logits_equal_those_of_the_whole_sequence(pattern, changes):
     model, params, tokens_BT = make(init_std=0.3, **changes)
-    whole_BTV = model.apply({"params": params}, tokens_BT, pattern=pattern, width=3)
+    whole_BTV = apply(model, params, tokens_BT, pattern=pattern, width=3)
     cached_BTV = in_steps(model, params, tokens_BT, (3, 7), length=12, pattern=pattern, width=3)
     np.testing.assert_allclose(cached_BTV, whole_BTV, atol=1e-5, rtol=1e-5)
 
 
 def test_the_cache_is_as_long_as_asked_and_in_the_compute_dtype():
     model, params, tokens_BT = make(dtype="bfloat16")
-    whole_BTV = model.apply({"params": params}, tokens_BT[:, :6])
+    whole_BTV = apply(model, params, tokens_BT[:, :6])
     cached_BTV = in_steps(model, params, tokens_BT[:, :6], (1, 2), length=6)
     assert {(leaf.shape, leaf.dtype.name) for leaf in jax.tree.leaves(empty_cache(model.config, 2, 6))} == {
         ((2, 2, 6, 2, 8), "bfloat16")
@@ -218,12 +226,12 @@ def test_packed_documents_do_not_see_each_other(pattern):
     segments_BT = jnp.broadcast_to(jnp.arange(12)[None] // 5, (2, 12))
 
     def logits(tokens_BT):
-        return model.apply({"params": params}, tokens_BT, segments_BT=segments_BT, pattern=pattern, width=4)
+        return apply(model, params, tokens_BT, segments_BT=segments_BT, pattern=pattern, width=4)
 
     other_BT = tokens_BT.at[:, :5].set((tokens_BT[:, :5] + 1) % 50)
     np.testing.assert_array_equal(logits(tokens_BT)[:, 5:], logits(other_BT)[:, 5:])
     assert not np.array_equal(logits(tokens_BT)[:, :5], logits(other_BT)[:, :5])
-    whole_BTV = model.apply({"params": params}, tokens_BT, pattern=pattern, width=4)
+    whole_BTV = apply(model, params, tokens_BT, pattern=pattern, width=4)
     np.testing.assert_allclose(logits(tokens_BT)[:, :5], whole_BTV[:, :5], atol=1e-5)
 
 
@@ -248,17 +256,19 @@ def test_a_dense_layer_has_the_gradients_of_a_product(dtype):
         np.testing.assert_allclose(grad.astype(jnp.float32), plain.astype(jnp.float32), tolerance, tolerance)
 
 
-@pytest.mark.parametrize("use_bias", [True, False])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("shape", [(1, 5, 16), (3, 4, 8)])
+@pytest.mark.parametrize(("shape", "use_bias"), [((1, 5, 16), True), ((3, 4, 8), False)])
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])  # each has a form of its own
 def test_layer_normalisation_has_the_values_and_gradients_of_flax(platform, shape, dtype, use_bias, monkeypatch):
     monkeypatch.setattr(layer_norm, "target_platform", lambda: platform)
     ours, flaxs = (norm(epsilon=1e-3, use_bias=use_bias, dtype=dtype) for norm in (LayerNorm, nn.LayerNorm))
     x_BTD, dy_BTD = (jax.random.normal(jax.random.key(i), shape).astype(dtype) for i in (0, 1))
-    params = jax.tree.map(lambda p: p + jnp.arange(shape[-1]) / 7, ours.init(jax.random.key(2), x_BTD)["params"])
-    chex.assert_trees_all_equal_shapes_and_dtypes(params, flaxs.init(jax.random.key(2), x_BTD)["params"])
+    shapes, theirs = (jax.eval_shape(norm.init, jax.random.key(2), x_BTD)["params"] for norm in (ours, flaxs))
+    chex.assert_trees_all_equal_shapes_and_dtypes(shapes, theirs)
+    start = {"scale": 1, "bias": 0}
+    params = {name: jnp.asarray(start[name] + np.arange(shape[-1]) / 7, leaf.dtype) for name, leaf in shapes.items()}
 
+    @partial(jax.jit, static_argnums=0)
     def outcome(norm):
         y_BTD, pullback = jax.vjp(lambda params, x_BTD: norm.apply({"params": params}, x_BTD), params, x_BTD)
         return y_BTD, pullback(dy_BTD)

@@ -1,6 +1,7 @@
 """Primer: against a model written in NumPy, causal, decoded with a cache, counted, and its taps dense."""
 
 import dataclasses
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +36,7 @@ OPTIONS = [
 ]
 
 
+@cache
 def make(config, batch=2):
     """A model whose every parameter is drawn, taps, biases and norms too."""
     tokens_BT = jax.random.randint(jax.random.key(1), (batch, config.context), 0, config.vocab_size)
@@ -44,9 +46,10 @@ def make(config, batch=2):
     return spdf.GPT(config), jax.device_put(params), tokens_BT
 
 
+@partial(jax.jit, static_argnums=0)
 def whole(model, params, tokens_BT):
     """Logits without a cache, in one compiled call."""
-    return jax.jit(lambda params, tokens_BT: model.apply({"params": params}, tokens_BT))(params, tokens_BT)
+    return model.apply({"params": params}, tokens_BT)
 
 
 def numpy_taps(x_TD, taps_3D):
