@@ -1,6 +1,6 @@
 """A static random mask at 80 %: the baseline that any dynamic method has to beat.
 
-Claim   keeping the first random mask throughout is worse than evolving it, at the same FLOPs
+Claim   keeping the first random mask throughout is worse than moving it, at the same FLOPs
         (MST, arXiv 2408.11746, baselines).
 Source  set-up of hupihe/Mixed-Sparsity-Training (nanoGPT).
 Command python -m spdf_jax.main --config experiments/gpt2_static.py
