@@ -17,27 +17,31 @@ from spdf_jax.sharding import MeshConfig, make_mesh
 
 CONFIG = spdf.GPTConfig(n_layer=2, n_head=2, d_model=16, vocab_size=13, context=40, init_std=0.35)
 MODEL = spdf.GPT(CONFIG)
-PARAMS = jax.jit(MODEL.init)(jax.random.key(6), jnp.zeros((1, 4), int))["params"]
 PROMPTS = [[4], [1, 2, 3], [7, 7, 5, 0, 2, 11, 6], [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9]]
 END = 5
 MAX_NEW = 10
 
 
-def decode(prompts=PROMPTS, *, ends=(END,), mesh=None, params=PARAMS, **settings):
+@functools.cache  # not where every worker imports it
+def parameters():
+    return jax.jit(MODEL.init)(jax.random.key(6), jnp.zeros((1, 4), int))["params"]
+
+
+def decode(prompts=PROMPTS, *, ends=(END,), mesh=None, **settings):
     return generate(
-        MODEL, params, prompts, DecodeConfig(max_new_tokens=MAX_NEW, **settings), end_tokens=ends, mesh=mesh
+        MODEL, parameters(), prompts, DecodeConfig(max_new_tokens=MAX_NEW, **settings), end_tokens=ends, mesh=mesh
     )
 
 
 @functools.lru_cache(None)
 def next_log_probs(row):
     """From the model without a cache."""
-    return np.asarray(_plain(np.array([[*row, *[0] * (CONFIG.context - len(row))]])))[0, len(row) - 1]
+    return np.asarray(_plain(parameters(), np.array([[*row, *[0] * (CONFIG.context - len(row))]])))[0, len(row) - 1]
 
 
 @jax.jit
-def _plain(tokens_BT):
-    return jax.nn.log_softmax(MODEL.apply({"params": PARAMS}, tokens_BT))
+def _plain(params, tokens_BT):
+    return jax.nn.log_softmax(MODEL.apply({"params": params}, tokens_BT))
 
 
 def log_probability(prompt, tokens):
@@ -276,7 +280,7 @@ def test_sharded_equals_unsharded(method, mesh):
 
 def first_tokens(count, **settings):
     config = DecodeConfig(method="sample", max_new_tokens=1, batch_size=count, **settings)
-    return np.array([g.tokens[0] for g in generate(MODEL, PARAMS, [PROMPTS[1]] * count, config, end_tokens=())])
+    return np.array([g.tokens[0] for g in generate(MODEL, parameters(), [PROMPTS[1]] * count, config, end_tokens=())])
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(2.0, 1.0), (1.5, 0.6)])
@@ -363,4 +367,4 @@ def test_impossible_prompts_are_refused(prompts, ends, message):
 def test_a_continuation_longer_than_the_context_is_refused():
     config = DecodeConfig(max_new_tokens=40)
     with pytest.raises(spdf.InputError, match=r"decode.max_new_tokens: 40 leaves no room .* use at most 39"):
-        generate(MODEL, PARAMS, [[1]], config, end_tokens=[])
+        generate(MODEL, parameters(), [[1]], config, end_tokens=[])

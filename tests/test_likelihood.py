@@ -28,7 +28,6 @@ TEXT = "to be or not to be, that is the question: whether it is nobler to bear t
 TOKENIZER = train_tokenizer([TEXT], vocab_size=290, progress=False)
 CONFIG = spdf.GPTConfig(n_layer=2, n_head=2, d_model=16, vocab_size=290, context=24, init_std=0.3)
 MODEL = spdf.GPT(CONFIG)
-PARAMS = jax.jit(MODEL.init)(jax.random.key(1), jnp.zeros((1, 4), int))["params"]
 PAIRS = [
     ("to be", " or not"),
     ("", "to be"),
@@ -40,6 +39,11 @@ PAIRS = [
 ]
 
 
+@functools.cache  # not where every worker imports it
+def parameters():
+    return jax.jit(MODEL.init)(jax.random.key(1), jnp.zeros((1, 4), int))["params"]
+
+
 def ids(text):
     return encode_plain(TOKENIZER, [text])[0]
 
@@ -47,12 +51,12 @@ def ids(text):
 @functools.lru_cache(None)
 def next_log_probs(row):
     """Of the token after a row, from that row alone."""
-    return np.asarray(_plain(np.array([[*row, *[7] * (CONFIG.context - len(row))]])))[0, len(row) - 1]
+    return np.asarray(_plain(parameters(), np.array([[*row, *[7] * (CONFIG.context - len(row))]])))[0, len(row) - 1]
 
 
 @jax.jit
-def _plain(tokens_BT):
-    return jax.nn.log_softmax(MODEL.apply({"params": PARAMS}, tokens_BT))
+def _plain(params, tokens_BT):
+    return jax.nn.log_softmax(MODEL.apply({"params": params}, tokens_BT))
 
 
 def reference(context, continuation):
@@ -69,12 +73,12 @@ def reference(context, continuation):
 
 def score(pairs=PAIRS, **settings):
     settings = {"batch_size": 4, "end_of_text": 0} | settings
-    return log_likelihoods(MODEL, PARAMS, TOKENIZER, pairs, **settings)
+    return log_likelihoods(MODEL, parameters(), TOKENIZER, pairs, **settings)
 
 
 def rolling(texts, **settings):
     settings = {"batch_size": 4, "end_of_text": 0} | settings
-    return rolling_log_likelihoods(MODEL, PARAMS, TOKENIZER, texts, **settings)
+    return rolling_log_likelihoods(MODEL, parameters(), TOKENIZER, texts, **settings)
 
 
 def test_log_likelihoods_equal_the_plain_computation():
@@ -87,7 +91,7 @@ def test_what_greedy_decoding_gives_is_greedy_and_nothing_else_is():
     row = tuple(ids("to be"))
     likeliest = int(next_log_probs(row).argmax())
     windows = [module.Window(np.array([*row, token], np.int32), 1) for token in (likeliest, (likeliest + 1) % 290)]
-    assert [greedy for _, greedy in module._score_windows(MODEL, PARAMS, windows, 2, None)] == [True, False]
+    assert [greedy for _, greedy in module._score_windows(MODEL, parameters(), windows, 2, None)] == [True, False]
 
 
 def test_the_context_before_what_fits_has_no_say_and_the_rest_has():
@@ -138,7 +142,7 @@ def test_what_cannot_be_scored_is_refused(pair, message):
 def test_a_tokenizer_of_another_model_is_refused():
     small = spdf.GPT(dataclasses.replace(CONFIG, vocab_size=50))
     with pytest.raises(spdf.InputError, match=r"token \d+ is outside the vocabulary, 0 to 49: use the model's own"):
-        log_likelihoods(small, PARAMS, TOKENIZER, PAIRS, batch_size=2, end_of_text=0)
+        log_likelihoods(small, parameters(), TOKENIZER, PAIRS, batch_size=2, end_of_text=0)
 
 
 def test_an_impossible_batch_size_or_stride_is_refused():
@@ -183,7 +187,7 @@ def test_rolling_perplexity_is_the_validation_perplexity_where_windows_coincide(
     text = next(t for n in range(100, len(TEXT)) if len(ids(t := TEXT[:n])) == 3 * CONFIG.context)
     ((total, count),) = rolling([text])
     sums = [
-        eval_step(MODEL, {"params": PARAMS}, batch, pattern="causal", width=128)
+        eval_step(MODEL, {"params": parameters()}, batch, pattern="causal", width=128)
         for batch in validation_batches(np.array([0, *ids(text)]), seq_len=CONFIG.context, batch_size=2)
     ]
     loss = sum(float(s) for s, _ in sums) / sum(float(w) for _, w in sums)
@@ -209,5 +213,5 @@ def test_exams_are_marked_by_the_models_likelihoods(mode):
 
     for answer in range(3):  # each answer right once, so that equal marks mean equal choices
         asked = [dataclasses.replace(q, answer=answer) for q in questions]
-        found = exam_results(MODEL, PARAMS, TOKENIZER, asked, mode, batch_size=4)
+        found = exam_results(MODEL, parameters(), TOKENIZER, asked, mode, batch_size=4)
         assert found == take_exams(asked, plain, mode)

@@ -30,15 +30,21 @@ def test_a_wider_model_has_the_active_weights_of_the_dense_one(size, sparsity, h
     wide = widen(config, sparsity, how)
     assert abs(wide.active_ratio - 1) < 0.01
     assert wide.config.d_model % config.n_head == 0
-    # Counted again from the parameters themselves.
+    untouched = {"d_model", "d_ff"} if how == "d_model" else {"d_ff"}
+    changed = {f.name for f in dataclasses.fields(config) if getattr(config, f.name) != getattr(wide.config, f.name)}
+    assert changed <= untouched
+
+
+@pytest.mark.parametrize("how", ["d_model", "d_ff"])
+@pytest.mark.parametrize("size", ["mini", "1.3b"])
+def test_its_active_weights_counted_again_from_the_parameters_themselves(size, how):
+    config, sparsity = spdf.GPT_SIZES[size], 0.75
+    wide = widen(config, sparsity, how)
     params = abstract_params(spdf.GPT(wide.config))
     groups = matrix_groups(params, wide.filter)
     sparse = sum(group.count * group.size for group in groups.values())
     active = linear_size(wide.config) - sparsity * sparse
     assert active / linear_size(config) == pytest.approx(wide.active_ratio, rel=1e-12)
-    untouched = {"d_model", "d_ff"} if how == "d_model" else {"d_ff"}
-    changed = {f.name for f in dataclasses.fields(config) if getattr(config, f.name) != getattr(wide.config, f.name)}
-    assert changed <= untouched
 
 
 def test_widening_follows_sparse_ift_where_it_needs_no_rounding():
