@@ -1,5 +1,7 @@
 """Optimiser state of weights that grow back: reset exactly where asked for any optimiser; SMET's Adam; the overshoot."""
 
+from collections.abc import Callable
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -48,20 +50,34 @@ PER_WEIGHT = {
 INITIAL = {"adagrad": 0.25}
 
 
-def trained(tx, steps=3):
+class Compiled(NamedTuple):
+    """An optimiser whose every function is one program."""
+
+    init: Callable[..., Any]
+    update: Callable[..., Any]
+    reset: Callable[..., Any]
+
+
+@cache
+def compiled(name):
+    tx = sparse(WITH_SMET[name]())
+    return Compiled(jax.jit(tx.init), jax.jit(tx.update), jax.jit(partial(reset_masked_state, tx)))
+
+
+@cache
+def trained(name, steps=3):
     params, masks, grads = problem()
+    tx, everything = compiled(name), jax.tree.map(jnp.ones_like, masks)
     state = tx.init(params)
-    update = jax.jit(lambda grads, state: tx.update(grads, state, params, masks=dense_masks(params))[1])
     for i in range(steps):
-        state = update(grads(i), state)
+        state = tx.update(grads(i), state, params, masks=everything)[1]
     return params, masks, state
 
 
 @pytest.mark.parametrize("name", WITH_SMET)
 def test_reset_zeroes_the_state_of_masked_weights_and_nothing_else(name):
-    tx = sparse(WITH_SMET[name]())
-    params, masks, state = trained(tx)
-    after = jax.jit(lambda s: reset_masked_state(tx, s, params, masks))(state)
+    params, masks, state = trained(name)
+    after = compiled(name).reset(state, params, masks)
     assert jax.tree.structure(after) == jax.tree.structure(state)
     inactive = ~np.asarray(masks["w"])
     followed = 0
@@ -81,11 +97,11 @@ def test_reset_zeroes_the_state_of_masked_weights_and_nothing_else(name):
 @pytest.mark.parametrize("name", WITH_SMET)
 def test_masked_state_stays_as_it_was_reset_while_training_goes_on(name):
     """So that a weight which grows back later starts afresh, and checkpoints hold zeros."""
-    tx = sparse(WITH_SMET[name]())
-    params, masks, state = trained(tx)
+    tx = compiled(name)
+    params, masks, state = trained(name)
     _, _, grads = problem()
     params = jax.tree.map(lambda m, p: p if m.ndim == 0 else jnp.where(m, p, 0), masks, params)
-    state = reset_masked_state(tx, state, params, masks)
+    state = tx.reset(state, params, masks)
     for i in range(3):
         _, state = tx.update(grads(i), state, params, masks=masks)
     inactive = ~np.asarray(masks["w"])
@@ -97,7 +113,7 @@ def test_masked_state_stays_as_it_was_reset_while_training_goes_on(name):
 
 def test_reset_with_dense_masks_and_without_state_changes_nothing():
     tx = sparse(optax.adam(0.1))
-    params, masks, state = trained(tx, 1)
+    params, masks, state = trained("adam")
     jax.tree.map(np.testing.assert_array_equal, reset_masked_state(tx, state, params, dense_masks(params)), state)
     plain = sparse(optax.sgd(0.1))
     assert reset_masked_state(plain, plain.init(params), params, masks) == plain.init(params)
@@ -162,9 +178,12 @@ def test_state_laid_out_otherwise_than_the_parameters_is_refused_by_name(tx):
 
 
 FACTORED = {"adafactor_factored": lambda: optax.adafactor(0.1, min_dim_size_to_factor=2)}
+# One of each way to hold state: beside the weights or in a wrapper, by label, by matrix, with counts of its own.
+WAYS = ["adamw", "adafactor", "multi_steps", "inject_hyperparams", "masked", "partition", "muon", "smet", *FACTORED]
+OTHERS = [pytest.param(name, marks=[pytest.mark.slow, pytest.mark.quickly]) for name in WITH_SMET if name not in WAYS]
 
 
-@pytest.mark.parametrize("name", [*WITH_SMET, *FACTORED])
+@pytest.mark.parametrize("name", [*WAYS, *OTHERS])
 def test_state_is_laid_out_like_its_weights_on_eight_devices(name):
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     tx = sparse((WITH_SMET | FACTORED)[name](), moving=name not in FACTORED)
