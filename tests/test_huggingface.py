@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 import stat
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from spdf_jax.data.tokenizer import train_tokenizer
 from spdf_jax.errors import InputError
 from spdf_jax.huggingface import folder as huggingface_folder
 from spdf_jax.huggingface import load_gpt2, save_gpt2
+from spdf_jax.training.state import abstract_params
 from spdf_jax.tree import named_leaves
 
 TINY = spdf.GPTConfig(n_layer=2, n_head=2, d_model=8, d_ff=12, vocab_size=11, context=6, dropout=0.1)
@@ -27,15 +29,18 @@ TEXTS = ["sparse weights, dense weights", "masks are data\nnaïve ünïcode"] * 
 
 def random_params(config, seed=0):
     """Every leaf random, so that nothing passes because it is 0 or 1."""
-    rng = np.random.default_rng(seed)
-    tokens_BT = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    shapes = jax.eval_shape(spdf.GPT(config).init, jax.random.key(0), tokens_BT)["params"]
+    rng, shapes = np.random.default_rng(seed), abstract_params(spdf.GPT(config))
     return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, 0.3, leaf.shape), jnp.float32), shapes)
 
 
 def logits_of(config, params):
     tokens_BT = np.arange(2 * config.context).reshape(2, -1) * 7 % config.vocab_size
-    return np.asarray(spdf.GPT(config).apply({"params": params}, jnp.asarray(tokens_BT)))
+    return np.asarray(_logits(spdf.GPT(config), params, tokens_BT))
+
+
+@partial(jax.jit, static_argnums=0)
+def _logits(model, params, tokens_BT):
+    return model.apply({"params": params}, tokens_BT)
 
 
 def assert_same_bits(tree, other):
