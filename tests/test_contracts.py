@@ -65,7 +65,9 @@ def every_pair(rules):
     ways = {("set", "2:4"), ("rigl", "2:4"), ("set", "block32"), ("rigl", "block32")}
     quick = ways | {(rule, "unstructured") for rule in rules} | {("mst", pattern) for pattern in PATTERNS}
     pairs = itertools.product(rules, PATTERNS)
-    marked = [pytest.param(*pair, marks=() if pair in quick else pytest.mark.slow) for pair in pairs]
+    marked = [
+        pytest.param(*pair, marks=() if pair in quick else [pytest.mark.slow, pytest.mark.quickly]) for pair in pairs
+    ]
     return pytest.mark.parametrize(("rule", "pattern"), marked)
 
 

@@ -86,6 +86,7 @@ def test_in_a_run_no_document_learns_from_the_one_before_it(tmp_path, monkeypatc
 
 
 @pytest.mark.slow  # shows that the test above can fail
+@pytest.mark.quickly
 def test_as_one_stream_a_document_sees_those_before_it(tmp_path, monkeypatch):
     (one, *losses), (other, *other_losses) = ends(tmp_path, monkeypatch, separate_documents=False)
     assert not np.array_equal(one["wpe"]["embedding"], other["wpe"]["embedding"])

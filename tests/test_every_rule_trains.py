@@ -16,6 +16,7 @@ def text(tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.quickly
 @pytest.mark.parametrize(
     ("rule", "pattern", "schedule", "sparsity"),
     [

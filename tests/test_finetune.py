@@ -117,6 +117,7 @@ def test_redensifying_at_once_grows_to_the_exact_count_beside_what_was_there(tex
 
 
 @pytest.mark.slow
+@pytest.mark.quickly
 def test_redensifying_on_a_schedule_ends_dense(text, pretrained, tmp_path):
     table = ((0.0, 0.8), (0.2, 0.5), (0.6, 0.0))
     c = finetuning(
@@ -364,6 +365,7 @@ def _counts_what_its_batches_hold(config, plan, workdir, summary, last_row):
 
 
 @pytest.mark.slow
+@pytest.mark.quickly
 def test_a_sweep_runs_its_cells_chooses_and_tabulates_and_resumes(text, tmp_path, capsys):
     from spdf_jax.config.sweep import resolve_sweep
     from spdf_jax.jobs.sweep import train_cells

@@ -183,7 +183,8 @@ def in_steps(model, params, tokens_BT, prompt_tokens, length, **options):
     [
         {},
         pytest.param(
-            {"use_bias": False, "tied_head": False, "remat": "block", "mup_base_width": 8}, marks=pytest.mark.slow
+            {"use_bias": False, "tied_head": False, "remat": "block", "mup_base_width": 8},
+            marks=[pytest.mark.slow, pytest.mark.quickly],
         ),
     ],
 )

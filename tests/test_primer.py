@@ -175,7 +175,9 @@ def test_taps_of_a_packed_document_are_those_of_the_document_alone():
 
 
 @BOTH
-@pytest.mark.parametrize("lengths", [(3, 7), *(pytest.param(n, marks=pytest.mark.slow) for n in [(1, 2), (12, 1)])])
+@pytest.mark.parametrize(
+    "lengths", [(3, 7), *(pytest.param(n, marks=[pytest.mark.slow, pytest.mark.quickly]) for n in [(1, 2), (12, 1)])]
+)
 def test_cached_logits_equal_those_of_the_whole_sequence(config, lengths):
     model, params, tokens_BT = make(config)
     whole_BTV = whole(model, params, tokens_BT)

@@ -119,6 +119,7 @@ def topkast_config(text):
 
 
 @pytest.mark.slow
+@pytest.mark.quickly
 def test_the_loop_keeps_sets_and_values_together(text):
     config = spdf.resolve(topkast_config(text))
     plan = make_plan(config)[0]

@@ -18,10 +18,12 @@ import jax
 import spdf_jax as spdf
 from spdf_jax.sparsity.programme import SparsityConfig
 
-#: Environment of processes that compile for longer than they run: XLA's older emitters, all kernels in one module.
+# XLA's older emitters compile faster, as long as there are any; a flag that it does not know ends the process.
+_EMITTERS = "--xla_cpu_use_fusion_emitters=false " if jax.__version_info__ < (0, 11) else ""
+#: Environment of processes that compile for longer than they run: all kernels in one module.
 QUICKLY = {
     "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-    "XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1",
+    "XLA_FLAGS": f"{_EMITTERS}--xla_cpu_parallel_codegen_split_count=1",
 }
 WORDS = ("mask", "weight", "sparse", "dense", "grow", "prune", "step", "layer", "token", "loss")
 
