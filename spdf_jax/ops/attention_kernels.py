@@ -78,7 +78,7 @@ def splash_attention(
     Returns:
       out_BTHD.
 
-    >>> x_BTHD = jnp.ones((1, 128, 1, 64))
+    >>> x_BTHD = jax.numpy.ones((1, 128, 1, 64))
     >>> splash_attention(x_BTHD, x_BTHD, x_BTHD, pattern="local", width=2).shape
     (1, 128, 1, 64)
     """
