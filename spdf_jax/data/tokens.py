@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -95,7 +96,7 @@ def prepare(config: DataConfig, *, progress: bool = True) -> TokenData:
 
     Args:
       config: What to train on.
-      progress: Show bars on standard error.
+      progress: Show bars on standard error, where that is a terminal.
 
     Returns:
       Memory-mapped tokens and their tokenizer.
@@ -122,7 +123,8 @@ def prepare(config: DataConfig, *, progress: bool = True) -> TokenData:
         if data and data.tokenizer and data.tokenizer.to_str() == tokenizer.to_str():
             return data
         place = folder(hashlib.sha256(tokenizer.to_str().encode()).hexdigest())
-    return _open(place, place.name) or _build(place, corpus, tokenizer, config, progress)
+    bars = progress and sys.stderr.isatty()
+    return _open(place, place.name) or _build(place, corpus, tokenizer, config, bars)
 
 
 def _check(config: DataConfig) -> None:
