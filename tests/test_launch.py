@@ -569,7 +569,12 @@ def test_local_launch_trains(tmp_path):
     """Two processes train mini, made small and short. One is killed half-way; both start again and end the run."""
     workdir = tmp_path / "run"
     small = {"model.n_layer": 2, "model.d_model": 64, "model.context": 64, "data.tokenizer_vocab_size": 512}
-    short = {"pretrain.steps": 40, "loop.log_every_steps": 1, "loop.checkpoint_every_steps": 10}
+    short = {
+        "pretrain.steps": 40,
+        "pretrain.optimizer.warmup_steps": 4,
+        "loop.log_every_steps": 1,
+        "loop.checkpoint_every_steps": 10,
+    }
     program = ["--config", "experiments/gpt2_mst.py", "--workdir", workdir]
     program += [f"--config.{name}={value}" for name, value in {**small, **short}.items()]
     environment = os.environ | QUICKLY | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}

@@ -25,9 +25,12 @@ from spdf_jax.training.metrics import read_metrics
 pytestmark = pytest.mark.usefixtures("no_figures")
 
 STEPS = ("--config.pretrain.steps=24", "--config.finetune.steps=4")
+#: The first update by Adam is the sign of each gradient; at the tiny run's own rate, rounding at zero would show in the losses.
+FINETUNE_RATE = 1e-3
 BATCH = ("--config.pretrain.batch_size=8", "--config.finetune.batch_size=8")
 ALL_DEVICES = ("--config.mesh.data=1", "--config.mesh.fsdp=-1")
-TINY = (*STEPS, *BATCH, *ALL_DEVICES, *NO_WINDOW_FLAGS, "--quiet")
+RATE = (f"--config.finetune.optimizer.peak_learning_rate={FINETUNE_RATE}",)
+TINY = (*STEPS, *BATCH, *RATE, *ALL_DEVICES, *NO_WINDOW_FLAGS, "--quiet")
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +43,7 @@ def alone(text, tmp_path_factory):
     """Losses of the same run in one process on one device."""
     c = tiny_config(text, text.parent / "cache")
     c.pretrain.steps, c.finetune.steps, c.pretrain.batch_size, c.finetune.batch_size = 24, 4, 8, 8
+    c.finetune.optimizer.peak_learning_rate = FINETUNE_RATE
     c.pretrain.sparsity.update(NO_WINDOW)
     workdir = tmp_path_factory.mktemp("runs") / "alone"
     jobs.train(spdf.resolve(c), workdir, progress=False)

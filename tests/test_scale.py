@@ -16,11 +16,17 @@ def test_124m_trains_and_moves_its_masks_within_memory(tmp_path):
     """Step 3, counted from 0, is the topology step."""
     overrides = {
         "data.source": "embedded",
+        "data.path": "",
         "data.cache_dir": tmp_path / "cache",
         "data.validation_fraction": 0.0002,
         "pretrain.steps": 4,
+        "pretrain.optimizer.warmup_steps": 1,
         "pretrain.batch_size": 2,
         "pretrain.grad_accumulation_steps": 2,
+        "pretrain.sparsity.schedule": "constant",  # three phases have no room in four steps
+        "pretrain.sparsity.ramp_end": 0.1,
+        "pretrain.sparsity.ultra_end": 0.75,
+        "pretrain.sparsity.restoration_end": 0.9,
         "pretrain.sparsity.update_every_steps": 3,
         "loop.log_every_steps": 1,
         "loop.eval_batch_size": 1,

@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,11 @@ class Checkpoints:
         self.directory = directory
         self._manager = ocp.CheckpointManager(
             directory.absolute(),
-            options=ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True),
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=keep,
+                enable_async_checkpointing=True,
+                lightweight_initialize=True,  # a damaged checkpoint is met where it is read, not here
+            ),
             item_handlers={"state": ocp.StandardCheckpointHandler(), "record": ocp.JsonCheckpointHandler()},
         )
 
@@ -136,6 +141,9 @@ class Checkpoints:
         layout = jax.tree.map(lambda x, s: shardings.step if is_mask(x) else s, abstract, shardings)
         target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), packed, layout)
         with self._damage_named(step):
+            for file in (self.directory / str(step)).rglob("*"):
+                if file.stat().st_size > _most_bytes(packed):  # tensorstore would end the process for want of memory
+                    raise ValueError(f"{file.name}: larger than the whole state")
             args = ocp.args.Composite(state=ocp.args.StandardRestore(target))
             restored = self._manager.restore(step, args=args)["state"]
             changed = [n for n, leaf in examined(restored)[1].items() if "leaves" in record and leaf != saved[n]]
@@ -181,8 +189,9 @@ class Checkpoints:
     def _check_room(self, packed: TrainState) -> None:
         """Refuses to start what cannot end: a full disk found half-way costs pages of tracebacks from other threads."""
         self._manager.wait_until_finished()  # the save before has taken its room
-        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(packed.replace(key=jax.random.key_data(packed.key))))
-        if shutil.disk_usage(self.directory).free < 1.1 * needed + _CHECKPOINT_OVERHEAD_BYTES:
+        with tempfile.TemporaryFile(dir=self.directory):  # where no file can be made, orbax would wait for minutes
+            pass
+        if shutil.disk_usage(self.directory).free < _most_bytes(packed):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     @contextlib.contextmanager
@@ -191,6 +200,9 @@ class Checkpoints:
         try:
             yield
         except (ValueError, OSError) as error:
+            if isinstance(error, TimeoutError):  # orbax waits by the wall clock
+                reason = "the save did not end in minutes, or the clock was set meanwhile; the same command resumes"
+                raise OSError(errno.ETIMEDOUT, reason, str(self.directory)) from error
             number = error.errno if isinstance(error, OSError) else _os_error(str(error))
             if number is None:
                 raise
@@ -236,6 +248,12 @@ class Checkpoints:
                 f"{f'; and {len(differing) - 3} more' if len(differing) > 3 else ''}. "
                 f"Use the config it was made with, or another --workdir"
             )
+
+
+def _most_bytes(packed: TrainState) -> float:
+    """What a checkpoint of this state takes at most."""
+    arrays = jax.tree.leaves(jax.eval_shape(lambda x: x.replace(key=jax.random.key_data(x.key)), packed))
+    return 1.1 * sum(x.size * x.dtype.itemsize for x in arrays) + _CHECKPOINT_OVERHEAD_BYTES
 
 
 class _WithoutLateReads:

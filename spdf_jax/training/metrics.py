@@ -132,8 +132,7 @@ class Tracker:
                 self.message(f"{path}: gone, and with it the rows up to step {resume_step}; going on without them.")
             return []
         if durable:
-            check_rows(path, durable, f"the checkpoint at step {resume_step} counts on")
-            kept = path.read_bytes()[: durable["bytes"]]
+            kept = check_rows(path, durable, f"the checkpoint at step {resume_step} counts on")
         elif resume_step == 0 and (steps := [row["step"] for row in read_rows(path) if row["step"] > 0]):
             aside = set_aside(path, "set_aside")
             self.message(
@@ -143,7 +142,7 @@ class Tracker:
             return []
         else:
             kept = b"".join(line + b"\n" for line, row in _read_lines(path) if row["step"] <= resume_step)
-        if kept != path.read_bytes():
+        if len(kept) != path.stat().st_size:  # `kept` is the file, or the file without some of its lines
             write_atomically(path, kept)
         return read_rows(path)
 
@@ -177,8 +176,8 @@ def durable_rows(content: bytes, before: Mapping[str, int] | None = None) -> dic
     return {"bytes": before["bytes"] + len(content), "crc32": zlib.crc32(content, before["crc32"])}
 
 
-def check_rows(path: Path, durable: Mapping[str, int], whose: str) -> None:
-    """Refuses a file that does not begin with the rows that were durable when something was written that counts on them."""
+def check_rows(path: Path, durable: Mapping[str, int], whose: str) -> bytes:
+    """The rows that were durable when something was written that counts on them; refuses a file that does not begin so."""
     with reading(f"{path}: cannot be read", "restore the file"), path.open("rb") as file:
         found = file.read(durable["bytes"])
     if durable_rows(found) != dict(durable):
@@ -186,6 +185,7 @@ def check_rows(path: Path, durable: Mapping[str, int], whose: str) -> None:
             f"{path}: not the {durable['bytes']:,} bytes of rows that {whose} ({len(found):,} are there, or others); restore "
             f"the file, or move it away to go on without them"
         )
+    return found
 
 
 # --- rows ------------------------------------------------------------------------------------------------------------
