@@ -31,6 +31,7 @@ def largest(values, k):
     return np.isin(np.arange(values.size), order).reshape(values.shape)
 
 
+@partial(jax.jit, static_argnames="exploration")
 def choose(masks, state, count, exploration):
     return choose_by_magnitude(
         KEY,
