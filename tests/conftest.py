@@ -13,7 +13,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 import jax
 import pytest
 from matplotlib.figure import Figure
-from tiny import QUICKLY
+from tiny import QUICKLY, few_matrices
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -37,6 +37,13 @@ def no_figures():
     """Reports of tiny runs whose figures are empty: drawing them takes longer than such a run."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Figure, "savefig", lambda self, file, **how: file.write("<svg></svg>"))
+        yield
+
+
+@pytest.fixture(scope="module", name="few_matrices")
+def runs_of_few_matrices():
+    """In a module: see `tiny.few_matrices`."""
+    with few_matrices():
         yield
 
 

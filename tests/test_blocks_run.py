@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import set_sparsity, tiny_config, write_text
+from tiny import few_matrices, set_sparsity, tiny_config, write_text
 
 import spdf_jax as spdf
 from spdf_jax.data import Batch
@@ -48,6 +48,12 @@ def blocks_config(rule="static", phases=("pretrain",), **model):
     return c
 
 
+@pytest.fixture(name="few_matrices")
+def the_mlp_in_blocks():
+    with few_matrices():
+        yield
+
+
 def batches(count, rows=4, vocab=300, seq=16):
     rng = np.random.default_rng(0)
     for _ in range(count):
@@ -76,6 +82,7 @@ def assert_close(ours, reference, tolerance=2e-5):
 
 
 @pytest.mark.parametrize("remat", ["none", pytest.param("dots", marks=pytest.mark.slow)])
+@pytest.mark.usefixtures("few_matrices")
 def test_training_in_blocks_is_training_under_the_same_masks(remat):
     model, plan, _, state = first_state(blocks_config(remat=remat))
     assert state.params["blocks"]["mlp_up"]["kernel"].shape == (2, 16, 1, 8, 8)
@@ -90,6 +97,7 @@ def test_training_in_blocks_is_training_under_the_same_masks(remat):
     check_invariants(plan.programme, plan.filter, state, 0)
 
 
+@pytest.mark.usefixtures("few_matrices")
 def test_a_topology_step_moves_blocks_and_keeps_the_programme():
     model, plan, mesh, state = first_state(blocks_config("mst"))
     steps = steps_of(model, plan, state_shardings(mesh, plan.tx, state))
@@ -157,6 +165,7 @@ def test_on_a_mesh_it_is_the_same():
     assert_close(jax.device_get(state.params), alone.params, 1e-4)
 
 
+@pytest.mark.usefixtures("few_matrices")
 def test_phases_go_from_dense_to_blocks_to_masks_to_dense_and_carry_the_optimiser():
     model, plan, mesh, state = first_state(blocks_config())
     tx, blocks = plan.tx, SparsityConfig(rule="static", **BLOCKS)

@@ -9,6 +9,8 @@ import spdf_jax as spdf
 from spdf_jax.sparsity.masks import active_counts, apply_masks
 from spdf_jax.training.phases import make_plan
 
+pytestmark = pytest.mark.usefixtures("few_matrices")
+
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):

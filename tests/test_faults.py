@@ -55,7 +55,7 @@ from spdf_jax.training import loop, stored_state
 from spdf_jax.training.metrics import read_metrics
 from spdf_jax.training.restore import saved_run
 
-pytestmark = pytest.mark.usefixtures("no_figures")
+pytestmark = pytest.mark.usefixtures("no_figures", "few_matrices")
 
 ROOT = Path(__file__).parent.parent
 
@@ -124,7 +124,8 @@ def command(workdir: Path, text: Path, *arguments: str) -> subprocess.Popen:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
-def test_a_signal_saves_and_exits_with_75_and_one_message(number, text, tmp_path):
+def test_a_signal_saves_and_exits_with_75_and_one_message(number, text, whole, tmp_path):
+    """After the `whole` run, whose compiled steps it finds."""
     started = command(tmp_path, text, "--quiet", "--config.loop.checkpoint_every_steps=1000")
     metrics = tmp_path / "metrics.jsonl"
     while not metrics.exists() or metrics.read_bytes().count(b"\n") < 4:

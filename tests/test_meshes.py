@@ -9,7 +9,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from many import finish, start, wait_for_rows
-from tiny import NO_WINDOW, NO_WINDOW_FLAGS, tiny_config, write_text
+from tiny import NO_WINDOW, NO_WINDOW_FLAGS, few_matrices, tiny_config, write_text
 
 import spdf_jax as spdf
 from spdf_jax.jobs import train as jobs
@@ -55,7 +55,8 @@ def config(text: Path, sizes: tuple[int, int, int] = (1, 1, 1)):
 def before_a_topology_step(text):
     """A phase, a state in it, a dense gradient, and what to aim for: in host memory."""
     run = config(text)
-    plan = make_plan(run)[0]
+    with few_matrices():
+        plan = make_plan(run)[0]
     state = init_state(
         spdf.GPT(run.model), plan.tx, plan.config.sparsity, plan.filter, run.seed, make_mesh(MeshConfig(1))
     )

@@ -37,7 +37,7 @@ from spdf_jax.sparsity.masks import init_masks
 from spdf_jax.training.restore import saved_run
 from spdf_jax.workdir import write_json
 
-pytestmark = pytest.mark.usefixtures("no_figures")
+pytestmark = pytest.mark.usefixtures("no_figures", "few_matrices")
 
 HUGE_BYTES = 1 << 40
 
@@ -315,7 +315,7 @@ def gpt2(text, tmp_path_factory):
     data = prepare(spdf.resolve(short(text)).data, progress=False)
     for seed in (0, 1):
         config = spdf.GPTConfig(n_layer=1, n_head=2, d_model=8, vocab_size=300, context=8)
-        params = spdf.GPT(config).init(jax.random.key(seed), jnp.zeros((1, 4), int))["params"]
+        params = jax.jit(spdf.GPT(config).init)(jax.random.key(seed), jnp.zeros((1, 4), int))["params"]
         folder = tmp_path_factory.mktemp("gpt2") / str(seed)
         save_gpt2(folder, config, params, tokenizer=data.tokenizer)
         folders.append(folder)

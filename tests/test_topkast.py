@@ -22,6 +22,8 @@ from spdf_jax.training.restore import restore_state
 from spdf_jax.training.state import init_state
 from spdf_jax.tree import map_named
 
+pytestmark = pytest.mark.usefixtures("few_matrices")
+
 KEY = jax.random.key(0)
 
 

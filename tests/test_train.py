@@ -20,9 +20,9 @@ from spdf_jax.jobs import train as jobs
 from spdf_jax.jobs.evaluate import evaluate_checkpoint
 from spdf_jax.training import checkpoint as checkpointing
 from spdf_jax.training import loop
+from spdf_jax.training import step as programs
 from spdf_jax.training.metrics import read_metrics
 from spdf_jax.training.phases import make_plan, total_cost
-from spdf_jax.training.step import Steps
 from spdf_jax.tree import named_leaves
 from spdf_jax.workdir import read_json
 
@@ -57,20 +57,21 @@ def rows_without_clock(workdir: Path) -> list[dict]:
 
 
 class Whole(NamedTuple):
-    """A run from its beginning to its end, and the programs of its phases."""
+    """A run from its beginning to its end, and how many train and topology steps each phase compiled."""
 
     workdir: Path
-    steps: list[Steps]
+    compiled: list[tuple[int, int]]
 
 
 @pytest.fixture(scope="module")
 def whole(text, tmp_path_factory):
     workdir, steps = tmp_path_factory.mktemp("run") / "whole", []
     original = loop.make_steps
+    programs._kept_program.cache_clear()  # those of runs before it
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "make_steps", lambda *args: steps.append(original(*args)) or steps[-1])
         jobs.train(spdf.resolve(tiny_config(text, text.parent / "cache")), workdir, progress=False)
-    return Whole(workdir, steps)
+    return Whole(workdir, [(made.train._cache_size(), made.topology._cache_size()) for made in steps])
 
 
 @pytest.fixture
@@ -152,11 +153,29 @@ def test_dropping_the_masks_changes_no_value_and_then_masked_weights_move(text, 
 
 
 def test_nothing_compiles_twice(whole):
-    pretrain, finetune = whole.steps
     # One compilation an attention pattern, however often sparsity changes.
-    assert pretrain.train._cache_size() == 2
-    assert pretrain.topology._cache_size() == 2
-    assert (finetune.train._cache_size(), finetune.topology._cache_size()) == (1, 0)
+    assert whole.compiled == [(2, 2), (1, 0)]
+
+
+def test_runs_of_equal_settings_share_their_programs(text):
+    """So that one made again, resumed or watched in one process, or with another seed, compiles nothing."""
+
+    def made(**settings):
+        c = tiny_config(text, text.parent / "cache")
+        c.update_from_flattened_dict(settings)
+        config = spdf.resolve(c)
+        plan = make_plan(config)[0]
+        model = spdf.GPT(config.model)
+        return programs.make_steps(model, plan.tx, plan.learning_rate, plan.programme.config.topology_rule)
+
+    plain = made()
+    assert made(seed=1) == plain
+    assert made(**{"pretrain.steps": 50}) == plain, "its learning rate is constant"
+    other = made(**{"pretrain.optimizer.beta1": 0.5})
+    assert (other.train == plain.train, other.topology == plain.topology) == (False, False)
+    assert other.evaluate == plain.evaluate
+    rigl = made(**{"pretrain.sparsity.rule": "rigl"})
+    assert (rigl.train == plain.train, rigl.topology == plain.topology) == (True, False)
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ As a program it trains such a run and dies by SIGKILL at a named moment:
 ``python tiny.py WORKDIR DATA save|topology|phase``.
 """
 
+import contextlib
 import dataclasses
 import os
 import shutil
@@ -14,9 +15,12 @@ import threading
 from pathlib import Path
 
 import jax
+import pytest
 
 import spdf_jax as spdf
 from spdf_jax.sparsity.programme import SparsityConfig
+from spdf_jax.training import phases
+from spdf_jax.training.state import sparse_filter
 
 # XLA's older emitters compile faster, as long as there are any; a flag that it does not know ends the process.
 _EMITTERS = "--xla_cpu_use_fusion_emitters=false " if jax.__version_info__ < (0, 11) else ""
@@ -58,6 +62,16 @@ def tiny_config(text: Path, cache: Path):
     c.loop.log_every_steps, c.loop.eval_every_steps, c.loop.checkpoint_every_steps = 1, 20, 10
     c.loop.eval_batch_size, c.loop.keep_checkpoints = 8, 100
     return c
+
+
+@contextlib.contextmanager
+def few_matrices():
+    """Plans whose sparse matrices are the MLP's, and the head where it is to be: whatever moves masks compiles in a third of
+    the time, and those of attention are as these."""
+    with pytest.MonkeyPatch.context() as patch:
+        attention_dense = (r"^blocks/attn_.*kernel$", "dense")
+        patch.setattr(phases, "sparse_filter", lambda *how: (attention_dense, *sparse_filter(*how)))
+        yield
 
 
 def set_sparsity(phase, **settings):

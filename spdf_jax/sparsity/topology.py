@@ -142,7 +142,9 @@ def prune_and_grow(
     n_grow = target - jnp.sum(kept, dtype=jnp.int32)
     # The float product rounds up past 2^24; never more than n_grow.
     n_by_gradient = jnp.minimum(jnp.floor(n_grow * gradient_share).astype(jnp.int32), n_grow)
-    new = kept | p.select(p.pool(jnp.abs(grads)), n_by_gradient, target, among=~kept, taken=kept)
+    new = kept
+    if gradient_share > 0:
+        new = new | p.select(p.pool(jnp.abs(grads)), n_by_gradient, target, among=~kept, taken=kept)
     if gradient_share < 1:
         scores = jax.random.bits(key, active.shape, jnp.uint32)
         new = new | p.select(scores, n_grow - n_by_gradient, target, among=~new, taken=new)

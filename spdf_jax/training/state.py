@@ -15,7 +15,7 @@ from spdf_jax.sharding import optimizer_shardings, parameter_shardings, replicat
 from spdf_jax.sparsity.block_topology import block_grid
 from spdf_jax.sparsity.blocks import element_masks, init_topology, to_blocks, to_masks
 from spdf_jax.sparsity.distributions import target_counts
-from spdf_jax.sparsity.masks import active_counts, apply_masks, dense_masks, init_masks, matrix_groups
+from spdf_jax.sparsity.masks import apply_masks, dense_masks, init_masks, matrix_groups
 from spdf_jax.sparsity.programme import SparsityConfig
 from spdf_jax.sparsity.regrowth import reset_masked_state
 from spdf_jax.sparsity.topology import fit_masks
@@ -143,9 +143,11 @@ def start_phase(
         key = jax.random.fold_in(state.key, state.step)
         if config.blocks:
             return as_blocks(key, tx, state, config, filter)
+        # Only those that are there are fitted, and only where there are none are they made: the rest is not compiled.
         fresh = _masks(key, state.params, config, filter)
-        found = jax.tree.map(lambda old, new: old if old.ndim and new.ndim else new, state.masks, fresh)
-        masks = fit_masks(state.key, state.params, found, active_counts(fresh, state.params, filter), config.pattern)
+        found = jax.tree.map(lambda old, new: old if new.ndim else new, state.masks, fresh)
+        fitted = fit_masks(state.key, state.params, found, _counts(state.params, config, filter), config.pattern)
+        masks = jax.tree.map(lambda old, new: old if old.ndim else new, fitted, fresh)
         if not reset_optimizer:
             state = state.replace(opt_state=reset_masked_state(tx, state.opt_state, state.params, masks))
         return state.replace(masks=masks, params=apply_masks(state.params, masks))
@@ -228,6 +230,13 @@ def _fresh(model: nn.Module, tx: Any, config: SparsityConfig, filter: Filter, ke
     opt_state = tx.init(params)  # Top-KAST's keeps the values of masked weights; moments start at 0 in any case
     state = TrainState(jnp.zeros((), jnp.int32), apply_masks(params, masks), masks, opt_state, run_key)
     return as_blocks(mask_key, tx, state, config, filter) if config.blocks else state
+
+
+def _counts(params: Any, config: SparsityConfig, filter: Filter) -> dict[str, jax.Array]:
+    """What `_masks` hold: ``{name: [count]}``."""
+    groups = matrix_groups(params, filter)
+    counts = target_counts(groups, config.curve(0.0), config.distribution, config.pattern)
+    return {name: jnp.full((group.count,), counts[name], jnp.int32) for name, group in groups.items()}
 
 
 def _masks(key: jax.Array, params: Any, config: SparsityConfig, filter: Filter) -> Any:
