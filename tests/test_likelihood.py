@@ -26,6 +26,7 @@ from spdf_jax.training.step import eval_step
 
 TEXT = "to be or not to be, that is the question: whether it is nobler to bear the slings and arrows of fortune\n" * 3
 TOKENIZER = train_tokenizer([TEXT], vocab_size=290, progress=False)
+SLOW = [pytest.mark.slow, pytest.mark.quickly]
 CONFIG = spdf.GPTConfig(n_layer=2, n_head=2, d_model=16, vocab_size=290, context=24, init_std=0.3)
 MODEL = spdf.GPT(CONFIG)
 PAIRS = [
@@ -100,12 +101,12 @@ def test_the_context_before_what_fits_has_no_say_and_the_rest_has():
     assert score([(TEXT[:-20], " the question")])[0][0] != pytest.approx(full, rel=1e-3)
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 64])
+@pytest.mark.parametrize("batch_size", [1, 64, pytest.param(3, marks=SLOW)])
 def test_batch_size_changes_nothing(batch_size):
     np.testing.assert_allclose([f[0] for f in score(batch_size=batch_size)], [f[0] for f in score()], rtol=1e-5)
 
 
-@pytest.mark.parametrize("mesh", [MeshConfig(data=8), MeshConfig(data=2, fsdp=2, tensor=2)])
+@pytest.mark.parametrize("mesh", [MeshConfig(data=2, fsdp=2, tensor=2), pytest.param(MeshConfig(data=8), marks=SLOW)])
 def test_eight_devices_give_the_same_numbers(mesh):
     mesh = make_mesh(mesh)
     found, whole = score(mesh=mesh), score()
@@ -186,8 +187,9 @@ def test_texts_are_scored_each_by_itself():
 def test_rolling_perplexity_is_the_validation_perplexity_where_windows_coincide():
     text = next(t for n in range(100, len(TEXT)) if len(ids(t := TEXT[:n])) == 3 * CONFIG.context)
     ((total, count),) = rolling([text])
+    evaluate = jax.jit(eval_step, static_argnums=0, static_argnames=("pattern", "width"))
     sums = [
-        eval_step(MODEL, {"params": parameters()}, batch, pattern="causal", width=128)
+        evaluate(MODEL, {"params": parameters()}, batch, pattern="causal", width=128)
         for batch in validation_batches(np.array([0, *ids(text)]), seq_len=CONFIG.context, batch_size=2)
     ]
     loss = sum(float(s) for s, _ in sums) / sum(float(w) for _, w in sums)
