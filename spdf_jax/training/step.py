@@ -73,9 +73,7 @@ def _program(step: Callable[..., Any], *bound: Any, donate: str = "", out: Any =
 
 
 @lru_cache(maxsize=6)  # a run of two phases; the device holds them all
-def _kept_program(
-    step: Callable[..., Any], bound: tuple[Any, ...], donate: str, treedef: Any, leaves: tuple[Any, ...]
-) -> Any:
+def _kept_program(step: Any, bound: tuple[Any, ...], donate: str, treedef: Any, leaves: tuple[Any, ...]) -> Any:
     how: Any = {"static_argnames": ("pattern", "width"), "donate_argnames": donate or ()}
     return jax.jit(partial(step, *bound), out_shardings=jax.tree.unflatten(treedef, leaves), **how)
 
