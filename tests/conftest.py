@@ -40,9 +40,16 @@ def no_figures():
         yield
 
 
-@pytest.fixture(scope="module", name="few_matrices")
-def runs_of_few_matrices():
-    """In a module: see `tiny.few_matrices`."""
+@pytest.fixture(name="few_matrices")
+def a_test_with_few_matrices():
+    """See `tiny.few_matrices`."""
+    with few_matrices():
+        yield
+
+
+@pytest.fixture(scope="module", name="all_with_few_matrices")
+def a_module_with_few_matrices():
+    """In a whole module, and the runs that its tests share."""
     with few_matrices():
         yield
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import few_matrices, set_sparsity, tiny_config, write_text
+from tiny import set_sparsity, tiny_config, write_text
 
 import spdf_jax as spdf
 from spdf_jax.data import Batch
@@ -46,12 +46,6 @@ def blocks_config(rule="static", phases=("pretrain",), **model):
     if rule != "dense":
         c.pretrain.sparsity.update(BLOCKS)
     return c
-
-
-@pytest.fixture(name="few_matrices")
-def the_mlp_in_blocks():
-    with few_matrices():
-        yield
 
 
 def batches(count, rows=4, vocab=300, seq=16):

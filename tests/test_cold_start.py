@@ -19,7 +19,7 @@ from spdf_jax.training.metrics import read_metrics
 from spdf_jax.training.phases import make_plan
 from spdf_jax.training.state import abstract_state, state_shardings
 
-pytestmark = pytest.mark.usefixtures("few_matrices")
+pytestmark = pytest.mark.usefixtures("all_with_few_matrices")
 
 spec = importlib.util.spec_from_file_location(
     "cold_start", Path(__file__).parent.parent / "experiments" / "cold_start.py"

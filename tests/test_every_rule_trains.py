@@ -9,7 +9,7 @@ import spdf_jax as spdf
 from spdf_jax.sparsity.masks import active_counts, apply_masks
 from spdf_jax.training.phases import make_plan
 
-pytestmark = pytest.mark.usefixtures("few_matrices")
+pytestmark = pytest.mark.usefixtures("all_with_few_matrices")
 
 
 @pytest.fixture(scope="module")

@@ -55,7 +55,7 @@ from spdf_jax.training import loop, stored_state
 from spdf_jax.training.metrics import read_metrics
 from spdf_jax.training.restore import saved_run
 
-pytestmark = pytest.mark.usefixtures("no_figures", "few_matrices")
+pytestmark = pytest.mark.usefixtures("no_figures", "all_with_few_matrices")
 
 ROOT = Path(__file__).parent.parent
 

@@ -24,7 +24,7 @@ from spdf_jax.training.restore import initial_from, saved_run, source_folder
 from spdf_jax.tree import named_leaves
 from spdf_jax.workdir import read_json
 
-pytestmark = pytest.mark.usefixtures("no_figures", "few_matrices")
+pytestmark = pytest.mark.usefixtures("no_figures", "all_with_few_matrices")
 
 UP = "blocks/mlp_up/kernel"
 

@@ -25,7 +25,7 @@ from spdf_jax.training.phases import make_plan
 from spdf_jax.training.restore import restore_state
 from spdf_jax.workdir import lock
 
-pytestmark = pytest.mark.usefixtures("no_figures", "few_matrices")
+pytestmark = pytest.mark.usefixtures("no_figures", "all_with_few_matrices")
 
 ROOT = Path(__file__).parent.parent
 MST = "experiments/gpt2_mst.py"

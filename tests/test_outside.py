@@ -37,7 +37,7 @@ from spdf_jax.sparsity.masks import init_masks
 from spdf_jax.training.restore import saved_run
 from spdf_jax.workdir import write_json
 
-pytestmark = pytest.mark.usefixtures("no_figures", "few_matrices")
+pytestmark = pytest.mark.usefixtures("no_figures", "all_with_few_matrices")
 
 HUGE_BYTES = 1 << 40
 

@@ -22,8 +22,6 @@ from spdf_jax.training.restore import restore_state
 from spdf_jax.training.state import init_state
 from spdf_jax.tree import map_named
 
-pytestmark = pytest.mark.usefixtures("few_matrices")
-
 KEY = jax.random.key(0)
 
 
@@ -123,6 +121,7 @@ def topkast_config(text):
 
 @pytest.mark.slow
 @pytest.mark.quickly
+@pytest.mark.usefixtures("few_matrices")
 def test_the_loop_keeps_sets_and_values_together(text):
     config = spdf.resolve(topkast_config(text))
     plan = make_plan(config)[0]
@@ -158,6 +157,7 @@ def test_the_loop_keeps_sets_and_values_together(text):
     assert max(churn) > 0, "no explored weight ever overtook"
 
 
+@pytest.mark.usefixtures("few_matrices")
 def test_checkpoints_hold_the_explored_set_at_a_bit_a_weight(text, tmp_path):
     config = spdf.resolve(topkast_config(text))
     plan, mesh, model = make_plan(config)[0], make_mesh(config.mesh), GPT(config.model)
