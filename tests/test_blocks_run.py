@@ -136,6 +136,7 @@ def test_the_state_of_the_sparse_leaves_is_a_quarter_of_the_dense_one():
 
 
 @pytest.mark.slow
+@pytest.mark.quickly
 def test_on_a_mesh_it_is_the_same():
     c = blocks_config("rigl")
     model, plan, _, alone = first_state(c)
@@ -239,6 +240,7 @@ def run_config(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.quickly
 def test_a_run_resumes_to_the_same_bits_and_exports_the_weights_it_computes_with(tmp_path, monkeypatch):
     config = spdf.resolve(run_config(tmp_path))
     whole, cut = tmp_path / "whole", tmp_path / "cut"

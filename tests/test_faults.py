@@ -286,7 +286,9 @@ def interrupted(whole, tmp_path):
 
 # Reads that were under way when one failed end later, in nobody's hands; pytest makes an error of each.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.parametrize("damage", [*DAMAGES, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE_DAMAGES)])
+@pytest.mark.parametrize(
+    "damage", [*DAMAGES, *(pytest.param(name, marks=[pytest.mark.slow, pytest.mark.quickly]) for name in MORE_DAMAGES)]
+)
 def test_a_damaged_checkpoint_is_noticed_set_aside_and_the_one_before_it_gone_on_from(
     damage, whole, interrupted, text, capfd
 ):

@@ -76,7 +76,7 @@ def decode_theirs(model, prompt, end_tokens, **options):
     return tokens[:cut], score
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize(
     ("settings", "options"),
     [

@@ -27,8 +27,8 @@ from spdf_jax.tree import named_leaves
 pytestmark = pytest.mark.usefixtures("no_figures")
 
 MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 1, 8)]
-STEPS = 200
-SPARSEST = 100  # a step of the ultra-sparse phase
+STEPS = 100
+SPARSEST = 50  # a step of the ultra-sparse phase
 
 
 @pytest.fixture(scope="module")

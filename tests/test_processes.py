@@ -24,7 +24,12 @@ from spdf_jax.training.metrics import read_metrics
 
 pytestmark = pytest.mark.usefixtures("no_figures")
 
-STEPS = ("--config.pretrain.steps=24", "--config.finetune.steps=4")
+STEPS = (
+    "--config.pretrain.steps=12",
+    "--config.finetune.steps=4",
+    "--config.pretrain.sparsity.update_every_steps=3",
+    "--config.loop.checkpoint_every_steps=6",
+)
 #: The first update by Adam is the sign of each gradient; at the tiny run's own rate, rounding at zero would show in the losses.
 FINETUNE_RATE = 1e-3
 BATCH = ("--config.pretrain.batch_size=8", "--config.finetune.batch_size=8")
@@ -42,7 +47,8 @@ def text(tmp_path_factory):
 def alone(text, tmp_path_factory):
     """Losses of the same run in one process on one device."""
     c = tiny_config(text, text.parent / "cache")
-    c.pretrain.steps, c.finetune.steps, c.pretrain.batch_size, c.finetune.batch_size = 24, 4, 8, 8
+    c.pretrain.steps, c.finetune.steps, c.pretrain.batch_size, c.finetune.batch_size = 12, 4, 8, 8
+    c.pretrain.sparsity.update_every_steps = 3
     c.finetune.optimizer.peak_learning_rate = FINETUNE_RATE
     c.pretrain.sparsity.update(NO_WINDOW)
     workdir = tmp_path_factory.mktemp("runs") / "alone"
@@ -178,14 +184,14 @@ def test_four_processes_train_and_resume_as_one_and_two_evaluate_what_they_left(
     ended = finish(start(4, 1, whole, text, *TINY, "--noquiet"))
     assert [end.code for end in ended] == [0] * 4, ended
     assert_same_losses(whole, alone)
-    assert {p.name for p in (whole / "checkpoints").iterdir()} == {"10", "20", "24", "28"}
+    assert {p.name for p in (whole / "checkpoints").iterdir()} == {"6", "12", "16"}
     assert ["validation loss" in end.output for end in ended] == [True] + [False] * 3  # process 0 alone talks
-    for name in ("config.json", "summary.json", "report.html", "tokenizer.json", "mask_pictures/step_00000024.npz"):
+    for name in ("config.json", "summary.json", "report.html", "tokenizer.json", "mask_pictures/step_00000012.npz"):
         assert (whole / name).is_file(), name
 
-    # Stopped in the middle: as it was after step 10, with rows of later steps to drop.
+    # Stopped in the middle: as it was after step 6, with rows of later steps to drop.
     (whole / "summary.json").unlink()
-    for step in ("20", "24", "28"):
+    for step in ("12", "16"):
         shutil.rmtree(whole / "checkpoints" / step)
     ended = finish(start(4, 1, whole, text, *TINY))
     assert [end.code for end in ended] == [0] * 4, ended
@@ -194,15 +200,15 @@ def test_four_processes_train_and_resume_as_one_and_two_evaluate_what_they_left(
     ended = finish(start(2, 2, whole, text, *TINY, "--job", "evaluate"))
     assert [end.code for end in ended] == [0, 0], ended
     (val_loss,) = re.findall(r"val_loss ([\d.]+)", ended[0].output)
-    assert float(val_loss) == pytest.approx(alone[28, "val_loss"], abs=2e-4)
+    assert float(val_loss) == pytest.approx(alone[16, "val_loss"], abs=2e-4)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_one_killed_process_ends_all_and_the_same_command_ends_as_if_nothing_had_been(victim, text, alone, tmp_path):
-    arguments = (*TINY, "--config.loop.checkpoint_every_steps=4")
+    arguments = (*TINY, "--config.loop.checkpoint_every_steps=2")
     started = start(2, 2, tmp_path, text, *arguments)
-    wait_for_rows(tmp_path, 12, started)
+    wait_for_rows(tmp_path, 6, started)
     started[victim].kill()
     killed = time.monotonic()
     ended = finish(started)
@@ -218,7 +224,7 @@ def test_one_killed_process_ends_all_and_the_same_command_ends_as_if_nothing_had
 @pytest.mark.slow
 def test_sigterm_to_one_process_saves_in_all_of_them_and_the_same_command_goes_on(text, alone, tmp_path):
     started = start(2, 2, tmp_path, text, *TINY)
-    wait_for_rows(tmp_path, 8, started)
+    wait_for_rows(tmp_path, 5, started)
     started[1].terminate()
     ended = finish(started)
     assert [end.code for end in ended] == [processes.RESTART_CODE] * 2, ended

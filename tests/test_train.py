@@ -179,6 +179,7 @@ def test_runs_of_equal_settings_share_their_programs(text):
 
 
 @pytest.mark.slow
+@pytest.mark.quickly
 def test_gradient_accumulation_gives_the_same_run(text, tmp_path):
     losses = []
     for accumulate in (1, 4):
