@@ -51,7 +51,6 @@ class OptimizerConfig:
         check_fields(self, "optimizer")
 
 
-@cache  # as `make_optimizer`
 def learning_rate_schedule(
     config: OptimizerConfig, total_steps: int, start: int = 0
 ) -> Callable[[jax.Array], jax.Array]:
@@ -59,6 +58,11 @@ def learning_rate_schedule(
 
     Linear warm-up, then the schedule down to the final fraction.
     """
+    return _schedule(config, 0 if config.schedule == "constant" else total_steps, start)
+
+
+@cache  # as `make_optimizer`
+def _schedule(config: OptimizerConfig, total_steps: int, start: int) -> Callable[[jax.Array], jax.Array]:
     peak, final = config.peak_learning_rate, config.peak_learning_rate * config.final_fraction
     decay_steps = max(1, total_steps - config.warmup_steps)
     after = {

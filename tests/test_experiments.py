@@ -35,3 +35,9 @@ def test_it_resolves_and_is_planned(name, variant, monkeypatch):
         return
     for cell in resolve_sweep(config).cells.values():
         assert plan.make_plan(cell)[-1].end > 0
+
+
+@pytest.mark.parametrize("name", sorted({name for name, _ in EXPERIMENTS}))
+def test_a_variant_that_it_does_not_have_is_refused_with_those_it_has(name):
+    with pytest.raises(spdf.InputError, match=r"no variant 'nope'.*known are"):
+        get_config(name, "nope")

@@ -203,7 +203,7 @@ a_step_that_hangs()
 def test_every_step_and_every_validation_batch_beats(text, tmp_path, monkeypatch):
     c = short(text)
     c.pretrain.steps, c.loop.watchdog_seconds, c.loop.eval_batch_size = 5, 77, 1
-    set_sparsity(c.pretrain, rule="static", sparsity=0.8)
+    set_sparsity(c.pretrain, rule="static", sparsity=0.8, sparsify_head=True)
     beats = []
     monkeypatch.setattr(processes, "beat", lambda *beat: beats.append(beat))
     jobs.train(spdf.resolve(c), tmp_path, progress=False)

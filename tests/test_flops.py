@@ -193,12 +193,3 @@ def test_state_bytes_counts_weights_masks_and_moments():
     dense_leaves, adam_count = 14, 4  # a 0-d bool each, an int32
     weights = wte + wpe + linear + norms + biases
     assert state_bytes(run, plan) == weights * 12 + linear + dense_leaves + adam_count
-
-
-@pytest.mark.parametrize("path", sorted(EXPERIMENTS.glob("*.py")), ids=lambda p: p.stem)
-def test_every_variant_of_every_experiment_resolves(path):
-    first = config(path.stem)
-    for variant in first.variants:
-        assert config(path.stem, variant).variant == variant
-    with pytest.raises(spdf.InputError, match=r"no variant 'nope'.*known are"):
-        config(path.stem, "nope")

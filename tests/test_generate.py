@@ -20,6 +20,7 @@ MODEL = spdf.GPT(CONFIG)
 PROMPTS = [[4], [1, 2, 3], [7, 7, 5, 0, 2, 11, 6], [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9]]
 END = 5
 MAX_NEW = 10
+repeats = jax.jit(decoding._repeats, static_argnums=(3, 4))
 
 
 @functools.cache  # not where every worker imports it
@@ -93,7 +94,10 @@ def beam_reference(prompt, beams, penalty, ngram=0, counts_prompt=False):
     return (tokens[:-1] if tokens[-1] == END else tokens), score
 
 
-@pytest.mark.parametrize(("ngram", "counts_prompt"), [(0, False), (2, False), (2, True)])
+SLOW = [pytest.mark.slow, pytest.mark.quickly]
+
+
+@pytest.mark.parametrize(("ngram", "counts_prompt"), [(0, False), (2, True), pytest.param(2, False, marks=SLOW)])
 def test_greedy_is_the_argmax_loop_of_the_plain_model_and_a_beam_of_one(ngram, counts_prompt):
     settings = {"no_repeat_ngram": ngram, "no_repeat_counts_prompt": counts_prompt, "length_penalty": 0.7}
     greedy, beam = decode(**settings), decode(method="beam", beam_size=1, **settings)
@@ -106,7 +110,11 @@ def test_greedy_is_the_argmax_loop_of_the_plain_model_and_a_beam_of_one(ngram, c
 
 @pytest.mark.parametrize(
     ("beams", "penalty", "ngram", "counts_prompt"),
-    [(3, 0.8, 2, False), (3, 0.8, 2, True), (2, 2.5, 0, False), (4, 2.5, 0, False)],
+    [
+        (3, 0.8, 2, False),
+        (4, 2.5, 0, False),
+        *(pytest.param(*others, marks=SLOW) for others in [(3, 0.8, 2, True), (2, 2.5, 0, False)]),
+    ],
 )
 def test_beam_search_equals_one_with_lists(beams, penalty, ngram, counts_prompt):
     rng = np.random.default_rng(0)
@@ -119,13 +127,15 @@ def test_beam_search_equals_one_with_lists(beams, penalty, ngram, counts_prompt)
     np.testing.assert_allclose([g.score for g in found], [score for _, score in expected], rtol=1e-5)
 
 
-@pytest.mark.parametrize("penalty", [0.0, 2.0])
+@pytest.mark.parametrize("penalty", [2.0, pytest.param(0.0, marks=SLOW)])
 def test_a_beam_as_wide_as_all_sequences_is_exhaustive_search(penalty):
     config = dataclasses.replace(CONFIG, vocab_size=4)
     model, limit, end, prompt = spdf.GPT(config), 4, 3, [0, 2]
     params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 4), int))["params"]
     rows_RT = np.array([(*prompt, *tail) for tail in itertools.product(range(4), repeat=limit)])
-    log_probs_RTV = np.asarray(jax.nn.log_softmax(model.apply({"params": params}, rows_RT)), np.float64)
+    log_probs_RTV = np.asarray(
+        jax.jit(lambda rows_RT: jax.nn.log_softmax(model.apply({"params": params}, rows_RT)))(rows_RT), np.float64
+    )
     best = {}
     for row, log_probs_TV in zip(rows_RT, log_probs_RTV, strict=True):
         tail = row[len(prompt) :].tolist()
@@ -169,8 +179,14 @@ def test_any_of_several_end_tokens_ends():
     assert decode(ends=ends)[0].tokens == tokens[: min(tokens.index(end) for end in ends)]
 
 
-@pytest.mark.parametrize("counts_prompt", [False, True])
-@pytest.mark.parametrize("method", ["sample", "beam"])
+@pytest.mark.parametrize(
+    ("method", "counts_prompt"),
+    [
+        ("sample", False),
+        ("beam", True),
+        *(pytest.param(*others, marks=SLOW) for others in [("sample", True), ("beam", False)]),
+    ],
+)
 def test_no_ngram_comes_twice(method, counts_prompt):
     prompts = [[1], [1, 2, 1, 3], [0, 1, 2, 3, 4, 5, 6, 7, 8], [12, 12]]
     found = decode(prompts, ends=(), method=method, no_repeat_ngram=2, no_repeat_counts_prompt=counts_prompt)
@@ -180,7 +196,7 @@ def test_no_ngram_comes_twice(method, counts_prompt):
         assert len(set(pairs)) == len(pairs)
 
 
-@pytest.mark.parametrize("method", ["greedy", "beam"])
+@pytest.mark.parametrize("method", ["greedy", pytest.param("beam", marks=SLOW)])
 def test_a_copy_of_the_prompt_repeats_nothing(method):
     """What data-to-text is: a rule over n-grams of the prompt would forbid the names that the text must hold."""
     (free,) = decode([[1, 2, 3]], ends=(), method=method, beam_size=3)
@@ -223,8 +239,8 @@ def test_where_every_token_would_repeat_there_is_no_continuation(method):
     ],
 )
 def test_what_would_repeat_by_hand(row, since, n, banned):
-    padded = jnp.array([[*row, *[1, 2, 3, 1, 2, 3][: 8 - len(row)]]])  # what follows the row has no say
-    found_RV = decoding._repeats(padded, jnp.array([since]), jnp.array([len(row)]), n, 7)
+    padded = np.array([[*row, *[1, 2, 3, 1, 2, 3][: 8 - len(row)]]])  # what follows the row has no say
+    found_RV = repeats(padded, np.array([since]), np.array([len(row)]), n, 7)
     assert set(np.flatnonzero(found_RV[0])) == banned
 
 
@@ -233,7 +249,7 @@ def test_what_would_repeat_in_random_ragged_rows():
     tokens_RS, lengths_R = rng.integers(0, 3, (40, 12)), rng.integers(1, 13, 40)
     since_R = rng.integers(0, lengths_R + 1)
     for n in (1, 2, 3, 5):
-        found_RV = jax.jit(decoding._repeats, static_argnums=(3, 4))(tokens_RS, since_R, lengths_R, n, 3)
+        found_RV = repeats(tokens_RS, since_R, lengths_R, n, 3)
         rows = [tuple(row[a:b]) for row, a, b in zip(tokens_RS, since_R, lengths_R, strict=True)]
         expected = [[repeated((*row, t), n) for t in range(3)] for row in rows]
         np.testing.assert_array_equal(found_RV, expected)

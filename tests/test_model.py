@@ -19,6 +19,7 @@ from spdf_jax.model.linear import dense_linear
 from spdf_jax.ops.attention_patterns import PATTERNS
 from spdf_jax.training.state import abstract_params
 
+SLOW = [pytest.mark.slow, pytest.mark.quickly]
 TINY = spdf.GPTConfig(n_layer=2, n_head=2, d_model=16, vocab_size=50, context=12)
 
 
@@ -177,14 +178,16 @@ def in_steps(model, params, tokens_BT, prompt_tokens, length, **options):
     return found_BTV
 
 
-@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize(  # the others are parts of the second
+    "pattern", [p if p in ("causal", "local_strided", "fixed") else pytest.param(p, marks=SLOW) for p in PATTERNS]
+)
 @pytest.mark.parametrize(
     "changes",
     [
         {},
         pytest.param(
             {"use_bias": False, "tied_head": False, "remat": "block", "mup_base_width": 8},
-            marks=[pytest.mark.slow, pytest.mark.quickly],
+            marks=SLOW,
         ),
     ],
 )

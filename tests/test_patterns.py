@@ -1,5 +1,7 @@
 """Patterns: one step by hand in each, and a plain NumPy reference for everything else."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,6 +22,13 @@ KEY = jax.random.key(0)
 FLOATS = st.sampled_from([0.0, 0.5, -0.5, 1.0, -1.0, 1.0078125, 2.0, -3.0, 1e-4, np.inf, -np.inf, np.nan])
 
 step = jax.jit(prune_and_grow, static_argnames=("gradient_share", "drop_score", "pattern"))
+step_tree = jax.jit(prune_and_grow_tree, static_argnames="rule")
+pool_in_threes = jax.jit(parse_pattern("block3").pool)
+
+
+def initial(params, **how):
+    """`init_masks` as one program."""
+    return jax.jit(partial(init_masks, **how))(KEY, params)
 
 
 def top(scores, k, eligible):
@@ -121,8 +130,7 @@ def test_blocks_are_the_unstructured_step_on_sums_of_squares(dtype, gradient_sha
     args = {"target_nnz": target * b * b, "pattern": f"block{b}", **shared}
     new = np.asarray(step(KEY, *map(jnp.asarray, (w, g, mask)), **args))
     # The engine's own sums: near-ties must go the same way.
-    p = parse_pattern(f"block{b}")
-    pooled = [jax.jit(p.pool)(jnp.abs(jnp.asarray(x))) for x in (w, g)]
+    pooled = [pool_in_threes(np.abs(x)) for x in (w, g)]
     alone = step(KEY, *pooled, jnp.asarray(chosen), target_nnz=target, **shared)
     np.testing.assert_array_equal(new, np.repeat(np.repeat(np.asarray(alone), b, 0), b, 1))
 
@@ -130,8 +138,7 @@ def test_blocks_are_the_unstructured_step_on_sums_of_squares(dtype, gradient_sha
 @pytest.mark.parametrize("pattern", ["2:4", "1:4", "block8"])
 def test_initial_masks_by_magnitude_keep_the_best_that_fits(pattern):
     w = np.random.default_rng(0).normal(size=(32, 16)).astype(np.float32)
-    mask = init_masks(
-        KEY,
+    mask = initial(
         {"w": w},
         sparsity=0.75 if pattern != "2:4" else 0.5,
         filter=[("w", "matrix")],
@@ -148,7 +155,7 @@ def test_initial_masks_by_magnitude_keep_the_best_that_fits(pattern):
 
 
 def test_random_masks_take_every_place_of_a_group_equally_often():
-    mask = init_masks(KEY, {"w": jnp.zeros((4, 4000))}, sparsity=0.5, filter=[("w", "matrix")], pattern="2:4")["w"]
+    mask = initial({"w": jnp.zeros((4, 4000))}, sparsity=0.5, filter=[("w", "matrix")], pattern="2:4")["w"]
     share = np.asarray(mask).mean(1)
     assert np.abs(share - 0.5).max() < 4.5 * np.sqrt(0.25 / 4000)
     pairs = np.asarray(mask)[0] & np.asarray(mask)[1]  # one of six pairs
@@ -183,7 +190,7 @@ def test_the_groups_of_every_layout_lie_along_the_axis_that_is_summed_over(metho
         {name: rng.normal(size=shape).astype(np.float32) for name, (_, shape, _) in LAYOUTS.items()} for _ in range(2)
     )
     filter = [(f"^{name}$", decision) for name, (decision, _, _) in LAYOUTS.items()]
-    masks = init_masks(KEY, params, sparsity=0.5, filter=filter, method=method, pattern="2:4")
+    masks = initial(params, sparsity=0.5, filter=filter, method=method, pattern="2:4")
 
     def groups(mask, axis):
         """Sizes of groups of four along an axis, for all others."""
@@ -197,11 +204,10 @@ def test_the_groups_of_every_layout_lie_along_the_axis_that_is_summed_over(metho
         for name in LAYOUTS
     }
     rule = RULES["mst"]._replace(pattern="2:4")
-    step = jax.jit(prune_and_grow_tree, static_argnames="rule")
     full = {name: np.ones_like(params[name], bool) for name in LAYOUTS}
-    back = step(KEY, params, grads, full, target_nnz=targets, drop_fraction=0.0, rule=rule)
+    back = step_tree(KEY, params, grads, full, target_nnz=targets, drop_fraction=0.0, rule=rule)
     kept = {name: np.where(mask, params[name], 0) for name, mask in masks.items()}
-    moved = step(KEY, kept, grads, masks, target_nnz=targets, drop_fraction=0.5, rule=rule)
+    moved = step_tree(KEY, kept, grads, masks, target_nnz=targets, drop_fraction=0.5, rule=rule)
     for name, (_, _, axis) in LAYOUTS.items():
         for mask in (masks[name], back[name], moved[name]):
             assert (groups(mask, axis) == 2).all(), name

@@ -26,7 +26,12 @@ from spdf_jax.tree import named_leaves
 PLAIN = spdf.GPTConfig(n_layer=2, n_head=2, d_model=16, vocab_size=13, context=12, init_std=0.3)
 EZ = dataclasses.replace(PLAIN, activation="squared_relu", dconv=True)
 FULL = dataclasses.replace(EZ, shared_qk=True, mlp_norm="post")
+SLOW = [pytest.mark.slow, pytest.mark.quickly]
 BOTH = pytest.mark.parametrize("config", [EZ, FULL], ids=["ez", "full"])
+EITHER = {  # where one says all, the other is slow
+    "ez": pytest.mark.parametrize("config", [EZ, pytest.param(FULL, marks=SLOW)], ids=["ez", "full"]),
+    "full": pytest.mark.parametrize("config", [pytest.param(EZ, marks=SLOW), FULL], ids=["ez", "full"]),
+}
 OPTIONS = [
     PLAIN,
     EZ,
@@ -134,7 +139,7 @@ def test_taps_start_as_stated_and_are_those_of_the_options():
             np.testing.assert_array_equal(leaf, np.broadcast_to(expected_3[None, :, None], (2, 3, 16)))
 
 
-@BOTH
+@EITHER["full"]
 def test_no_logit_depends_on_a_later_token(config):
     model, params, tokens_BT = make(config, batch=1)
 
@@ -145,7 +150,7 @@ def test_no_logit_depends_on_a_later_token(config):
     np.testing.assert_array_equal(reach_TT, np.tri(12, dtype=bool))
 
 
-@BOTH
+@EITHER["ez"]
 def test_nothing_leaks_from_a_packed_document_into_the_next(config):
     # Every position has a token of its own, so that the gradient by the embedding tells them apart.
     model, params, _ = make(dataclasses.replace(config, vocab_size=24, tied_head=False))
@@ -175,9 +180,7 @@ def test_taps_of_a_packed_document_are_those_of_the_document_alone():
 
 
 @BOTH
-@pytest.mark.parametrize(
-    "lengths", [(3, 7), *(pytest.param(n, marks=[pytest.mark.slow, pytest.mark.quickly]) for n in [(1, 2), (12, 1)])]
-)
+@pytest.mark.parametrize("lengths", [(3, 7), *(pytest.param(n, marks=SLOW) for n in [(1, 2), (12, 1)])])
 def test_cached_logits_equal_those_of_the_whole_sequence(config, lengths):
     model, params, tokens_BT = make(config)
     whole_BTV = whole(model, params, tokens_BT)
@@ -200,7 +203,7 @@ def test_the_cache_goes_on_over_calls_of_any_length():
     np.testing.assert_allclose(jnp.concatenate(parts, 1), whole_BTV, atol=1e-5, rtol=1e-5)
 
 
-@BOTH
+@EITHER["ez"]
 def test_greedy_decoding_is_the_argmax_loop_of_the_plain_model(config):
     model, params, _ = make(config)
     plain = jax.jit(lambda tokens_BT: model.apply({"params": params}, tokens_BT))
@@ -214,7 +217,7 @@ def test_greedy_decoding_is_the_argmax_loop_of_the_plain_model(config):
         assert generation.tokens == row[len(prompt) :]
 
 
-@BOTH
+@EITHER["full"]
 def test_beams_take_their_parents_taps_along(config):
     model, params, _ = make(config)
     prompts = np.random.default_rng(0).integers(0, 13, (12, 5))
@@ -226,7 +229,7 @@ def test_beams_take_their_parents_taps_along(config):
     np.testing.assert_allclose([g.log_probability for g in found], chosen_BT.sum(1), rtol=1e-5)
 
 
-@BOTH
+@EITHER["full"]
 def test_layouts_over_devices_give_the_same_logits(config):
     model, params, tokens_BT = make(config, batch=4)
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
