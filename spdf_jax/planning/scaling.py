@@ -8,48 +8,31 @@ import argparse
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
+from typing import NamedTuple
 
 from spdf_jax.errors import InputError
+from spdf_jax.model.config import GPTConfig
 from spdf_jax.tree import LINEAR_KERNELS, Filter
 
 #: The MLP matrices of `spdf_jax.GPT` alone; attention, embeddings, norms, biases and head stay dense.
 MLP_KERNELS: Filter = ((r"^blocks/mlp.*kernel$", "stack"), (r".*", "dense"))
 
 
-class Transformer(Protocol):
-    """What `widen` reads: a frozen dataclass such as `spdf_jax.GPTConfig`, whose `d_ff` 0 means ``4 * d_model``."""
-
-    __dataclass_fields__: ClassVar[dict[str, Any]]
-
-    @property
-    def n_layer(self) -> int: ...
-    @property
-    def n_head(self) -> int: ...
-    @property
-    def d_model(self) -> int: ...
-    @property
-    def mlp_width(self) -> int: ...
-
-
-Config = TypeVar("Config", bound=Transformer)
-
-
 class Widening(NamedTuple):
     """A wider sparse model.
 
     Attributes:
-      config: of the kind that `widen` was given.
+      config: that of the wider model.
       filter: the leaves that the sparsity applies to, for `spdf_jax.init_masks`.
       active_ratio: active weights in the layers of `config` under that sparsity / those of the dense original.
     """
 
-    config: Any
+    config: GPTConfig
     filter: Filter
     active_ratio: float
 
 
-def widen(config: Config, sparsity: float, how: str = "d_model") -> Widening:
+def widen(config: GPTConfig, sparsity: float, how: str = "d_model") -> Widening:
     """A wider config whose layers at `sparsity` have as many active weights as the dense `config`.
 
     Source: Sparse-IFT (Thangarasa et al., arXiv 2303.11525), "sparse wide": ``d' = d / sqrt(1 - sparsity)``, or
@@ -57,7 +40,7 @@ def widen(config: Config, sparsity: float, how: str = "d_model") -> Widening:
     embedding, the head and attention grow with d' all the same: compare `spdf_jax.train_flops` of both configs.
 
     Args:
-      config: `spdf_jax.GPTConfig` or alike.
+      config: of the dense model.
       sparsity: share of zeros in the sparse matrices of the wider model, in [0, 1).
       how: ``d_model`` (all matrices in layers sparse; the number of heads stays, they get wider) or ``d_ff`` (only the MLP).
 
