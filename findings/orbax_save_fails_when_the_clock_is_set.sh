@@ -43,7 +43,7 @@ for AFTER in range(1, 200):  # the moment differs: which call is in the middle o
     try:
         manager.save(AFTER, args=ocp.args.StandardSave({"w": jnp.ones((256, 256))}))
         manager.wait_until_finished()
-    except TimeoutError as error:
+    except TimeoutError:
         found = AFTER
     finally:
         time.time = true_time

@@ -29,8 +29,10 @@ import spdf_jax as spdf
 from spdf_jax import main
 from spdf_jax.config.run import RunConfig
 from spdf_jax.data import load_tokenizer, prepare
+from spdf_jax.errors import Restart
 from spdf_jax.huggingface import load_gpt2, save_gpt2
 from spdf_jax.jobs import train as jobs
+from spdf_jax.processes import RESTART_CODE
 from spdf_jax.report.records import read_run, read_sweep
 from spdf_jax.sparsity.mask_files import load_masks, save_masks
 from spdf_jax.sparsity.masks import init_masks
@@ -234,11 +236,12 @@ def test_a_run_starts_again_from_a_state_that_it_was_in_or_is_refused(hows, runs
                 assert (step, state) == right[step], what
                 there = list(contents(folder).values())
                 changed = [name for name, content in before.items() if content not in there]
-                # Rows after the step are logged again; what is no row goes.
-                assert changed == [] or changed == ["metrics.jsonl"], what
-                there = (folder / "metrics.jsonl").read_bytes()
-                assert rows.startswith(there), what
-                assert there == rows or step == 6 or how == "gone", what
+                # Rows after the step are logged again, and what follows the rows that a checkpoint counts on is none.
+                grown = (step, str(file), how) == (12, "metrics.jsonl", "huge")
+                assert changed == [] or (changed == ["metrics.jsonl"] and (step == 6 or grown)), what
+                found_rows = (folder / "metrics.jsonl").read_bytes()
+                assert rows.startswith(found_rows), what
+                assert found_rows == rows or step == 6 or how == "gone", what
             shutil.rmtree(folder)
     gc.collect()  # here, and not in the next test, where they would be errors
 
@@ -417,6 +420,20 @@ def test_a_commit_that_the_disk_refuses_is_an_os_error_and_the_run_goes_on_later
     checkpoints.close()
 
 
+def test_a_save_that_the_clock_ends_is_one_line_and_75(text, tmp_path, monkeypatch, capsys):
+    def late(_manager):
+        raise TimeoutError("the clock was set")
+
+    monkeypatch.setattr("spdf_jax.training.checkpoint.ocp.CheckpointManager.wait_until_finished", late)
+    monkeypatch.setattr(main, "_parse", lambda _: None)
+    monkeypatch.setattr(main, "_run", lambda _: jobs.train(spdf.resolve(short(text)), tmp_path, progress=False))
+    assert main.main([]) == RESTART_CODE
+    said = capsys.readouterr().err
+    assert said.startswith(f"{tmp_path}/checkpoints: a save took too long, or the clock was set meanwhile; ")
+    assert said.endswith("; the same command resumes\n")
+    assert said.count("\n") == 1
+
+
 def started(text: Path, workdir: Path, shell: str) -> subprocess.CompletedProcess:
     run = f"{sys.executable} -m spdf_jax.main --config tests/tiny_experiment.py --workdir {workdir}"
     env = os.environ | QUICKLY | {"PYTHONPATH": str(Path(__file__).parent), "TINY_TEXT": str(text)}
@@ -474,7 +491,7 @@ def test_a_clock_that_jumps_changes_nothing(runs, text, tmp_path, monkeypatch):
     c = short(text)
     c.loop.checkpoint_every_steps = 6
     for _ in range(20):
-        with contextlib.suppress(TimeoutError):  # what OSError(ETIMEDOUT) is
+        with contextlib.suppress(Restart):
             jobs.train(spdf.resolve(c), tmp_path)
             break
     ours, theirs = (digest(saved_run(folder).state.params) for folder in (tmp_path, runs[0]))

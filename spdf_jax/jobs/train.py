@@ -1,7 +1,9 @@
 """The job `train`: start, resume, finish."""
 
+import contextlib
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -101,12 +103,7 @@ def train(config: AnyConfig, workdir: Path | str, *, command: str = "", progress
         tokens, tokenizer = load_data(config, workdir, plans, begun=begun, progress=progress)
         feeds = [make_feed(config, plan, tokens, tokenizer, mesh) for plan in plans]
         processes.agree("config.data", "".join(f.fingerprint for f in feeds), "give all of them the same data")
-        sweep(workdir)
-        checkpoints = Checkpoints(workdir / CHECKPOINTS, config.loop.keep_checkpoints)
-        best = Checkpoints(workdir / BEST, keep=1) if plans[-1].config.patience_evaluations else None
-        for each in filter(None, (checkpoints, best)):
-            each.sweep()
-        try:
+        with _opened(config, workdir, plans[-1]) as (checkpoints, best):
             if best:
                 _go_back_for_best(config, workdir, plans[-1], mesh, checkpoints, best)
             state, index, record = _first_state(config, workdir, feeds, plans, mesh, checkpoints, moved)
@@ -116,13 +113,8 @@ def train(config: AnyConfig, workdir: Path | str, *, command: str = "", progress
             if step:
                 print(f"{workdir}: resuming after step {step} of {plans[-1].end}.{_elsewhere(record)}")
             _keep_identity(config, workdir, command, tokenizer, new=step == 0)
-            tracker = Tracker(
-                workdir,
-                resume_step=step,
-                total_steps=plans[-1].end,
-                progress=progress,
-                durable=record.get("rows"),
-            )
+            rows = record.get("rows")
+            tracker = Tracker(workdir, resume_step=step, total_steps=plans[-1].end, progress=progress, durable=rows)
             run = Run(
                 config=config,
                 workdir=workdir,
@@ -139,10 +131,23 @@ def train(config: AnyConfig, workdir: Path | str, *, command: str = "", progress
                 evaluations=_evaluations(workdir, step, record) if step else {},
             )
             return _run_phases(run, index, state, tokens)
-        finally:
-            checkpoints.close()
-            if best:
-                best.close()
+
+
+@contextlib.contextmanager
+def _opened(config: RunConfig, workdir: Path, last: PhasePlan) -> Iterator[tuple[Checkpoints, Checkpoints | None]]:
+    """The run's checkpoints, and that of the best state where the `last` phase may stop early; closed at the end.
+
+    What killed processes left half-written in the workdir is removed first.
+    """
+    sweep(workdir)
+    checkpoints = Checkpoints(workdir / CHECKPOINTS, config.loop.keep_checkpoints)
+    with contextlib.closing(checkpoints), contextlib.ExitStack() as stack:
+        best = None
+        if last.config.patience_evaluations:
+            best = stack.enter_context(contextlib.closing(Checkpoints(workdir / BEST, keep=1)))
+            best.sweep()
+        checkpoints.sweep()
+        yield checkpoints, best
 
 
 def _has_begun(workdir: Path) -> bool:

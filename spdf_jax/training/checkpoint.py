@@ -20,7 +20,7 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint._src.path.atomicity_types import TMP_DIR_SUFFIX  # has no public name
 
-from spdf_jax.errors import InputError
+from spdf_jax.errors import InputError, Restart
 from spdf_jax.processes import RESTART_CODE, is_first, stop, wait_for_first
 from spdf_jax.training.state import TrainState
 from spdf_jax.training.stored_state import examined, is_mask, pack, plain, shapes, unpack
@@ -140,9 +140,10 @@ class Checkpoints:
         # A packed mask's last axis is eight times shorter than its parameter's: restored whole, split when unpacked.
         layout = jax.tree.map(lambda x, s: shardings.step if is_mask(x) else s, abstract, shardings)
         target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), packed, layout)
+        most = _most_bytes(packed)
         with self._damage_named(step):
             for file in (self.directory / str(step)).rglob("*"):
-                if file.stat().st_size > _most_bytes(packed):  # tensorstore would end the process for want of memory
+                if file.stat().st_size > most:  # tensorstore would end the process for want of memory
                     raise ValueError(f"{file.name}: larger than the whole state")
             args = ocp.args.Composite(state=ocp.args.StandardRestore(target))
             restored = self._manager.restore(step, args=args)["state"]
@@ -187,10 +188,9 @@ class Checkpoints:
                 shutil.rmtree(left, ignore_errors=True)
 
     def _check_room(self, packed: TrainState) -> None:
-        """Refuses to start what cannot end: a full disk found half-way costs pages of tracebacks from other threads."""
+        """Refuses to start what cannot end: a disk found full or read-only half-way costs minutes, or pages of tracebacks."""
         self._manager.wait_until_finished()  # the save before has taken its room
-        with tempfile.TemporaryFile(dir=self.directory):  # where no file can be made, orbax would wait for minutes
-            pass
+        tempfile.TemporaryFile(dir=self.directory).close()  # raises where no file can be made
         if shutil.disk_usage(self.directory).free < _most_bytes(packed):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -201,8 +201,12 @@ class Checkpoints:
             yield
         except (ValueError, OSError) as error:
             if isinstance(error, TimeoutError):  # orbax waits by the wall clock
-                reason = "the save did not end in minutes, or the clock was set meanwhile; the same command resumes"
-                raise OSError(errno.ETIMEDOUT, reason, str(self.directory)) from error
+                message = (
+                    f"{self.directory}: a save took too long, or the clock was set meanwhile; the same command resumes"
+                )
+                if jax.process_count() > 1:
+                    stop(RESTART_CODE, message)
+                raise Restart(message) from error
             number = error.errno if isinstance(error, OSError) else _os_error(str(error))
             if number is None:
                 raise

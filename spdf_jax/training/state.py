@@ -1,5 +1,6 @@
 """Everything that a run carries from step to step, its sharded initialisation, and phase changes."""
 
+from collections.abc import Mapping
 from functools import cache, lru_cache
 from typing import Any
 
@@ -14,7 +15,7 @@ from spdf_jax.errors import InputError
 from spdf_jax.sharding import optimizer_shardings, parameter_shardings, replicated
 from spdf_jax.sparsity.block_topology import block_grid
 from spdf_jax.sparsity.blocks import element_masks, init_topology, to_blocks, to_masks
-from spdf_jax.sparsity.distributions import target_counts
+from spdf_jax.sparsity.distributions import MatrixGroup, target_counts
 from spdf_jax.sparsity.masks import apply_masks, dense_masks, init_masks, matrix_groups
 from spdf_jax.sparsity.programme import SparsityConfig
 from spdf_jax.sparsity.regrowth import reset_masked_state
@@ -146,7 +147,9 @@ def start_phase(
         # Only those that are there are fitted, and only where there are none are they made: the rest is not compiled.
         fresh = _masks(key, state.params, config, filter)
         found = jax.tree.map(lambda old, new: old if new.ndim else new, state.masks, fresh)
-        fitted = fit_masks(state.key, state.params, found, _counts(state.params, config, filter), config.pattern)
+        groups, counts = _first_counts(state.params, config, filter)
+        nnz = {name: jnp.full((group.count,), counts[name], jnp.int32) for name, group in groups.items()}
+        fitted = fit_masks(state.key, state.params, found, nnz, config.pattern)
         masks = jax.tree.map(lambda old, new: old if old.ndim else new, fitted, fresh)
         if not reset_optimizer:
             state = state.replace(opt_state=reset_masked_state(tx, state.opt_state, state.params, masks))
@@ -193,8 +196,7 @@ def as_blocks(
     Returns:
       A state whose masks are all 0-d.
     """
-    groups = matrix_groups(state.params, filter)
-    counts = target_counts(groups, config.curve(0.0), config.distribution, config.pattern)
+    groups, counts = _first_counts(state.params, config, filter)
     grids = {name: block_grid(name, group.shape, counts[name], config.pattern) for name, group in groups.items()}
     topology = init_topology(key, state.params, grids, method=config.init, masks=state.masks)
     params, opt_state = to_blocks(tx, state.params, state.opt_state, topology, grids)
@@ -232,11 +234,12 @@ def _fresh(model: nn.Module, tx: Any, config: SparsityConfig, filter: Filter, ke
     return as_blocks(mask_key, tx, state, config, filter) if config.blocks else state
 
 
-def _counts(params: Any, config: SparsityConfig, filter: Filter) -> dict[str, jax.Array]:
-    """What `_masks` hold: ``{name: [count]}``."""
+def _first_counts(
+    params: Any, config: SparsityConfig, filter: Filter
+) -> tuple[dict[str, MatrixGroup], Mapping[str, int]]:
+    """The sparse leaves, and the active weights of one matrix of each at the start of a phase: what `_masks` hold."""
     groups = matrix_groups(params, filter)
-    counts = target_counts(groups, config.curve(0.0), config.distribution, config.pattern)
-    return {name: jnp.full((group.count,), counts[name], jnp.int32) for name, group in groups.items()}
+    return groups, target_counts(groups, config.curve(0.0), config.distribution, config.pattern)
 
 
 def _masks(key: jax.Array, params: Any, config: SparsityConfig, filter: Filter) -> Any:
