@@ -1,4 +1,8 @@
-"""The tiny run in several processes: real ones, each with some simulated devices, joined by sockets."""
+"""The tiny run in several processes: real ones, each with some simulated devices, joined by sockets.
+
+Few matrices are sparse: a topology step asks its hundred counts of each, one after the other, and on two cores four processes
+answer each in some milliseconds.
+"""
 
 import os
 import socket
@@ -37,6 +41,7 @@ def start(
         env |= {
             "PYTHONPATH": str(Path(__file__).parent),
             "TINY_TEXT": str(text),
+            "TINY_FEW_MATRICES": "1",
             "JAX_NUM_CPU_DEVICES": str(devices),
             "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
             "JAX_NUM_PROCESSES": str(count),

@@ -5,6 +5,7 @@ each just before a call that touches the file system, as Python's audit events n
 middle of what libraries write by themselves. It forks a child a start, having imported everything and itself never used JAX.
 """
 
+import gc
 import os
 import random
 import shutil
@@ -18,7 +19,7 @@ from pathlib import Path
 import jax
 import pytest
 from matplotlib.figure import Figure
-from tiny import NO_WINDOW, QUICKLY, tiny_config, write_text
+from tiny import NO_WINDOW, QUICKLY, few_matrices, tiny_config, write_text
 
 import spdf_jax as spdf
 from spdf_jax.config.run import RunConfig
@@ -33,7 +34,7 @@ from spdf_jax.workdir import read_json
 
 EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "shutil.rmtree", "tempfile.mkdtemp"}
 #: Of the kills, how many hundredths each product gets.
-SHARES = {"train": 30, "sweep": 10, "cache": 20, "evaluate": 10, "export": 10, "report": 20}
+SHARES = {"train": 20, "sweep": 4, "cache": 28, "evaluate": 10, "export": 10, "report": 28}
 
 
 def config(text: Path, cache: Path, seed: int = 0) -> RunConfig:
@@ -136,6 +137,7 @@ def kill_all(root: Path, text: Path, seed: int, kills: int) -> int:
 
 @pytest.mark.slow
 @pytest.mark.quickly
+@pytest.mark.usefixtures("few_matrices")  # as in the program
 def test_a_hundred_kills_change_no_bit(tmp_path, capsys):
     text = write_text(tmp_path / "text")
     program = [sys.executable, __file__, str(tmp_path), str(text), "0", "100"]
@@ -182,4 +184,7 @@ def assert_all_as_undisturbed(root: Path) -> None:
 if __name__ == "__main__":
     jax.config.update("jax_num_cpu_devices", 8)  # as in the tests: whose compiled programs are then this process's too
     Figure.savefig = lambda self, file, **how: file.write("<svg></svg>")  # drawing takes longer than such a run
-    print(f"{kill_all(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))} kills")
+    gc.freeze()  # as conftest.py
+    gc.set_threshold(100_000, 20, 100)
+    with few_matrices():
+        print(f"{kill_all(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))} kills")
