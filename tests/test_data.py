@@ -209,6 +209,8 @@ def test_training_in_pieces_gives_the_tokenizer_of_the_whole_text():
     assert train_tokenizer([text], vocab_size=1000, progress=False).to_str() == whole.to_str()
 
 
+@pytest.mark.slow
+@pytest.mark.quickly
 def test_memory_of_training_does_not_grow_with_a_text():
     """As one text these 6 MB take 100 times as much."""
     program = """

@@ -80,6 +80,8 @@ def ends(folder, monkeypatch, separate_documents=True):
     return found
 
 
+@pytest.mark.slow
+@pytest.mark.quickly
 def test_in_a_run_no_document_learns_from_the_one_before_it(tmp_path, monkeypatch):
     jax.tree.map(np.testing.assert_array_equal, *ends(tmp_path, monkeypatch))
     assert (tmp_path / "1" / "train.bin").read_bytes() != (tmp_path / "2" / "train.bin").read_bytes()

@@ -123,7 +123,8 @@ def command(workdir: Path, text: Path, *arguments: str) -> subprocess.Popen:
     )
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_exits_with_75_and_one_message(number, text, whole, tmp_path):
     """After the `whole` run, whose compiled steps it finds."""
     started = command(tmp_path, text, "--quiet", "--config.loop.checkpoint_every_steps=1000")
@@ -261,10 +262,10 @@ def to(pattern: str, harm: Callable[[Path], None]) -> Callable[[Path], None]:
 DAMAGES = {
     "array cut": cut_array,
     "a bit of an array": flip_array,
-    "a bit of the index": to("state/d/*", flip),
     "a digit of the record": to("record/metadata", change_step),
 }
 MORE_DAMAGES = {
+    "a bit of the index": to("state/d/*", flip),
     "arrays gone": lambda step_folder: array_bytes(step_folder)[0].unlink(),
     "index cut": to("state/d/*", cut),
     "record cut": to("record/metadata", cut),

@@ -103,6 +103,8 @@ def test_sparse_finetuning_keeps_the_masks_and_their_zeros(text, pretrained, tmp
     assert (leaf(after.params)[mask] != leaf(before.params)[mask]).mean() > 0.9
 
 
+@pytest.mark.slow
+@pytest.mark.quickly
 def test_redensifying_at_once_grows_to_the_exact_count_beside_what_was_there(text, pretrained, tmp_path):
     c = finetuning(text, pretrained, rule="static", sparsity=0.5, sparsify_head=True)
     before, first = saved_run(pretrained).state, first_state(c, tmp_path)
@@ -233,6 +235,8 @@ def test_early_stopping_keeps_the_best_and_survives_a_restart(text, pretrained, 
     assert rows == [0, 2, 4, 6, 8]
 
 
+@pytest.mark.slow
+@pytest.mark.quickly
 def test_a_phase_stops_early_by_its_own_losses_alone(text, tmp_path, monkeypatch, capsys):
     """The losses of the text before it are lower, and over something else."""
     losses = iter([1.1, 1.0, 9.0, 5.0, 4.0, 4.5, 0.1])  # of text at steps 0 and 2; of the task from step 2 on

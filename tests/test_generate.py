@@ -112,8 +112,7 @@ def test_greedy_is_the_argmax_loop_of_the_plain_model_and_a_beam_of_one(ngram, c
     ("beams", "penalty", "ngram", "counts_prompt"),
     [
         (3, 0.8, 2, False),
-        (4, 2.5, 0, False),
-        *(pytest.param(*others, marks=SLOW) for others in [(3, 0.8, 2, True), (2, 2.5, 0, False)]),
+        *(pytest.param(*others, marks=SLOW) for others in [(4, 2.5, 0, False), (3, 0.8, 2, True), (2, 2.5, 0, False)]),
     ],
 )
 def test_beam_search_equals_one_with_lists(beams, penalty, ngram, counts_prompt):
@@ -182,9 +181,8 @@ def test_any_of_several_end_tokens_ends():
 @pytest.mark.parametrize(
     ("method", "counts_prompt"),
     [
-        ("sample", False),
         ("beam", True),
-        *(pytest.param(*others, marks=SLOW) for others in [("sample", True), ("beam", False)]),
+        *(pytest.param(*others, marks=SLOW) for others in [("sample", False), ("sample", True), ("beam", False)]),
     ],
 )
 def test_no_ngram_comes_twice(method, counts_prompt):
@@ -209,7 +207,7 @@ def test_a_copy_of_the_prompt_repeats_nothing(method):
     assert len(set(whole.tokens)) == MAX_NEW, "every token is in the prompt, and may still be written once"
 
 
-@pytest.mark.parametrize("method", ["greedy", "beam"])
+@pytest.mark.parametrize("method", ["beam", pytest.param("greedy", marks=SLOW)])
 def test_where_every_token_would_repeat_there_is_no_continuation(method):
     prompts = [list(range(10)), [2], [2], [2]]
     settings = {"no_repeat_ngram": 1, "no_repeat_counts_prompt": True}
@@ -255,7 +253,7 @@ def test_what_would_repeat_in_random_ragged_rows():
         np.testing.assert_array_equal(found_RV, expected)
 
 
-@pytest.mark.parametrize("method", ["sample", "beam"])
+@pytest.mark.parametrize("method", ["beam", pytest.param("sample", marks=SLOW)])
 def test_results_do_not_depend_on_the_batch(method):
     alone = decode(method=method, no_repeat_ngram=2)
     others = [[9, 9], PROMPTS[1], [3, 8, 8, 1], PROMPTS[3], [0] * 20, [12]]  # [0] * 20 is padded to another length
@@ -265,6 +263,8 @@ def test_results_do_not_depend_on_the_batch(method):
         assert among[i].log_probability == pytest.approx(alone[i].log_probability, rel=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.quickly
 def test_results_come_in_the_order_of_the_prompts_whatever_their_lengths():
     prompts = [[1] * 20, [2], [3] * 17, [4, 4], [5] * 25, [6] * 16]
     for prompt, g in zip(prompts, decode(prompts, batch_size=2), strict=True):
@@ -285,7 +285,8 @@ def test_the_same_prompt_twice_is_sampled_twice():
 
 
 @pytest.mark.parametrize(
-    ("method", "mesh"), [("sample", MeshConfig(data=2, fsdp=4)), ("beam", MeshConfig(data=1, fsdp=2, tensor=2))]
+    ("method", "mesh"),
+    [pytest.param("sample", MeshConfig(2, 4), marks=SLOW), ("beam", MeshConfig(data=1, fsdp=2, tensor=2))],
 )
 def test_sharded_equals_unsharded(method, mesh):
     whole = decode(method=method, no_repeat_ngram=2)
@@ -299,7 +300,7 @@ def first_tokens(count, **settings):
     return np.array([g.tokens[0] for g in generate(MODEL, parameters(), [PROMPTS[1]] * count, config, end_tokens=())])
 
 
-@pytest.mark.parametrize(("temperature", "top_p"), [(2.0, 1.0), (1.5, 0.6)])
+@pytest.mark.parametrize(("temperature", "top_p"), [pytest.param(2.0, 1.0, marks=SLOW), (1.5, 0.6)])
 def test_sampling_follows_temperature_then_nucleus(temperature, top_p):
     count = 4000
     probs_V = np.exp(next_log_probs(tuple(PROMPTS[1])).astype(float) / temperature)
@@ -323,11 +324,13 @@ def test_hot_sampling_draws_anew_each_step_and_reports_the_models_own_log_probab
         assert g.log_probability == pytest.approx(log_probability(prompt, g.tokens), rel=1e-5)
 
 
-@pytest.mark.parametrize("settings", [{"temperature": 1e-4}, {"top_p": 1e-6}])
+@pytest.mark.parametrize("settings", [{"temperature": 1e-4}, pytest.param({"top_p": 1e-6}, marks=SLOW)])
 def test_cold_or_narrow_sampling_is_greedy(settings):
     assert [g.tokens for g in decode(method="sample", **settings)] == [g.tokens for g in decode()]
 
 
+@pytest.mark.slow
+@pytest.mark.quickly
 def test_a_prompt_may_fill_the_context_but_for_the_new_tokens():
     prompt = [i % 13 for i in range(CONFIG.context - MAX_NEW)]
     (found,) = decode([prompt], ends=())

@@ -100,9 +100,8 @@ def after_it(before_a_topology_step):
     return topology_step((1, 1, 1), *before_a_topology_step)
 
 
-@pytest.mark.parametrize(
-    "sizes", [pytest.param(sizes, marks=() if sizes == (2, 2, 2) else pytest.mark.slow) for sizes in MESHES]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", MESHES)
 def test_a_topology_step_gives_the_same_bits_on_every_mesh(sizes, before_a_topology_step, after_it):
     before = jax.device_get(pack_masks(before_a_topology_step[1].masks))
     assert any((a != b).any() for a, b in zip(*map(jax.tree.leaves, (after_it[0], before)), strict=True))

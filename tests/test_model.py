@@ -94,7 +94,7 @@ def test_forward_needs_masks_and_applies_them():
         spdf.forward(model, params, tokens_BT, masks={"wte": masks["wte"]})
 
 
-@pytest.mark.parametrize("remat", ["dots", "mlp", "block"])
+@pytest.mark.parametrize("remat", ["block", *(pytest.param(which, marks=SLOW) for which in ("dots", "mlp"))])
 def test_layer_scan_with_and_without_remat_agree_in_values_and_gradients(remat):
     model, params, tokens_BT = make()
     remat = spdf.GPT(dataclasses.replace(TINY, remat=remat))
@@ -198,6 +198,8 @@ def test_cached_logits_equal_those_of_the_whole_sequence(pattern, changes):
     np.testing.assert_allclose(cached_BTV, whole_BTV, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.quickly
 def test_the_cache_is_as_long_as_asked_and_in_the_compute_dtype():
     model, params, tokens_BT = make(dtype="bfloat16")
     whole_BTV = apply(model, params, tokens_BT[:, :6])

@@ -51,8 +51,13 @@ def runs(page: str) -> dict:
     return names
 
 
-def test_the_readme_is_five_minutes_and_its_python_runs():
+def test_the_readme_is_read_in_five_minutes():
     assert len(text("README.md").splitlines()) <= 200
+
+
+@pytest.mark.slow
+@pytest.mark.quickly
+def test_the_python_of_the_readme_runs():
     names = runs("README.md")
     weights, mask = (names[tree]["blocks"]["mlp_up"]["kernel"] for tree in ("params", "masks"))
     assert mask.sum() == mask.size // 4

@@ -40,6 +40,12 @@ OPTIONS = [
     dataclasses.replace(PLAIN, dconv=True, mlp_norm="post", use_bias=False, tied_head=False),
 ]
 
+every_option = pytest.mark.parametrize(
+    "config",
+    [option if i in (2, 4) else pytest.param(option, marks=SLOW) for i, option in enumerate(OPTIONS)],
+    ids=["plain", "ez", "full", "shared", "mixed"],
+)
+
 
 @cache
 def make(config, batch=2):
@@ -112,7 +118,7 @@ def numpy_model(c, params, tokens_T):
     return x_TD @ (params["wte"]["embedding"].T if c.tied_head else params["head"]["kernel"])
 
 
-@pytest.mark.parametrize("config", OPTIONS, ids=["plain", "ez", "full", "shared", "mixed"])
+@every_option
 def test_logits_equal_those_of_a_model_in_numpy(config):
     model, params, tokens_BT = make(config)
     logits_BTV = whole(model, params, tokens_BT)
@@ -187,6 +193,8 @@ def test_cached_logits_equal_those_of_the_whole_sequence(config, lengths):
     np.testing.assert_allclose(in_steps(model, params, tokens_BT, lengths, length=12), whole_BTV, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.quickly
 def test_the_cache_goes_on_over_calls_of_any_length():
     model, params, tokens_BT = make(EZ)
     state, parts = {"cache": empty_cache(EZ, 2, 12)}, []
@@ -238,7 +246,7 @@ def test_layouts_over_devices_give_the_same_logits(config):
     np.testing.assert_allclose(whole(model, laid_out, tokens), whole(model, params, tokens_BT), atol=2e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("config", OPTIONS, ids=["plain", "ez", "full", "shared", "mixed"])
+@every_option
 def test_parameter_count_is_that_of_the_model(config):
     sizes = {name: leaf.size for name, leaf in named_leaves(abstract_params(spdf.GPT(config)))}
     assert sum(sizes.values()) == parameter_count(config)

@@ -18,7 +18,9 @@ def table():
     return module
 
 
-@pytest.mark.parametrize("variant", ["mini", "webnlg", "e2e"])
+@pytest.mark.parametrize(
+    "variant", ["mini", *(pytest.param(task, marks=pytest.mark.slow) for task in ("webnlg", "e2e"))]
+)
 def test_every_row_is_of_three_seeds_each_with_a_pretraining_of_its_own(table, variant):
     sweep = resolve_sweep(table.get_config(variant))
     for row in sweep.rows:

@@ -100,9 +100,8 @@ def test_every_checkpoint_holds_exact_zeros_and_exact_counts(uninterrupted, text
     assert max(seen) == 1.0
 
 
-@pytest.mark.parametrize(
-    "moment", [pytest.param("save", marks=pytest.mark.slow), "topology", pytest.param("phase", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["save", "topology", "phase"])
 def test_killed_run_ends_with_the_same_bits(moment, uninterrupted, text, tmp_path):
     assert killed(text, tmp_path, moment) == -signal.SIGKILL
     assert not (tmp_path / "summary.json").exists()
@@ -135,6 +134,8 @@ def test_summary_has_every_key_and_the_planned_flops(uninterrupted, text):
     assert (uninterrupted / "report.html").stat().st_size > 10_000
 
 
+@pytest.mark.slow
+@pytest.mark.quickly
 def test_dropping_the_masks_changes_no_value_and_then_masked_weights_move(text, tmp_path):
     c = tiny_config(text, text.parent / "cache")
     c.pretrain.steps, c.finetune.steps = 10, 1
@@ -228,6 +229,8 @@ def test_a_disk_that_fills_while_a_save_is_written_is_named(tmp_path):
     checkpoints.close()
 
 
+@pytest.mark.slow
+@pytest.mark.quickly
 def test_going_sparse_with_the_optimiser_carried_over_leaves_no_moment_under_the_masks(text, tmp_path):
     c = tiny_config(text, text.parent / "cache")
     c.pretrain.steps, c.finetune.steps = 5, 1
