@@ -1,7 +1,6 @@
 """Every pattern and backend against dense masked attention in float64, and that it skips what it does not attend to."""
 
 import functools
-import importlib.util
 import json
 import os
 import subprocess
@@ -14,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from tiny import needs_libtpu
 
 from spdf_jax.errors import InputError
 from spdf_jax.ops.attention import attention
@@ -398,7 +398,7 @@ print(json.dumps(found))
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="compiling for a TPU needs libtpu: jax[tpu]")
+@needs_libtpu
 def test_compiles_for_a_tpu_that_is_not_there():
     # Its own process: libtpu writes to stderr, and stays.
     environment = os.environ | {

@@ -161,9 +161,9 @@ def test_on_a_mesh_it_is_the_same():
     assert_close(jax.device_get(state.params), alone.params, 1e-4)
 
 
-@pytest.mark.usefixtures("few_matrices")
 @pytest.mark.slow
 @pytest.mark.quickly
+@pytest.mark.usefixtures("few_matrices")
 def test_phases_go_from_dense_to_blocks_to_masks_to_dense_and_carry_the_optimiser():
     model, plan, mesh, state = first_state(blocks_config())
     tx, blocks = plan.tx, SparsityConfig(rule="static", **BLOCKS)

@@ -55,9 +55,9 @@ def small(variant, text):
     return spdf.resolve(c)
 
 
-@pytest.mark.parametrize("arm", ["reset", "smet"])
 @pytest.mark.slow
 @pytest.mark.quickly
+@pytest.mark.parametrize("arm", ["reset", "smet"])
 def test_a_cell_measures_the_first_updates_that_adam_and_smet_make(arm, text, monkeypatch):
     """The first update of a weight that grew: |m| / sqrt(v) is known for its one gradient, whatever it is.
 

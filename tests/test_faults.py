@@ -40,7 +40,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tensorstore
-from tiny import NO_WINDOW, QUICKLY, can_mount, set_sparsity, tiny_config, write_text
+from tiny import NO_WINDOW, QUICKLY, needs_mount, set_sparsity, tiny_config, write_text
 
 import spdf_jax as spdf
 from spdf_jax import processes
@@ -125,8 +125,7 @@ def command(workdir: Path, text: Path, *arguments: str) -> subprocess.Popen:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_exits_with_75_and_one_message(number, text, whole, tmp_path):
-    """After the `whole` run, whose compiled steps it finds."""
+def test_a_signal_saves_and_exits_with_75_and_one_message(number, text, tmp_path):
     started = command(tmp_path, text, "--quiet", "--config.loop.checkpoint_every_steps=1000")
     metrics = tmp_path / "metrics.jsonl"
     while not metrics.exists() or metrics.read_bytes().count(b"\n") < 4:
@@ -327,6 +326,13 @@ def test_a_run_that_goes_on_on_another_number_of_cores_says_so(interrupted, text
     )
 
 
+def test_where_no_process_is_kept_to_some_cores_all_count(monkeypatch):
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 5)
+    assert device_name() == "8 x cpu, 5 cores"
+
+
+# The call that the test makes is Linux's alone; what counts elsewhere is tested above.
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="only Linux keeps a process to some cores")
 def test_the_cores_counted_are_those_that_the_process_may_use():
     every = os.sched_getaffinity(0)
@@ -631,9 +637,7 @@ def test_a_token_over_the_vocabulary_of_the_model_is_named(text, tmp_path):
     )
 
 
-@pytest.mark.skipif(
-    not can_mount(), reason="needs user namespaces, to mount a disk read-only: root may write anywhere else"
-)
+@needs_mount
 def test_a_read_only_disk_is_named(text, tmp_path):
     run = f"{sys.executable} -m spdf_jax.main --config tests/tiny_experiment.py --quiet --workdir {tmp_path}/run"
     result = subprocess.run(

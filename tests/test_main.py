@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 from forks import command
-from tiny import QUICKLY, can_mount, set_sparsity, tiny_config, write_text
+from tiny import QUICKLY, needs_mount, set_sparsity, tiny_config, write_text
 
 import spdf_jax as spdf
 from spdf_jax import processes
@@ -274,9 +274,8 @@ def test_a_quiet_run_prints_nothing_but_errors(text, tmp_path):
     assert "seed was 0, is 1" in result.stderr
 
 
-# The same refusal without a real disk, wherever tests run: test_train.py, test_no_room_for_a_checkpoint...
 @pytest.mark.slow
-@pytest.mark.skipif(not can_mount(), reason="needs user namespaces, to mount a small disk")
+@needs_mount
 def test_a_full_disk_exits_2_and_keeps_the_last_checkpoint(text, tmp_path):
     """The run's disk has room for some checkpoints only; what it holds at the end is copied out and resumed."""
     disk, saved = tmp_path / "disk", tmp_path / "saved"

@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 from test_faults import ROOT, short
-from tiny import QUICKLY, can_mount, write_text
+from tiny import QUICKLY, needs_mount, write_text
 from tokenizers import Tokenizer
 
 import spdf_jax as spdf
@@ -462,7 +462,7 @@ def test_a_run_that_nobody_listens_to_runs(shell, text, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.quickly
-@pytest.mark.skipif(not can_mount(), reason="needs user namespaces, to mount a disk")
+@needs_mount
 def test_checkpoints_that_turn_read_only_end_the_run_with_one_line(text, tmp_path):
     (tmp_path / "checkpoints").mkdir()
     late = (

@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from tiny import few_matrices
+from tiny import few_matrices, needs_libtpu
 
 import spdf_jax as spdf
 from spdf_jax.config.read import load_config
@@ -304,9 +304,6 @@ try:
 except spdf.InputError as error:
     print("refused:", error)
 """
-needs_libtpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="compiling for a TPU needs libtpu: pip install -e '.[tpu]'"
-)
 
 
 def plan(pod):

@@ -32,19 +32,13 @@ EITHER = {  # where one says all, the other is slow
     "ez": pytest.mark.parametrize("config", [EZ, pytest.param(FULL, marks=SLOW)], ids=["ez", "full"]),
     "full": pytest.mark.parametrize("config", [pytest.param(EZ, marks=SLOW), FULL], ids=["ez", "full"]),
 }
-OPTIONS = [
-    PLAIN,
-    EZ,
-    FULL,
-    dataclasses.replace(PLAIN, shared_qk=True),
-    dataclasses.replace(PLAIN, dconv=True, mlp_norm="post", use_bias=False, tied_head=False),
-]
-
-every_option = pytest.mark.parametrize(
-    "config",
-    [option if i in (2, 4) else pytest.param(option, marks=SLOW) for i, option in enumerate(OPTIONS)],
-    ids=["plain", "ez", "full", "shared", "mixed"],
-)
+OPTIONS = {
+    "plain": PLAIN,
+    "ez": EZ,
+    "full": FULL,
+    "shared": dataclasses.replace(PLAIN, shared_qk=True),
+    "mixed": dataclasses.replace(PLAIN, dconv=True, mlp_norm="post", use_bias=False, tied_head=False),
+}
 
 
 @cache
@@ -118,7 +112,13 @@ def numpy_model(c, params, tokens_T):
     return x_TD @ (params["wte"]["embedding"].T if c.tied_head else params["head"]["kernel"])
 
 
-@every_option
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(config, id=name, marks=() if name in ("full", "mixed") else SLOW)
+        for name, config in OPTIONS.items()
+    ],
+)
 def test_logits_equal_those_of_a_model_in_numpy(config):
     model, params, tokens_BT = make(config)
     logits_BTV = whole(model, params, tokens_BT)
@@ -246,7 +246,7 @@ def test_layouts_over_devices_give_the_same_logits(config):
     np.testing.assert_allclose(whole(model, laid_out, tokens), whole(model, params, tokens_BT), atol=2e-5, rtol=1e-4)
 
 
-@every_option
+@pytest.mark.parametrize("config", OPTIONS.values(), ids=OPTIONS)
 def test_parameter_count_is_that_of_the_model(config):
     sizes = {name: leaf.size for name, leaf in named_leaves(abstract_params(spdf.GPT(config)))}
     assert sum(sizes.values()) == parameter_count(config)

@@ -157,9 +157,9 @@ def test_the_loop_keeps_sets_and_values_together(text):
     assert max(churn) > 0, "no explored weight ever overtook"
 
 
-@pytest.mark.usefixtures("few_matrices")
 @pytest.mark.slow
 @pytest.mark.quickly
+@pytest.mark.usefixtures("few_matrices")
 def test_checkpoints_hold_the_explored_set_at_a_bit_a_weight(text, tmp_path):
     config = spdf.resolve(topkast_config(text))
     plan, mesh, model = make_plan(config)[0], make_mesh(config.mesh), GPT(config.model)

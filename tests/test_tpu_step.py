@@ -1,12 +1,12 @@
 """The training step compiles for TPUs that are not there, with splash attention forward and backward."""
 
-import importlib.util
 import json
 import os
 import subprocess
 import sys
 
 import pytest
+from tiny import needs_libtpu
 
 PROGRAM = """
 import json, re
@@ -53,7 +53,7 @@ print(json.dumps(found))
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="compiling for a TPU needs libtpu: jax[tpu]")
+@needs_libtpu
 def test_the_training_step_of_a_sharded_state_compiles_for_v5e_with_splash_attention():
     # Its own process: libtpu writes to stderr, and stays.
     environment = os.environ | {

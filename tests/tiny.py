@@ -6,6 +6,7 @@ As a program it trains such a run and dies by SIGKILL at a named moment:
 
 import contextlib
 import dataclasses
+import importlib.util
 import os
 import shutil
 import signal
@@ -84,10 +85,20 @@ NO_WINDOW = {"attention_pattern": "causal", "attention_width": 128, "attention_s
 NO_WINDOW_FLAGS = tuple(f"--config.pretrain.sparsity.{name}={value}" for name, value in NO_WINDOW.items())
 
 
-def can_mount() -> bool:
-    """Whether this machine lets tests mount disks of their own."""
+def _can_mount() -> bool:
     unshare = shutil.which("unshare")
     return unshare is not None and not subprocess.run([unshare, "-rm", "true"], check=False).returncode
+
+
+#: Of tests on a real disk that is full or read-only. Kernels and containers may forbid user namespaces, and nothing else lets
+#: a test mount one, or keeps root from writing. What such a disk does is tested everywhere with the error raised by hand:
+#: `test_train.py` (no room), `test_tracking.py` (folders that cannot be used), `test_outside.py` (every refusal).
+needs_mount = pytest.mark.skipif(not _can_mount(), reason="needs user namespaces, to mount a disk")
+#: Of tests that compile for TPUs that are not there. The compiler comes with the extra `tpu` alone, which is no part of `test`
+#: and has no wheels beside Linux; CI runs these, since `reference` brings it.
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="compiling for a TPU needs libtpu: pip install -e '.[tpu]'"
+)
 
 
 def die() -> None:

@@ -180,7 +180,8 @@ def tfds_corpus(
     used = ["train", "validation"] if "validation" in splits else ["train"]
     try:
         sources = {split: builder.as_data_source(split=split) for split in used}
-    # NotImplementedError is TFDS's answer for tfrecord, which it reads in order only.
+    # TFDS itself raises NotImplementedError for the formats that it can read in order only (tfrecord): nothing of ours is
+    # unfinished, shuffling and resuming need access by index, and the message says how to prepare such a format.
     except (NotImplementedError, ValueError, OSError) as error:
         raise InputError(f"{where}: not readable by random access; {prepare_it}") from error
 
