@@ -16,15 +16,11 @@ import pytest
 from matplotlib.figure import Figure
 from tiny import QUICKLY, few_matrices
 
+# Nor do they run for long: what they compile, in whatever process, need not be fast.
+os.environ.update(QUICKLY)
+jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
-
-
-def pytest_configure(config):
-    """Quick tests spend their time compiling programs that run for milliseconds; slow ones, which really run, optimise."""
-    if "not slow" in config.option.markexpr:
-        os.environ.update(QUICKLY)
-        jax.config.update("jax_disable_most_optimizations", True)
 
 
 def pytest_collection_finish():
@@ -53,14 +49,3 @@ def a_module_with_few_matrices():
     """In a whole module, and the runs that its tests share."""
     with few_matrices():
         yield
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_protocol(item):
-    """Slow tests marked `quickly` compile as quick ones do."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", before or item.get_closest_marker("quickly") is not None)
-    try:
-        return (yield)
-    finally:
-        jax.config.update("jax_disable_most_optimizations", before)

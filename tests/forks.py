@@ -31,9 +31,7 @@ def command(*arguments: str) -> subprocess.CompletedProcess:
 
 @cache
 def _server() -> subprocess.Popen:
-    from tiny import QUICKLY
-
-    env = os.environ | QUICKLY | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(__file__).parent)])}
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(__file__).parent)])}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     server = subprocess.Popen([sys.executable, __file__], cwd=ROOT, env=env, text=True, **pipes)
     atexit.register(server.communicate)  # ends its standard input, and so itself

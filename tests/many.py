@@ -5,14 +5,13 @@ answer each in some milliseconds.
 """
 
 import os
+import re
 import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
-
-from tiny import QUICKLY
 
 ROOT = Path(__file__).parent.parent
 
@@ -37,7 +36,7 @@ def start(
         port = probe.getsockname()[1]
     started = []
     for index in range(count):
-        env = os.environ | QUICKLY
+        env = dict(os.environ)
         env |= {
             "PYTHONPATH": str(Path(__file__).parent),
             "TINY_TEXT": str(text),
@@ -74,11 +73,11 @@ def finish(started: list[subprocess.Popen]) -> list[Ended]:
     return [Ended(process.returncode, *streams) for process in started if (streams := process.communicate())]
 
 
-def wait_for_rows(workdir: Path, count: int, started: list[subprocess.Popen]) -> None:
-    """Until `metrics.jsonl` has as many rows; a process that ends before is an error."""
+def wait_for_step(workdir: Path, step: int, started: list[subprocess.Popen]) -> None:
+    """Until `metrics.jsonl` has a row of this step or a later one; a process that ends before is an error."""
     file = workdir / "metrics.jsonl"
-    while not file.exists() or file.read_bytes().count(b"\n") < count:
+    while not file.exists() or max(map(int, re.findall(rb'"step": (\d+)', file.read_bytes())), default=0) < step:
         for process in started:
             if process.poll() is not None:
-                raise RuntimeError(f"ended with {process.returncode} before row {count}: {process.communicate()}")
-        time.sleep(0.05)
+                raise RuntimeError(f"ended with {process.returncode} before step {step}: {process.communicate()}")
+        time.sleep(0.02)

@@ -71,7 +71,6 @@ def test_values_and_gradients_are_those_of_the_dense_product_under_the_mask(shap
 
 
 @pytest.mark.slow
-@pytest.mark.quickly
 @settings(max_examples=60, deadline=None)
 @given(shapes, st.integers(1, 5), st.sampled_from(["loop", "gather"]), st.integers(0, 99))
 def test_values_and_gradients_over_many_shapes(shape, live, backend, seed):

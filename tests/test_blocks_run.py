@@ -137,7 +137,7 @@ def test_the_state_of_the_sparse_leaves_is_a_quarter_of_the_dense_one():
 
 
 @pytest.mark.slow
-@pytest.mark.quickly
+@pytest.mark.usefixtures("few_matrices")
 def test_on_a_mesh_it_is_the_same():
     c = blocks_config("rigl")
     model, plan, _, alone = first_state(c)
@@ -162,7 +162,6 @@ def test_on_a_mesh_it_is_the_same():
 
 
 @pytest.mark.slow
-@pytest.mark.quickly
 @pytest.mark.usefixtures("few_matrices")
 def test_phases_go_from_dense_to_blocks_to_masks_to_dense_and_carry_the_optimiser():
     model, plan, mesh, state = first_state(blocks_config())
@@ -235,15 +234,14 @@ def test_sizes_and_optimisers_that_do_not_fit_are_refused_before_anything_runs()
 def run_config(tmp_path):
     """MST in blocks, then dense."""
     c = tiny_config(write_text(tmp_path / "text"), tmp_path / "cache")
-    window = {name: value for name, value in c.pretrain.sparsity.items() if name.startswith("attention")}
-    set_sparsity(c.pretrain, **window | BLOCKS | {"rule": "mst", "update_every_steps": 6, "pattern": "block4"})
+    set_sparsity(c.pretrain, **BLOCKS | {"rule": "mst", "update_every_steps": 6, "pattern": "block4"})
     c.pretrain.steps, c.finetune.steps = 24, 6
     c.loop.eval_every_steps, c.loop.checkpoint_every_steps = 12, 6
     return c
 
 
 @pytest.mark.slow
-@pytest.mark.quickly
+@pytest.mark.usefixtures("few_matrices")
 def test_a_run_resumes_to_the_same_bits_and_exports_the_weights_it_computes_with(tmp_path, monkeypatch):
     config = spdf.resolve(run_config(tmp_path))
     whole, cut = tmp_path / "whole", tmp_path / "cut"

@@ -184,10 +184,7 @@ def small_problem(seed=0):
     [
         "adagrad",
         "multi_steps",
-        *(
-            pytest.param(n, marks=[pytest.mark.slow, pytest.mark.quickly])
-            for n in ("lion", "adafactor", "schedule_free")
-        ),
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("lion", "adafactor", "schedule_free")),
     ],
 )
 def test_state_of_any_optimiser_becomes_blocks_and_comes_back(name):
@@ -256,10 +253,7 @@ def step(rule, drop_fraction):
     "name",
     [
         "mst",
-        *(
-            pytest.param(n, marks=[pytest.mark.slow, pytest.mark.quickly])
-            for n in ("rigl", "set", "mest", "sensitivity")
-        ),
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("rigl", "set", "mest", "sensitivity")),
     ],
 )
 def test_a_topology_step_keeps_the_counts_and_resets_what_is_new(name):

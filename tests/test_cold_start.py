@@ -56,7 +56,6 @@ def small(variant, text):
 
 
 @pytest.mark.slow
-@pytest.mark.quickly
 @pytest.mark.parametrize("arm", ["reset", "smet"])
 def test_a_cell_measures_the_first_updates_that_adam_and_smet_make(arm, text, monkeypatch):
     """The first update of a weight that grew: |m| / sqrt(v) is known for its one gradient, whatever it is.
@@ -131,7 +130,7 @@ def test_the_comparison_has_a_row_a_cell_and_is_resumed(tmp_path, monkeypatch, c
 
 
 @pytest.mark.slow
-@pytest.mark.quickly
+@pytest.mark.usefixtures("few_matrices")
 def test_a_watched_run_is_the_run_itself_with_smet_s_counts_in_the_checkpoint(text, tmp_path):
     c = tiny_config(text, text.parent / "cache")
     c.model.n_layer, c.pretrain.steps, c.finetune.steps, c.loop.eval_every_steps = 1, 20, 4, 10

@@ -65,9 +65,7 @@ def every_pair(rules):
     ways = {("set", "2:4"), ("rigl", "2:4"), ("set", "block32"), ("rigl", "block32")}
     quick = ways | {(rule, "unstructured") for rule in rules} | {("mst", pattern) for pattern in PATTERNS}
     pairs = itertools.product(rules, PATTERNS)
-    marked = [
-        pytest.param(*pair, marks=() if pair in quick else [pytest.mark.slow, pytest.mark.quickly]) for pair in pairs
-    ]
+    marked = [pytest.param(*pair, marks=() if pair in quick else pytest.mark.slow) for pair in pairs]
     return pytest.mark.parametrize(("rule", "pattern"), marked)
 
 
@@ -231,10 +229,16 @@ def weight_sized_traffic(text, shard_size):
     return found
 
 
-@pytest.mark.parametrize("quickly", [True, pytest.param(False, marks=pytest.mark.slow)])  # False: as users compile
+@pytest.fixture(params=[True, pytest.param(False, marks=pytest.mark.slow)], ids=["quickly", "as users compile"])
+def compiled_both_ways(request):
+    jax.config.update("jax_disable_most_optimizations", request.param)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.mark.usefixtures("compiled_both_ways")
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4", "block32"])
-def test_the_compiled_sharded_update_neither_sorts_nor_gathers_weights(pattern, quickly):
-    jax.config.update("jax_disable_most_optimizations", quickly)  # until the test ends, see conftest.py
+def test_the_compiled_sharded_update_neither_sorts_nor_gathers_weights(pattern):
     mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("x", "y"))
     shapes = {"stack": (3, 256, 512), "head": (512, 256)}
     specs = SPECS | {"head": PartitionSpec("x", "y")}

@@ -210,7 +210,6 @@ def test_training_in_pieces_gives_the_tokenizer_of_the_whole_text():
 
 
 @pytest.mark.slow
-@pytest.mark.quickly
 def test_memory_of_training_does_not_grow_with_a_text():
     """As one text these 6 MB take 100 times as much."""
     program = """

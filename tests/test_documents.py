@@ -22,7 +22,7 @@ from spdf_jax.training.phases import make_plan
 from spdf_jax.training.step import cross_entropy
 from spdf_jax.training.watch import watch_training
 
-SLOW = (pytest.mark.slow, pytest.mark.quickly)
+SLOW = pytest.mark.slow
 END, LENGTH, FIRST = 0, 8, 3  # every window is 3 tokens of one document, end of text, 4 tokens of the next
 
 
@@ -81,14 +81,12 @@ def ends(folder, monkeypatch, separate_documents=True):
 
 
 @pytest.mark.slow
-@pytest.mark.quickly
 def test_in_a_run_no_document_learns_from_the_one_before_it(tmp_path, monkeypatch):
     jax.tree.map(np.testing.assert_array_equal, *ends(tmp_path, monkeypatch))
     assert (tmp_path / "1" / "train.bin").read_bytes() != (tmp_path / "2" / "train.bin").read_bytes()
 
 
 @pytest.mark.slow  # shows that the test above can fail
-@pytest.mark.quickly
 def test_as_one_stream_a_document_sees_those_before_it(tmp_path, monkeypatch):
     (one, *losses), (other, *other_losses) = ends(tmp_path, monkeypatch, separate_documents=False)
     assert not np.array_equal(one["wpe"]["embedding"], other["wpe"]["embedding"])

@@ -274,7 +274,6 @@ def test_what_once_failed_or_diverged_has_the_outcome_of_the_table(name):
 
 
 @pytest.mark.slow
-@pytest.mark.quickly
 @pytest.mark.filterwarnings("ignore:.*deprecated:DeprecationWarning")  # constructors that optax is about to drop
 @pytest.mark.parametrize("name", sorted({*constructors(), *EXAMPLES} - {*HARD}))
 def test_every_other_constructor_has_the_outcome_of_the_table(name):

@@ -18,7 +18,6 @@ def text(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.quickly
 @pytest.mark.parametrize(
     ("rule", "pattern", "schedule", "sparsity"),
     [

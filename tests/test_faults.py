@@ -40,7 +40,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tensorstore
-from tiny import NO_WINDOW, QUICKLY, needs_mount, set_sparsity, tiny_config, write_text
+from tiny import NO_WINDOW, needs_mount, set_sparsity, tiny_config, write_text
 
 import spdf_jax as spdf
 from spdf_jax import processes
@@ -116,7 +116,7 @@ def command(workdir: Path, text: Path, *arguments: str) -> subprocess.Popen:
             *arguments,
         ],
         cwd=ROOT,
-        env=os.environ | QUICKLY | {"PYTHONPATH": str(Path(__file__).parent), "TINY_TEXT": str(text)},
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent), "TINY_TEXT": str(text)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -286,9 +286,7 @@ def interrupted(whole, tmp_path):
 
 # Reads that were under way when one failed end later, in nobody's hands; pytest makes an error of each.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.parametrize(
-    "damage", [*DAMAGES, *(pytest.param(name, marks=[pytest.mark.slow, pytest.mark.quickly]) for name in MORE_DAMAGES)]
-)
+@pytest.mark.parametrize("damage", [*DAMAGES, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE_DAMAGES)])
 def test_a_damaged_checkpoint_is_noticed_set_aside_and_the_one_before_it_gone_on_from(
     damage, whole, interrupted, text, capfd
 ):
@@ -643,7 +641,7 @@ def test_a_read_only_disk_is_named(text, tmp_path):
     result = subprocess.run(
         ["unshare", "-rm", "sh", "-c", f"mount -t tmpfs -o ro tmpfs {tmp_path} && exec {run}"],
         cwd=ROOT,
-        env=os.environ | QUICKLY | {"PYTHONPATH": str(Path(__file__).parent), "TINY_TEXT": str(text)},
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent), "TINY_TEXT": str(text)},
         capture_output=True,
         text=True,
         check=False,

@@ -104,7 +104,6 @@ def test_sparse_finetuning_keeps_the_masks_and_their_zeros(text, pretrained, tmp
 
 
 @pytest.mark.slow
-@pytest.mark.quickly
 def test_redensifying_at_once_grows_to_the_exact_count_beside_what_was_there(text, pretrained, tmp_path):
     c = finetuning(text, pretrained, rule="static", sparsity=0.5, sparsify_head=True)
     before, first = saved_run(pretrained).state, first_state(c, tmp_path)
@@ -119,7 +118,6 @@ def test_redensifying_at_once_grows_to_the_exact_count_beside_what_was_there(tex
 
 
 @pytest.mark.slow
-@pytest.mark.quickly
 def test_redensifying_on_a_schedule_ends_dense(text, pretrained, tmp_path):
     table = ((0.0, 0.8), (0.2, 0.5), (0.6, 0.0))
     c = finetuning(
@@ -236,7 +234,6 @@ def test_early_stopping_keeps_the_best_and_survives_a_restart(text, pretrained, 
 
 
 @pytest.mark.slow
-@pytest.mark.quickly
 def test_a_phase_stops_early_by_its_own_losses_alone(text, tmp_path, monkeypatch, capsys):
     """The losses of the text before it are lower, and over something else."""
     losses = iter([1.1, 1.0, 9.0, 5.0, 4.0, 4.5, 0.1])  # of text at steps 0 and 2; of the task from step 2 on
@@ -369,7 +366,6 @@ def _counts_what_its_batches_hold(config, plan, workdir, summary, last_row):
 
 
 @pytest.mark.slow
-@pytest.mark.quickly
 def test_a_sweep_runs_its_cells_chooses_and_tabulates_and_resumes(text, tmp_path, capsys):
     from spdf_jax.config.sweep import resolve_sweep
     from spdf_jax.jobs.sweep import train_cells

@@ -94,7 +94,7 @@ def beam_reference(prompt, beams, penalty, ngram=0, counts_prompt=False):
     return (tokens[:-1] if tokens[-1] == END else tokens), score
 
 
-SLOW = [pytest.mark.slow, pytest.mark.quickly]
+SLOW = pytest.mark.slow
 
 
 @pytest.mark.parametrize(("ngram", "counts_prompt"), [(0, False), (2, True), pytest.param(2, False, marks=SLOW)])
@@ -264,7 +264,6 @@ def test_results_do_not_depend_on_the_batch(method):
 
 
 @pytest.mark.slow
-@pytest.mark.quickly
 def test_results_come_in_the_order_of_the_prompts_whatever_their_lengths():
     prompts = [[1] * 20, [2], [3] * 17, [4, 4], [5] * 25, [6] * 16]
     for prompt, g in zip(prompts, decode(prompts, batch_size=2), strict=True):
@@ -330,7 +329,6 @@ def test_cold_or_narrow_sampling_is_greedy(settings):
 
 
 @pytest.mark.slow
-@pytest.mark.quickly
 def test_a_prompt_may_fill_the_context_but_for_the_new_tokens():
     prompt = [i % 13 for i in range(CONFIG.context - MAX_NEW)]
     (found,) = decode([prompt], ends=())

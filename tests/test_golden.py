@@ -21,7 +21,6 @@ RELEASES = sorted(folder.name for folder in GOLDEN.iterdir())
 
 
 @pytest.mark.slow
-@pytest.mark.quickly
 @pytest.mark.parametrize("release", RELEASES)
 def test_a_run_of_an_earlier_release_goes_on_to_the_same_end(release, tmp_path, monkeypatch):
     """MST from step 18, in its ultra-sparse phase, through restoration and the dense phase to step 46."""

@@ -10,7 +10,6 @@ from spdf_jax.model.generate import generate
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.quickly,
     # Both libraries warn on import, about things of theirs.
     pytest.mark.filterwarnings("default::DeprecationWarning"),
     pytest.mark.filterwarnings("default::FutureWarning"),

@@ -26,7 +26,7 @@ from spdf_jax.training.step import eval_step
 
 TEXT = "to be or not to be, that is the question: whether it is nobler to bear the slings and arrows of fortune\n" * 3
 TOKENIZER = train_tokenizer([TEXT], vocab_size=290, progress=False)
-SLOW = [pytest.mark.slow, pytest.mark.quickly]
+SLOW = pytest.mark.slow
 CONFIG = spdf.GPTConfig(n_layer=2, n_head=2, d_model=16, vocab_size=290, context=24, init_std=0.3)
 MODEL = spdf.GPT(CONFIG)
 PAIRS = [

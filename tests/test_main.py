@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 from forks import command
-from tiny import QUICKLY, needs_mount, set_sparsity, tiny_config, write_text
+from tiny import NO_WINDOW_FLAGS, needs_mount, set_sparsity, tiny_config, write_text
 
 import spdf_jax as spdf
 from spdf_jax import processes
@@ -41,13 +41,18 @@ def started(*arguments: str, prefix: tuple[str, ...] = (), **env: str) -> subpro
     return subprocess.run(
         [*prefix, sys.executable, "-m", "spdf_jax.main", *arguments],
         cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent)} | QUICKLY | env,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent)} | env,
         capture_output=True,
         text=True,
         check=False,
     )
 
 
+#: The tiny run through both its phases, in fewer steps.
+SHORT = (
+    *("--config", "tests/tiny_experiment.py", "--config.pretrain.steps=24", "--config.finetune.steps=4"),
+    *NO_WINDOW_FLAGS,
+)
 BAD_COMMANDS = {
     "no config": ([], "--config FILE[:VARIANT] is needed"),
     "missing file": (["--config", "experiments/nope.py"], "experiments/nope.py is not there"),
@@ -263,13 +268,13 @@ def test_compiled_programs_are_kept_beside_the_tokens_unless_told_otherwise(tmp_
 
 @pytest.mark.slow
 def test_a_quiet_run_prints_nothing_but_errors(text, tmp_path):
-    quiet = ("--config", "tests/tiny_experiment.py", "--quiet", "--workdir", str(tmp_path))
-    result = started(*quiet, TINY_TEXT=str(text))
+    quiet = (*SHORT, "--quiet", "--workdir", str(tmp_path))
+    result = started(*quiet, TINY_TEXT=str(text), TINY_FEW_MATRICES="1")
     assert (result.returncode, result.stdout) == (0, "")
     # XLA itself complains here about compiling slowly where the machine is busy.
     assert not [word for word in ("error:", "validation", "Tokenize", "tokens/s", "left") if word in result.stderr]
     assert json.loads((tmp_path / "summary.json").read_text())["status"] == "finished"
-    result = started(*quiet, "--config.seed=1", TINY_TEXT=str(text))
+    result = started(*quiet, "--config.seed=1", TINY_TEXT=str(text), TINY_FEW_MATRICES="1")
     assert (result.returncode, result.stdout) == (2, "")
     assert "seed was 0, is 1" in result.stderr
 
@@ -282,11 +287,12 @@ def test_a_full_disk_exits_2_and_keeps_the_last_checkpoint(text, tmp_path):
     disk.mkdir()
     mounted = f'mount -t tmpfs -o size=900k tmpfs {disk} && {{ "$@"; code=$?; cp -r {disk} {saved}; exit $code; }}'
     prefix = ("unshare", "-rm", "sh", "-c", mounted, "sh")
-    tiny = ("--config", "tests/tiny_experiment.py", "--quiet")
-    result = started(*tiny, "--workdir", str(disk / "run"), prefix=prefix, TINY_TEXT=str(text))
+    tiny = (*SHORT, "--quiet", "--config.loop.checkpoint_every_steps=3")
+    env = {"TINY_TEXT": str(text), "TINY_FEW_MATRICES": "1"}
+    result = started(*tiny, "--workdir", str(disk / "run"), prefix=prefix, **env)
     assert result.returncode == 2, result.stderr
     assert "No space left on device; what was saved before is intact" in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
-    again = started(*tiny, "--noquiet", "--workdir", str(saved / "run"), TINY_TEXT=str(text))
+    again = started(*tiny, "--noquiet", "--workdir", str(saved / "run"), **env)
     assert again.returncode == 0, again.stderr
     assert "resuming after step" in again.stdout

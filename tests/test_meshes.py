@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from many import finish, start, wait_for_rows
-from tiny import NO_WINDOW, NO_WINDOW_FLAGS, few_matrices, tiny_config, write_text
+from many import finish, start, wait_for_step
+from tiny import NO_WINDOW, NO_WINDOW_FLAGS, tiny_config, write_text
 
 import spdf_jax as spdf
 from spdf_jax.jobs import train as jobs
@@ -24,11 +24,11 @@ from spdf_jax.training.restore import saved_run
 from spdf_jax.training.state import init_state, state_shardings
 from spdf_jax.tree import named_leaves
 
-pytestmark = pytest.mark.usefixtures("no_figures")
+pytestmark = pytest.mark.usefixtures("no_figures", "all_with_few_matrices")  # as in the processes that are started
 
 MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 1, 8)]
-STEPS = 100
-SPARSEST = 50  # a step of the ultra-sparse phase
+STEPS = 36
+SPARSEST = 18  # a step of the ultra-sparse phase
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +55,7 @@ def config(text: Path, sizes: tuple[int, int, int] = (1, 1, 1)):
 def before_a_topology_step(text):
     """A phase, a state in it, a dense gradient, and what to aim for: in host memory."""
     run = config(text)
-    with few_matrices():
-        plan = make_plan(run)[0]
+    plan = make_plan(run)[0]
     state = init_state(
         spdf.GPT(run.model), plan.tx, plan.config.sparsity, plan.filter, run.seed, make_mesh(MeshConfig(1))
     )
@@ -122,7 +121,6 @@ def alone(text, tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.quickly
 @pytest.mark.parametrize("sizes", MESHES)
 def test_a_run_through_all_phases_is_the_same_on_every_mesh(sizes, text, alone, tmp_path):
     run = config(text, sizes)
@@ -173,8 +171,6 @@ def as_written(workdir: Path, step: int) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.slow
-@pytest.mark.quickly
-@pytest.mark.usefixtures("few_matrices")  # as in the processes
 def test_saved_by_two_processes_on_one_mesh_and_gone_on_from_elsewhere(text, tmp_path):
     """Saved on (2, 2, 2) by two processes; gone on from on one device, on (1, 8, 1), and as it was begun."""
     whole, arguments = tmp_path / "whole", ["--quiet"]
@@ -189,7 +185,7 @@ def test_saved_by_two_processes_on_one_mesh_and_gone_on_from_elsewhere(text, tmp
         *NO_WINDOW_FLAGS,
     ]
     started = start(2, 4, whole, text, *arguments)
-    wait_for_rows(whole, 12, started)
+    wait_for_step(whole, 8, started)
     started[0].terminate()
     assert [end.code for end in finish(started)] == [RESTART_CODE] * 2
     (step,) = (int(p.name) for p in (whole / "checkpoints").iterdir())

@@ -19,7 +19,7 @@ from spdf_jax.model.linear import dense_linear
 from spdf_jax.ops.attention_patterns import PATTERNS
 from spdf_jax.training.state import abstract_params
 
-SLOW = [pytest.mark.slow, pytest.mark.quickly]
+SLOW = pytest.mark.slow
 TINY = spdf.GPTConfig(n_layer=2, n_head=2, d_model=16, vocab_size=50, context=12)
 
 
@@ -199,7 +199,6 @@ def test_cached_logits_equal_those_of_the_whole_sequence(pattern, changes):
 
 
 @pytest.mark.slow
-@pytest.mark.quickly
 def test_the_cache_is_as_long_as_asked_and_in_the_compute_dtype():
     model, params, tokens_BT = make(dtype="bfloat16")
     whole_BTV = apply(model, params, tokens_BT[:, :6])

@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 from test_faults import ROOT, short
-from tiny import QUICKLY, needs_mount, write_text
+from tiny import needs_mount, write_text
 from tokenizers import Tokenizer
 
 import spdf_jax as spdf
@@ -201,7 +201,7 @@ def resumed(config: RunConfig, folder: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @left_under_way
-@pytest.mark.parametrize("hows", [("cut",), pytest.param(tuple(HARMS), marks=[pytest.mark.slow, pytest.mark.quickly])])
+@pytest.mark.parametrize("hows", [("cut",), pytest.param(tuple(HARMS), marks=pytest.mark.slow)])
 def test_a_run_starts_again_from_a_state_that_it_was_in_or_is_refused(hows, runs, text, tmp_path, monkeypatch):
     """Every file that a start reads. A damaged checkpoint makes way for the one before it, and is kept."""
     run, other = runs
@@ -439,7 +439,7 @@ def test_a_save_that_the_clock_ends_is_one_line_and_75(text, tmp_path, monkeypat
 
 def started(text: Path, workdir: Path, shell: str) -> subprocess.CompletedProcess:
     run = f"{sys.executable} -m spdf_jax.main --config tests/tiny_experiment.py --workdir {workdir}"
-    env = os.environ | QUICKLY | {"PYTHONPATH": str(Path(__file__).parent), "TINY_TEXT": str(text)}
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "TINY_TEXT": str(text)}
     few = "--config.pretrain.steps=60 --config.finetune.steps=4"
     return subprocess.run(
         ["bash", "-o", "pipefail", "-c", shell.format(run=f"{run} {few}")],
@@ -452,7 +452,6 @@ def started(text: Path, workdir: Path, shell: str) -> subprocess.CompletedProces
 
 
 @pytest.mark.slow
-@pytest.mark.quickly
 @pytest.mark.parametrize("shell", ["{run} | head -1", "{run} >&-"])
 def test_a_run_that_nobody_listens_to_runs(shell, text, tmp_path):
     result = started(text, tmp_path, shell)
@@ -461,7 +460,6 @@ def test_a_run_that_nobody_listens_to_runs(shell, text, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.quickly
 @needs_mount
 def test_checkpoints_that_turn_read_only_end_the_run_with_one_line(text, tmp_path):
     (tmp_path / "checkpoints").mkdir()
@@ -477,7 +475,6 @@ def test_checkpoints_that_turn_read_only_end_the_run_with_one_line(text, tmp_pat
 
 
 @pytest.mark.slow
-@pytest.mark.quickly
 @left_under_way
 def test_a_clock_that_jumps_changes_nothing(runs, text, tmp_path, monkeypatch):
     """Years ahead and back, now and then. orbax fails a save under way, which ends the run; the same command goes on."""

@@ -56,7 +56,6 @@ def test_the_readme_is_read_in_five_minutes():
 
 
 @pytest.mark.slow
-@pytest.mark.quickly
 def test_the_python_of_the_readme_runs():
     names = runs("README.md")
     weights, mask = (names[tree]["blocks"]["mlp_up"]["kernel"] for tree in ("params", "masks"))

@@ -3,7 +3,6 @@
 import dataclasses
 import importlib.util
 import json
-import os
 import re
 import subprocess
 import sys
@@ -12,7 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from tiny import few_matrices, needs_libtpu
+from tiny import as_users, few_matrices, needs_libtpu
 
 import spdf_jax as spdf
 from spdf_jax.config.read import load_config
@@ -308,7 +307,7 @@ except spdf.InputError as error:
 
 def plan(pod):
     # Its own process: libtpu stays. Simulated CPU devices are not what it compiles for.
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    environment = as_users() | {"JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", JOB, pod]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -26,7 +26,7 @@ from spdf_jax.tree import named_leaves
 PLAIN = spdf.GPTConfig(n_layer=2, n_head=2, d_model=16, vocab_size=13, context=12, init_std=0.3)
 EZ = dataclasses.replace(PLAIN, activation="squared_relu", dconv=True)
 FULL = dataclasses.replace(EZ, shared_qk=True, mlp_norm="post")
-SLOW = [pytest.mark.slow, pytest.mark.quickly]
+SLOW = pytest.mark.slow
 BOTH = pytest.mark.parametrize("config", [EZ, FULL], ids=["ez", "full"])
 EITHER = {  # where one says all, the other is slow
     "ez": pytest.mark.parametrize("config", [EZ, pytest.param(FULL, marks=SLOW)], ids=["ez", "full"]),
@@ -194,7 +194,6 @@ def test_cached_logits_equal_those_of_the_whole_sequence(config, lengths):
 
 
 @pytest.mark.slow
-@pytest.mark.quickly
 def test_the_cache_goes_on_over_calls_of_any_length():
     model, params, tokens_BT = make(EZ)
     state, parts = {"cache": empty_cache(EZ, 2, 12)}, []

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
-from many import ROOT, finish, start, wait_for_rows
+from many import ROOT, finish, start, wait_for_step
 from tiny import NO_WINDOW, NO_WINDOW_FLAGS, tiny_config, write_text
 
 import spdf_jax as spdf
@@ -204,36 +204,49 @@ def test_four_processes_train_as_one_and_two_resume_and_evaluate_what_they_left(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("victim", [0, 1])
-def test_one_killed_process_ends_all_and_the_same_command_ends_as_if_nothing_had_been(victim, text, alone, tmp_path):
-    arguments = (*TINY, "--config.loop.checkpoint_every_steps=2")
-    started = start(2, 2, tmp_path, text, *arguments)
-    wait_for_rows(tmp_path, 6, started)
-    started[victim].kill()
-    killed = time.monotonic()
-    ended = finish(started)
-    assert time.monotonic() - killed < 60
-    assert ended[victim].code == -signal.SIGKILL
-    assert ended[1 - victim].code == processes.RESTART_CODE, ended[1 - victim].errors
-    assert "another process of this run is gone; the same command resumes" in ended[1 - victim].errors
-    ended = finish(start(2, 2, tmp_path, text, *arguments))
-    assert [end.code for end in ended] == [0, 0], ended
-    assert_same_losses(tmp_path, alone)
+def test_a_run_that_ended_in_every_way_ends_as_if_nothing_had_been(text, alone, tmp_path):
+    """A bug in process 1 alone, SIGTERM to it alone, `kill -9` of it and of process 0: each ends both, and the same command
+    goes on."""
+    run, arguments = tmp_path / "run", (*TINY, "--config.loop.checkpoint_every_steps=2")
+    (tmp_path / "sitecustomize.py").write_text(
+        "import spdf_jax.training.loop as train\n"
+        "one_step = train.one_step\n"
+        "def breaking(steps, plan, local, state, batch):\n"
+        "    if local == 3: raise KeyError('a bug')\n"
+        "    return one_step(steps, plan, local, state, batch)\n"
+        "train.one_step = breaking\n"
+    )
+    path = f"{tmp_path}:{Path(__file__).parent}"
+    begun = time.monotonic()
+    ended = finish(start(2, 1, run, text, *arguments, only={1: {"PYTHONPATH": path}}))
+    assert time.monotonic() - begun < 120
+    assert [end.code for end in ended] == [1, 1], ended
+    assert "Traceback" in ended[1].errors
+    assert "process 1 of 2 stopped: KeyError: 'a bug'" in ended[0].errors
 
-
-@pytest.mark.slow
-def test_sigterm_to_one_process_saves_in_all_of_them_and_the_same_command_goes_on(text, alone, tmp_path):
-    started = start(2, 2, tmp_path, text, *TINY)
-    wait_for_rows(tmp_path, 5, started)
+    started = start(2, 1, run, text, *arguments)
+    wait_for_step(run, 5, started)
     started[1].terminate()
     ended = finish(started)
     assert [end.code for end in ended] == [processes.RESTART_CODE] * 2, ended
-    saved = max(int(p.name) for p in (tmp_path / "checkpoints").iterdir())
+    saved = max(int(p.name) for p in (run / "checkpoints").iterdir())
     assert f"preempted: saved at step {saved}; the same command resumes\n" in ended[0].errors
     assert "preempted: saved" not in ended[1].errors  # one message
-    ended = finish(start(2, 2, tmp_path, text, *TINY))
+
+    for victim, step in ((1, saved + 2), (0, saved + 4)):
+        started = start(2, 1, run, text, *arguments)
+        wait_for_step(run, step, started)
+        started[victim].kill()
+        killed = time.monotonic()
+        ended = finish(started)
+        assert time.monotonic() - killed < 60
+        assert ended[victim].code == -signal.SIGKILL
+        assert ended[1 - victim].code == processes.RESTART_CODE, ended[1 - victim].errors
+        assert "another process of this run is gone; the same command resumes" in ended[1 - victim].errors
+
+    ended = finish(start(2, 1, run, text, *arguments))
     assert [end.code for end in ended] == [0, 0], ended
-    assert_same_losses(tmp_path, alone)
+    assert_same_losses(run, alone)
 
 
 @pytest.mark.slow
@@ -257,27 +270,6 @@ def test_processes_with_different_configs_stop(text, tmp_path):
     message = "config: process 1 has another than process 0; start all of them with the same command and files"
     assert all(message in end.errors for end in ended)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
-
-
-@pytest.mark.slow
-def test_an_exception_in_one_process_ends_the_others(text, tmp_path):
-    """As an error in the code would: process 1 raises in its fifth step."""
-    broken = tmp_path / "sitecustomize.py"
-    broken.write_text(
-        "import spdf_jax.training.loop as train\n"
-        "one_step = train.one_step\n"
-        "def breaking(steps, plan, local, state, batch):\n"
-        "    if local == 5: raise KeyError('a bug')\n"
-        "    return one_step(steps, plan, local, state, batch)\n"
-        "train.one_step = breaking\n"
-    )
-    path = f"{tmp_path}:{Path(__file__).parent}"
-    begun = time.monotonic()
-    ended = finish(start(2, 2, tmp_path / "run", text, *TINY, only={1: {"PYTHONPATH": path}}))
-    assert time.monotonic() - begun < 120
-    assert [end.code for end in ended] == [1, 1], ended
-    assert "Traceback" in ended[1].errors
-    assert "process 1 of 2 stopped: KeyError: 'a bug'" in ended[0].errors
 
 
 @pytest.mark.slow

@@ -180,7 +180,7 @@ def test_state_laid_out_otherwise_than_the_parameters_is_refused_by_name(tx):
 FACTORED = {"adafactor_factored": lambda: optax.adafactor(0.1, min_dim_size_to_factor=2)}
 # One of each way to hold state: beside the weights or in a wrapper, by label, by matrix, with counts of its own.
 WAYS = ["adamw", "adafactor", "multi_steps", "inject_hyperparams", "masked", "partition", "muon", "smet", *FACTORED]
-OTHERS = [pytest.param(name, marks=[pytest.mark.slow, pytest.mark.quickly]) for name in WITH_SMET if name not in WAYS]
+OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in WITH_SMET if name not in WAYS]
 
 
 @pytest.mark.parametrize("name", [*WAYS, *OTHERS])

@@ -237,7 +237,6 @@ def test_gmp_and_acdc_move_by_their_schedules_alone():
 
 
 @pytest.mark.slow
-@pytest.mark.quickly
 def test_counts_stay_exact_beyond_the_integers_of_float32():
     # 2^24 + 3 is not a float32: it rounds to 2^24 + 4, and a share of 1 must not grow one too many.
     shape, target = (4097, 4096), 2**24 + 3

@@ -1,12 +1,12 @@
 """The paper's model on this machine: two optimiser steps and one topology step of 124m, within memory."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from tiny import as_users, write_text
 
 ROOT = Path(__file__).parent.parent
 
@@ -15,10 +15,10 @@ ROOT = Path(__file__).parent.parent
 def test_124m_trains_and_moves_its_masks_within_memory(tmp_path):
     """Step 2, counted from 0, is the topology step. Attention is sparse throughout: its programs compile once."""
     overrides = {
-        "data.source": "embedded",
-        "data.path": "",
+        "data.source": "text",
+        "data.path": write_text(tmp_path / "text"),
         "data.cache_dir": tmp_path / "cache",
-        "data.validation_fraction": 0.0002,
+        "data.tokenizer_vocab_size": 280,
         "pretrain.steps": 3,
         "pretrain.optimizer.warmup_steps": 1,
         "pretrain.batch_size": 2,
@@ -44,7 +44,7 @@ def test_124m_trains_and_moves_its_masks_within_memory(tmp_path):
     result = subprocess.run(
         [sys.executable, "-c", script, *arguments],
         cwd=ROOT,
-        env=os.environ,
+        env=as_users(),
         capture_output=True,
         text=True,
         check=False,

@@ -120,7 +120,6 @@ def topkast_config(text):
 
 
 @pytest.mark.slow
-@pytest.mark.quickly
 @pytest.mark.usefixtures("few_matrices")
 def test_the_loop_keeps_sets_and_values_together(text):
     config = spdf.resolve(topkast_config(text))
@@ -158,7 +157,6 @@ def test_the_loop_keeps_sets_and_values_together(text):
 
 
 @pytest.mark.slow
-@pytest.mark.quickly
 @pytest.mark.usefixtures("few_matrices")
 def test_checkpoints_hold_the_explored_set_at_a_bit_a_weight(text, tmp_path):
     config = spdf.resolve(topkast_config(text))

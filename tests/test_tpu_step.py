@@ -1,12 +1,11 @@
 """The training step compiles for TPUs that are not there, with splash attention forward and backward."""
 
 import json
-import os
 import subprocess
 import sys
 
 import pytest
-from tiny import needs_libtpu
+from tiny import as_users, needs_libtpu
 
 PROGRAM = """
 import json, re
@@ -56,7 +55,7 @@ print(json.dumps(found))
 @needs_libtpu
 def test_the_training_step_of_a_sharded_state_compiles_for_v5e_with_splash_attention():
     # Its own process: libtpu writes to stderr, and stays.
-    environment = os.environ | {
+    environment = as_users() | {
         "JAX_PLATFORMS": "cpu",
         "TPU_SKIP_MDS_QUERY": "1",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",

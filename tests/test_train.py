@@ -2,7 +2,6 @@
 
 import errno
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -36,10 +35,7 @@ def text(tmp_path_factory):
 def killed(text: Path, workdir: Path, moment: str) -> int:
     """Trains the tiny run in a process of its own, which dies; its exit status."""
     script = Path(__file__).with_name("tiny.py")
-    quickly = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # as this process compiles
-    return subprocess.run(
-        [sys.executable, script, workdir, text, moment], env=os.environ | quickly, check=False
-    ).returncode
+    return subprocess.run([sys.executable, script, workdir, text, moment], check=False).returncode
 
 
 def checkpoint(workdir: Path, step: int) -> dict[str, np.ndarray]:
@@ -105,7 +101,6 @@ def test_every_checkpoint_holds_exact_zeros_and_exact_counts(uninterrupted, text
 
 
 @pytest.mark.slow
-@pytest.mark.quickly
 @pytest.mark.parametrize("moment", ["save", "topology", "phase"])
 def test_killed_run_ends_with_the_same_bits(moment, uninterrupted, text, tmp_path):
     assert killed(text, tmp_path, moment) == -signal.SIGKILL
@@ -140,7 +135,6 @@ def test_summary_has_every_key_and_the_planned_flops(uninterrupted, text):
 
 
 @pytest.mark.slow
-@pytest.mark.quickly
 def test_dropping_the_masks_changes_no_value_and_then_masked_weights_move(text, tmp_path):
     c = tiny_config(text, text.parent / "cache")
     c.pretrain.steps, c.finetune.steps = 10, 1
@@ -185,7 +179,7 @@ def test_runs_of_equal_settings_share_their_programs(text):
 
 
 @pytest.mark.slow
-@pytest.mark.quickly
+@pytest.mark.usefixtures("few_matrices")
 def test_gradient_accumulation_gives_the_same_run(text, tmp_path):
     losses = []
     for accumulate in (1, 4):
@@ -206,6 +200,7 @@ def test_evaluate_gives_the_last_validation_loss(uninterrupted, text):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("few_matrices")
 def test_no_room_for_a_checkpoint_stops_before_writing_and_the_run_goes_on_later(text, tmp_path, monkeypatch):
     config = spdf.resolve(tiny_config(text, text.parent / "cache"))
     save = checkpointing.Checkpoints.save
@@ -235,7 +230,6 @@ def test_a_disk_that_fills_while_a_save_is_written_is_named(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.quickly
 def test_going_sparse_with_the_optimiser_carried_over_leaves_no_moment_under_the_masks(text, tmp_path):
     c = tiny_config(text, text.parent / "cache")
     c.pretrain.steps, c.finetune.steps = 5, 1

@@ -25,12 +25,17 @@ from spdf_jax.training.state import sparse_filter
 
 # XLA's older emitters compile faster, as long as there are any; a flag that it does not know ends the process.
 _EMITTERS = "--xla_cpu_use_fusion_emitters=false " if jax.__version_info__ < (0, 11) else ""
-#: Environment of processes that compile for longer than they run: all kernels in one module.
+#: Of processes that compile for longer than they run, as every test's own (conftest.py): all kernels in one module.
 QUICKLY = {
     "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     "XLA_FLAGS": f"{_EMITTERS}--xla_cpu_parallel_codegen_split_count=1",
 }
 WORDS = ("mask", "weight", "sparse", "dense", "grow", "prune", "step", "layer", "token", "loss")
+
+
+def as_users() -> dict[str, str]:
+    """The environment of a process that compiles as those of users do."""
+    return {name: value for name, value in os.environ.items() if name not in QUICKLY}
 
 
 def write_text(folder: Path) -> Path:

@@ -1,7 +1,7 @@
 """Everything that a run carries from step to step, its sharded initialisation, and phase changes."""
 
 from collections.abc import Mapping
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from typing import Any
 
 import flax.linen as nn
@@ -68,8 +68,7 @@ def sparse_filter(config: SparsityConfig, tied_head: bool) -> Filter:
 @cache  # an experiment file may plan many runs of one model
 def abstract_params(model: nn.Module) -> Any:
     """Shapes and dtypes of the parameters, without computing them."""
-    tokens_BT = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    return jax.eval_shape(model.init, jax.random.key(0), tokens_BT)["params"]
+    return jax.eval_shape(partial(_fresh_params, model), jax.random.key(0))
 
 
 def init_state(
@@ -94,7 +93,7 @@ def init_state(
 @lru_cache(maxsize=4)  # as `spdf_jax.training.step.make_steps` keeps its programs
 def _initialisation(model: nn.Module, tx: Any, config: SparsityConfig, filter: Filter, mesh: Mesh) -> Any:
     return jax.jit(
-        lambda key: _fresh(model, tx, config, filter, key),
+        partial(_fresh, model, tx, config, filter),
         out_shardings=state_shardings(mesh, tx, abstract_state(model, tx, config, filter)),
     )
 
@@ -104,7 +103,7 @@ def abstract_state(
     model: nn.Module, tx: optax.GradientTransformation, config: SparsityConfig, filter: Filter
 ) -> TrainState:
     """Shapes and dtypes of the state in a phase."""
-    return jax.eval_shape(lambda: _fresh(model, tx, config, filter, jax.random.key(0)))
+    return jax.eval_shape(partial(_fresh, model, tx, config, filter), jax.random.key(0))
 
 
 def state_shardings(mesh: Mesh, tx: optax.GradientTransformation, state: TrainState) -> TrainState:
@@ -224,9 +223,15 @@ def as_masks(tx: optax.GradientTransformation, state: TrainState) -> TrainState:
     return state.replace(params=params, masks=masks, opt_state=opt_state, topology={})
 
 
+@partial(jax.jit, static_argnums=0)  # traced once, for shapes and for values
+def _fresh_params(model: nn.Module, key: jax.Array) -> Any:
+    return model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _fresh(model: nn.Module, tx: Any, config: SparsityConfig, filter: Filter, key: jax.Array) -> TrainState:
     param_key, mask_key, run_key = jax.random.split(key, 3)
-    params = model.init(param_key, jnp.zeros((1, 1), jnp.int32))["params"]
+    params = _fresh_params(model, param_key)
     whole = config.dense or config.blocks
     masks = dense_masks(params) if whole else _masks(mask_key, params, config, filter)
     opt_state = tx.init(params)  # Top-KAST's keeps the values of masked weights; moments start at 0 in any case
