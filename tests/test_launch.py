@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tiny import NO_WINDOW_FLAGS
+from tiny import NO_WINDOW_FLAGS, write_text
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
@@ -566,35 +566,30 @@ def test_tpu_worker_follows_one_run_through_connections(tmp_path):
 
 @pytest.mark.slow
 def test_local_launch_trains(tmp_path):
-    """Two processes train mini, made small and short. One is killed half-way; both start again and end the run."""
+    """Two processes train the tiny run. One is killed half-way; both start again and end the run."""
     workdir = tmp_path / "run"
-    small = {"model.n_layer": 2, "model.d_model": 64, "model.context": 64, "data.tokenizer_vocab_size": 512}
-    short = {
-        "pretrain.steps": 20,
-        "pretrain.optimizer.warmup_steps": 4,
-        "pretrain.sparsity.update_every_steps": 5,
-        "loop.log_every_steps": 1,
-        "loop.checkpoint_every_steps": 5,
+    sizes = {"pretrain.steps": 20, "finetune.steps": 4, "loop.checkpoint_every_steps": 5}
+    sizes |= {"pretrain.batch_size": 8, "finetune.batch_size": 8, "mesh.data": 2}
+    program = ["--config", "tests/tiny_experiment.py", "--workdir", workdir, *NO_WINDOW_FLAGS]
+    program += [f"--config.{name}={value}" for name, value in sizes.items()]
+    environment = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT / "tests"),
+        "TINY_TEXT": str(write_text(tmp_path / "text")),
+        "TINY_FEW_MATRICES": "1",
     }
-    program = ["--config", "experiments/gpt2_mst.py", "--workdir", workdir]
-    program += [f"--config.{name}={value}" for name, value in {**small, **short}.items()] + [*NO_WINDOW_FLAGS]
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     command = ["launch/local.sh", "--processes=2", "--restarts=1", "--", *program]
     with running(command, cwd=ROOT, env=environment) as launcher:
-        metrics = workdir / "metrics.jsonl"
-        wait_for(
-            lambda: launcher.poll() is not None or (metrics.exists() and len(metrics.read_text().splitlines()) > 8),
-            500,
-        )
+        wait_for(lambda: launcher.poll() is not None or (workdir / "checkpoints" / "5").exists(), 500)
         assert launcher.poll() is None, launcher.communicate()
         os.kill(child(launcher.pid, "JAX_PROCESS_ID=1"), signal.SIGKILL)
         stdout, stderr = launcher.communicate(timeout=500)
     assert launcher.returncode == 0, stderr
     assert "local.sh: process 1: exit code 137" in stderr
     assert "local.sh: exit code 137: starting again, restart 1 of 1" in stderr
-    assert re.search(r"^\[0\] .*: resuming after step (5|10|15) of 20\.$", stdout, re.MULTILINE)
-    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
-    assert [row["step"] for row in rows if "loss" in row] == list(range(1, 21))
+    assert re.search(r"^\[0\] .*: resuming after step (5|10|15) of 24\.$", stdout, re.MULTILINE)
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "loss" in row] == list(range(1, 25))
     assert json.loads((workdir / "summary.json").read_text())["status"] == "finished"
 
 

@@ -1,13 +1,13 @@
 """The notebooks run from top to bottom, as they lie in the repository: without outputs or data, in kernels of their own."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from tiny import as_users
 
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "experiments" / "notebooks").glob("*.ipynb"))
 
@@ -30,7 +30,7 @@ def test_a_notebook_runs_without_an_error_or_a_warning(path, tmp_path):
     copy = shutil.copy(path, tmp_path)
     private = {"IPYTHONDIR": str(tmp_path / "ipython"), "JUPYTER_RUNTIME_DIR": str(tmp_path / "jupyter")}
     command = [Path(sys.executable).with_name("jupyter-execute"), "--timeout=300", "--inplace", copy]
-    done = subprocess.run(command, env=os.environ | private, capture_output=True, check=False)
+    done = subprocess.run(command, env=as_users() | private, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr.decode()[-3000:]
     cells = code_cells(Path(copy))
     assert all(cell["execution_count"] for cell in cells)
