@@ -123,7 +123,7 @@ def test_a_document_in_a_packed_sequence_is_what_it_is_alone():
 
 
 @pytest.mark.slow
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     pattern=st.sampled_from(PATTERNS),
     length=st.integers(1, 700),

@@ -484,6 +484,16 @@ def test_tfds_through_array_record(with_validation, tmp_path):
             prepare(config_of(config.path, tmp_path, source="tfds", tfds_name="tiny_text", text_key=text_key))
 
 
+def test_tfds_that_is_read_in_order_only_is_refused(tmp_path):
+    build_tfds(str(tmp_path / "tfds"), with_validation=True)
+    (info,) = (tmp_path / "tfds").rglob("dataset_info.json")
+    info.write_text(info.read_text().replace("array_record", "tfrecord"))
+    with pytest.raises(
+        InputError, match=r"not readable by random access; prepare it once .* file_format='array_record'"
+    ):
+        prepare(config_of(tmp_path / "tfds", tmp_path, source="tfds", tfds_name="tiny_text", text_key="body"))
+
+
 def test_tfds_that_names_code_of_its_own_is_refused_before_anything_is_imported(tmp_path):
     build_tfds(str(tmp_path / "tfds"), with_validation=True)
     (features,) = (tmp_path / "tfds").rglob("features.json")

@@ -330,16 +330,23 @@ def test_where_no_process_is_kept_to_some_cores_all_count(monkeypatch):
     assert device_name() == "8 x cpu, 5 cores"
 
 
-# The call that the test makes is Linux's alone; what counts elsewhere is tested above.
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="only Linux keeps a process to some cores")
-def test_the_cores_counted_are_those_that_the_process_may_use():
+@pytest.fixture
+def kept_to_one_core(monkeypatch):
+    """Where the system can keep a process to some cores, it does; elsewhere it is as if it had."""
+    if not hasattr(os, "sched_setaffinity"):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0}, raising=False)
+        yield
+        return
     every = os.sched_getaffinity(0)
-    try:
-        os.sched_setaffinity(0, {min(every)})
-        assert device_name() == "8 x cpu, 1 core"
-    finally:
-        os.sched_setaffinity(0, every)
+    os.sched_setaffinity(0, {min(every)})
+    yield
+    os.sched_setaffinity(0, every)
     assert device_name().startswith(f"8 x cpu, {len(every)} core")
+
+
+@pytest.mark.usefixtures("kept_to_one_core")
+def test_the_cores_counted_are_those_that_the_process_may_use():
+    assert device_name() == "8 x cpu, 1 core"
 
 
 def test_where_no_checkpoint_is_sound_nothing_is_moved(interrupted, text):

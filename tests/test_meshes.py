@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from many import finish, start, wait_for_step
-from tiny import NO_WINDOW, NO_WINDOW_FLAGS, tiny_config, write_text
+from many import FINETUNE_RATE, finish, start, wait_for_step
+from tiny import NO_WINDOW, NO_WINDOW_FLAGS, few_matrices, tiny_config, write_text
 
 import spdf_jax as spdf
 from spdf_jax.jobs import train as jobs
@@ -24,7 +24,7 @@ from spdf_jax.training.restore import saved_run
 from spdf_jax.training.state import init_state, state_shardings
 from spdf_jax.tree import named_leaves
 
-pytestmark = pytest.mark.usefixtures("no_figures", "all_with_few_matrices")  # as in the processes that are started
+pytestmark = pytest.mark.usefixtures("no_figures")
 
 MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 1, 8)]
 STEPS = 36
@@ -55,7 +55,8 @@ def config(text: Path, sizes: tuple[int, int, int] = (1, 1, 1)):
 def before_a_topology_step(text):
     """A phase, a state in it, a dense gradient, and what to aim for: in host memory."""
     run = config(text)
-    plan = make_plan(run)[0]
+    with few_matrices():
+        plan = make_plan(run)[0]
     state = init_state(
         spdf.GPT(run.model), plan.tx, plan.config.sparsity, plan.filter, run.seed, make_mesh(MeshConfig(1))
     )
@@ -171,6 +172,7 @@ def as_written(workdir: Path, step: int) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("few_matrices")  # as in the processes
 def test_saved_by_two_processes_on_one_mesh_and_gone_on_from_elsewhere(text, tmp_path):
     """Saved on (2, 2, 2) by two processes; gone on from on one device, on (1, 8, 1), and as it was begun."""
     whole, arguments = tmp_path / "whole", ["--quiet"]
@@ -181,6 +183,7 @@ def test_saved_by_two_processes_on_one_mesh_and_gone_on_from_elsewhere(text, tmp
         "--config.model.vocab_size=304",
         "--config.pretrain.steps=18",
         "--config.finetune.steps=4",
+        f"--config.finetune.optimizer.peak_learning_rate={FINETUNE_RATE}",
         "--config.loop.checkpoint_every_steps=1000",
         *NO_WINDOW_FLAGS,
     ]
@@ -200,6 +203,7 @@ def test_saved_by_two_processes_on_one_mesh_and_gone_on_from_elsewhere(text, tmp
         c.model.n_head, c.model.vocab_size, c.pretrain.batch_size, c.finetune.batch_size = 4, 304, 8, 8
         c.pretrain.steps, c.finetune.steps = 18, 4
         c.mesh.data, c.mesh.fsdp, c.mesh.tensor = sizes
+        c.finetune.optimizer.peak_learning_rate = FINETUNE_RATE
         c.pretrain.sparsity.update(NO_WINDOW)
         run = spdf.resolve(c)
         state = saved_run(workdir, make_mesh(run.mesh), run).state
@@ -217,6 +221,6 @@ def test_saved_by_two_processes_on_one_mesh_and_gone_on_from_elsewhere(text, tmp
     found["as begun"] = {row["step"]: row["loss"] for row in read_metrics(whole) if "loss" in row}
     for losses in found.values():
         assert list(losses) == list(range(1, 23))  # no step twice, none left out
-        for later in range(step + 1, 19):  # at this rate, what Adam makes of rounding shows in a second phase
+        for later in range(step + 1, 23):
             assert losses[later] == pytest.approx(found[1, 1, 1][later], abs=1e-4), later
     assert jnp.isfinite(jnp.array(list(found[1, 8, 1].values()))).all()

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
-from many import ROOT, finish, start, wait_for_step
+from many import FINETUNE_RATE, ROOT, finish, start, wait_for_step
 from tiny import NO_WINDOW, NO_WINDOW_FLAGS, tiny_config, write_text
 
 import spdf_jax as spdf
@@ -30,8 +30,6 @@ STEPS = (
     "--config.pretrain.sparsity.update_every_steps=3",
     "--config.loop.checkpoint_every_steps=6",
 )
-#: The first update by Adam is the sign of each gradient; at the tiny run's own rate, rounding at zero would show in the losses.
-FINETUNE_RATE = 1e-3
 BATCH = ("--config.pretrain.batch_size=8", "--config.finetune.batch_size=8")
 ALL_DEVICES = ("--config.mesh.data=1", "--config.mesh.fsdp=-1")
 RATE = (f"--config.finetune.optimizer.peak_learning_rate={FINETUNE_RATE}",)

@@ -168,7 +168,7 @@ def change_of_activations(width: int, density: float, *, mup: bool, steps: int =
 @pytest.mark.slow
 def test_coordinate_check_of_s_mupar():
     """Activations move alike at every width and density; without S-muPar they do not (2405.15743, figure 1)."""
-    with_mup = [change_of_activations(width, density, mup=True) for width in (64, 256) for density in (1.0, 0.25)]
+    with_mup = [change_of_activations(width, density, mup=True) for width in (64, 128, 256) for density in (1.0, 0.25)]
     without = [change_of_activations(*size, mup=False) for size in ((64, 0.25), (256, 1.0))]
     assert max(with_mup) / min(with_mup) < 2
     assert max(without) / min(without) > 3

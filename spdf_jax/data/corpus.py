@@ -178,12 +178,13 @@ def tfds_corpus(
     if text_key not in builder.info.features:
         raise InputError(f"{where}: no feature data.text_key={text_key!r}; it has {sorted(builder.info.features)}")
     used = ["train", "validation"] if "validation" in splits else ["train"]
+    unreadable = f"{where}: not readable by random access; {prepare_it}"
+    if not builder.info.available_file_formats() & tfds.core.FileFormat.with_random_access():
+        raise InputError(unreadable)  # prepared as tfrecord, which is read in order only
     try:
         sources = {split: builder.as_data_source(split=split) for split in used}
-    # TFDS itself raises NotImplementedError for the formats that it can read in order only (tfrecord): nothing of ours is
-    # unfinished, shuffling and resuming need access by index, and the message says how to prepare such a format.
-    except (NotImplementedError, ValueError, OSError) as error:
-        raise InputError(f"{where}: not readable by random access; {prepare_it}") from error
+    except (ValueError, OSError) as error:
+        raise InputError(unreadable) from error
 
     def read(split: Split) -> Iterator[str]:
         held_out = "validation" not in sources
