@@ -439,7 +439,7 @@ def test_a_save_that_the_clock_ends_is_one_line_and_75(text, tmp_path, monkeypat
 
 def started(text: Path, workdir: Path, shell: str) -> subprocess.CompletedProcess:
     run = f"{sys.executable} -m spdf_jax.main --config tests/tiny_experiment.py --workdir {workdir}"
-    env = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "TINY_TEXT": str(text)}
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "TINY_TEXT": str(text), "TINY_FEW_MATRICES": "1"}
     few = "--config.pretrain.steps=60 --config.finetune.steps=4"
     return subprocess.run(
         ["bash", "-o", "pipefail", "-c", shell.format(run=f"{run} {few}")],
