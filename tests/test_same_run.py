@@ -90,6 +90,16 @@ def test_every_job_refuses_another_config_in_the_same_words(job, other, text, tr
     assert files(trained) == before
 
 
+@pytest.mark.parametrize("job", [job for job in JOBS if job != "train"])
+def test_a_job_on_a_workdir_without_a_run_is_refused_and_makes_no_folder(job, text, tmp_path):
+    workdir = tmp_path / "misspelt"
+    with pytest.raises(
+        spdf.InputError, match="misspelt/checkpoints: no checkpoint there; train first with --job train"
+    ):
+        JOBS[job](spdf.resolve(one_phase(text)), workdir)
+    assert not workdir.exists()
+
+
 def test_the_same_settings_under_another_name_are_the_same_run(text, trained, capsys):
     c, before = one_phase(text), files(trained)
     c.experiment, c.variant, c.variants = "finetune", "e2e", ("e2e",)

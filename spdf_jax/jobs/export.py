@@ -38,8 +38,8 @@ def export(config: RunConfig, workdir: Path, output: Path | None = None) -> Path
     folder = output or workdir / "huggingface"
     if folder.exists():
         raise InputError(f"{folder}: is there already; move or delete it, or choose another by --output")
-    check_writable(folder.parent)
     saved = saved_run(workdir, make_mesh(config.mesh), config)
+    check_writable(folder.parent)
     if saved.model.pattern != "causal":
         raise InputError(
             f"--job export: the run ends in {saved.model.pattern!r} attention of width {saved.model.width}, which GPT-2 cannot "

@@ -4,16 +4,18 @@ import json
 import math
 import zlib
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors import safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from spdf_jax.errors import InputError, reading
 from spdf_jax.tree import map_named, named_leaves
+from spdf_jax.workdir import write_atomically
 
 #: Key and version of the metadata that makes a safetensors file a mask file.
 MASK_FORMAT, MASK_FORMAT_VERSION = "spdf_jax.masks", 1
@@ -39,7 +41,7 @@ def save_masks(path: str | PathLike[str], masks: Any) -> None:
     its bytes. Dense leaves have shape [] and no tensor.
 
     Args:
-      path: written over if it exists; by convention ``*.safetensors``.
+      path: replaced as a whole if it exists; by convention ``*.safetensors``.
       masks: mask tree.
 
     Raises:
@@ -64,7 +66,7 @@ def save_masks(path: str | PathLike[str], masks: Any) -> None:
         for name, mask in leaves.items()
     }
     text = json.dumps({"version": MASK_FORMAT_VERSION, "leaves": index})
-    save_file(packed, path, metadata={MASK_FORMAT: text})
+    write_atomically(Path(path), save(packed, metadata={MASK_FORMAT: text}))
 
 
 def load_masks(path: str | PathLike[str], params: Any) -> Any:

@@ -8,13 +8,13 @@ gradient:
 >>> from spdf_jax.sparsity.masks import init_masks
 >>> from spdf_jax.sparsity.programme import SparsityConfig
 >>> from spdf_jax.sparsity.topology import prune_and_grow_tree
->>> def taylor(weights, grads):
+>>> def first_order(weights, grads):
 ...     return jnp.abs(weights * grads)
->>> RULES["taylor"] = Rule(drop_score=taylor, gradient_share=0.5)
+>>> RULES["mine"] = Rule(drop_score=first_order, gradient_share=0.5)
 
-It trains under ``config.pretrain.sparsity.rule = "taylor"``, with every schedule, distribution and pattern:
+It trains under ``config.pretrain.sparsity.rule = "mine"``, with every schedule, distribution and pattern:
 
->>> config = SparsityConfig(rule="taylor", sparsity=0.5, pattern="2:4")
+>>> config = SparsityConfig(rule="mine", sparsity=0.5, pattern="2:4")
 
 One topology step by hand: half of the 32 active weights go, as many come back, and 2 of every 4 stay active.
 
@@ -29,7 +29,7 @@ One topology step by hand: half of the 32 active weights go, as many come back, 
 (32, True)
 >>> bool((new["kernel"].reshape(2, 4, 8).sum(1) == 2).all())
 True
->>> del RULES["taylor"]
+>>> del RULES["mine"]
 """
 
 import jax
