@@ -30,6 +30,8 @@ need topology v5e:16x16
 need zone europe-west4-b
 number 0 restarts
 read_topology "$topology"
+[[ $gcloud_type ]] || die "--topology $topology: such a pod is had through GKE: launch/gke_jobset.sh"
+if [[ $libtpu_args ]]; then command=(env "LIBTPU_INIT_ARGS=$libtpu_args" "${command[@]}"); fi
 
 queue=(gcloud compute tpus queued-resources)
 on_workers=(gcloud compute tpus tpu-vm ssh "$name" "--zone=$zone" --worker=all --ssh-flag=-oServerAliveInterval=30)

@@ -25,7 +25,9 @@ _CONFIG = config_flags.DEFINE_config_file(
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run leaves everything; default runs/<experiment>-<variant>.")
 _JOB = flags.DEFINE_enum("job", "train", JOBS, "What to do.")
-_TOPOLOGY = flags.DEFINE_string("plan_topology", "", "TPU pod for which --job plan compiles the steps: v5e:16x16.")
+_TOPOLOGY = flags.DEFINE_string(
+    "plan_topology", "", "TPU pod for which --job plan compiles the steps: v5e:16x16, v6e-256."
+)
 _PROMPT = flags.DEFINE_string("prompt", "", "What --job generate continues.")
 _OUTPUT = flags.DEFINE_string("output", "", "Where --job evaluate and export write, in place of the workdir.")
 _QUIET = flags.DEFINE_bool("quiet", False, "Print errors only, and what jobs other than train are for.")

@@ -15,6 +15,9 @@ import pytest
 import yaml
 from tiny import NO_WINDOW_FLAGS, write_text
 
+from spdf_jax.planning.pod import pod_name
+from spdf_jax.planning.pod_plan import OVERLAP, OVERLAPPING
+
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
 USED = {
@@ -120,7 +123,12 @@ def test_help_names_every_flag(script):
         (
             "tpu_pod.sh",
             ["--topology=v9:4x4", "--zone=z", *TRAIN],
-            "--topology v9:4x4: v4, v5e, v5p or v6e, a colon and a shape are needed, for example v5e:16x16",
+            "--topology v9:4x4: v4, v5e, v5p, v6e or tpu7x, a colon and a shape are needed, for example v5e:16x16",
+        ),
+        (
+            "tpu_pod.sh",
+            ["--topology=tpu7x:2x2x1", "--zone=z", *TRAIN],
+            "--topology tpu7x:2x2x1: such a pod is had through GKE: launch/gke_jobset.sh",
         ),
         ("gke_jobset.sh", [*TRAIN], "--topology is missing, for example --topology v5e:16x16"),
         (
@@ -211,6 +219,8 @@ def test_tpu_pod_dry_run():
         "--runtime-version=newest --spot"
     )
     assert "delete" not in lines[-1]
+    train = f"env 'LIBTPU_INIT_ARGS={OVERLAP}' python -m spdf_jax.main".replace("'", "'\\''")
+    assert train in lines[-1], "as the plan of such a pod has it"
 
 
 MANIFEST = """\
@@ -291,6 +301,7 @@ def test_gke_dry_run_and_what_is_applied(tmp_path):
         ("v5e:16x16", "tpu-v5-lite-podslice", 64, 4),
         ("v5p:4x4x4", "tpu-v5p-slice", 16, 4),
         ("v6e:8x16", "tpu-v6e-slice", 32, 4),
+        ("tpu7x:4x4x4", "tpu7x", 16, 4),
     ],
 )
 def test_gke_topologies(topology, accelerator, hosts, chips_per_host):
@@ -303,6 +314,14 @@ def test_gke_topologies(topology, accelerator, hosts, chips_per_host):
         "cloud.google.com/gke-tpu-topology": topology.partition(":")[2],
     }
     assert pod["containers"][0]["resources"]["limits"] == {"google.com/tpu": chips_per_host}
+    told = [{"name": "LIBTPU_INIT_ARGS", "value": OVERLAP}] if topology.partition(":")[0] in OVERLAPPING else None
+    assert pod["containers"][0].get("env") == told
+
+
+@pytest.mark.parametrize("name", ["v6e-256", "v5litepod-16", "v4-32", "v5p-128", "tpu7x-16"])
+def test_a_pod_by_its_number_is_that_of_the_plan(name):
+    printed = dry_run("gke_jobset.sh", "--topology", name, "--image", "i", "--dry_run", *TRAIN)
+    assert f"gke-tpu-topology: {pod_name(name).partition(':')[2]}\n" in printed
 
 
 def test_local_marks_lines_and_says_who_is_who():

@@ -24,7 +24,7 @@ from spdf_jax.planning.hlo import (
     matrix_flops,
     read_program,
 )
-from spdf_jax.planning.pod import GENERATIONS, Need, Pod, estimate, splash_flops, splash_seconds, suggest
+from spdf_jax.planning.pod import GENERATIONS, GIB, Need, Pod, estimate, pod_name, splash_flops, splash_seconds, suggest
 from spdf_jax.planning.pod_plan import collective_table, describe_pod, lower_steps
 from spdf_jax.sharding import MeshConfig, batch_sharding, make_mesh, replicated
 from spdf_jax.training.phases import make_plan
@@ -32,6 +32,11 @@ from spdf_jax.training.phases import make_plan
 ROOT = Path(__file__).parent.parent
 
 PROGRAM = """HloModule jit_step, is_scheduled=true
+
+%sparsecore (p9: bf16[8,16], p10: token[]) -> bf16[32,16] {
+  %p9 = bf16[8,16]{1,0} parameter(0)
+  ROOT %all-gather.9 = bf16[32,16]{1,0} all-gather(%p9), channel_id=11, replica_groups=[1,4]<=[4], dimensions={0}
+}, execution_thread="sparsecore"
 
 %fused_start (p0: bf16[8,16]) -> bf16[32,16] {
   %p0 = bf16[8,16]{1,0} parameter(0)
@@ -72,6 +77,14 @@ backend_config={"window_config":{"estimated_cycles":"1500000"}}
   %fusion.2 = bf16[8,16]{1,0} fusion(%g), kind=kCustom, calls=%all-reduce-scatter.3
   %while.2 = (s32[], f32[]) while(%t2), condition=%inner_condition, body=%inner
   %copy.1 = f32[8]{0} copy(%x), backend_config={"estimated_cycles":"30"}
+  %gather.call-start = ((bf16[8,16], token[]), bf16[32,16]) call-start(%shard, %t3), \
+async_execution_thread="sparsecore", to_apply=%sparsecore
+  %fusion.3 = f32[8]{0} fusion(%x), kind=kLoop, calls=%none, backend_config={"estimated_cycles":"70"}
+  %gather.call-done = bf16[32,16]{1,0} call-done(%gather.call-start)
+}
+
+%none (x: f32[8]) -> f32[8] {
+  %x.2 = f32[8]{0} parameter(0)
 }
 
 %layer_condition (t: (s32[], bf16[8,16])) -> pred[] {
@@ -104,10 +117,11 @@ def test_collectives_count_as_often_as_they_run_and_once_for_all_fusions_that_th
         (12, "all-gather", 2 * 32 * 16, (0, 1, 2, 3)),
         (12, "reduce-scatter", 2 * 32 * 16, (0, 2)),
         (36, "collective-permute", 4 * 4, (0, 1)),
+        (12, "all-gather", 2 * 32 * 16, (0, 1, 2, 3)),
         (1, "all-reduce", 4, (0, 1, 2, 3)),
     ]
     assert collective_table(read_program(PROGRAM)) == [
-        "  all-gather            12 times, 12.3 kB in all, at most 1.02 kB",
+        "  all-gather            24 times, 24.6 kB in all, at most 1.02 kB",
         "  all-reduce            2 times, 52 bytes in all, at most 48 bytes",
         "  collective-permute    36 times, 576 bytes in all, at most 16 bytes",
         "  reduce-scatter        12 times, 12.3 kB in all, at most 1.02 kB",
@@ -117,7 +131,7 @@ def test_collectives_count_as_often_as_they_run_and_once_for_all_fusions_that_th
 def test_flops_cycles_and_kernels_are_multiplied_by_their_loops():
     items = read_program(PROGRAM)
     assert matrix_flops(items) == 12 * 2 * 64 * 32 * 16
-    assert sum(times * i.cycles for times, i in executed(items)) == 12 * (1_500_000 + 30)
+    assert sum(times * i.cycles for times, i in executed(items)) == 12 * (1_500_000 + 30 + 70)
     assert [(times, i.kernel, i.operands[-1]) for times, i in executed(items) if i.kernel] == [
         (1, "splash_mha_fwd_residuals", (2, 16, 2048, 128))
     ]
@@ -139,6 +153,13 @@ def test_flops_of_products_written_as_sliding_windows(instruction, products):
     assert matrix_flops(read_program(text)) == products * 2 * 128 * 64 * 32
 
 
+def test_a_collective_of_a_sparse_core_runs_beside_what_computes_until_it_is_waited_for():
+    (layer,) = (item for item in read_program(PROGRAM) if isinstance(item, Loop))
+    start, between, done = layer.body[-3:]
+    assert start.collectives == done.collectives == (Collective("all-gather", 1024, (0, 1, 2, 3), "all-gather 11"),)
+    assert between == Instruction(cycles=70)
+
+
 SQUARE = Pod("v5e:4x4", tuple((x, y, 0) for x in range(4) for y in range(4)))
 TORUS = Pod("v5e:16x16", tuple((x, y, 0) for x in range(16) for y in range(16)))
 
@@ -154,6 +175,45 @@ def test_a_closed_ring_has_twice_the_bandwidth_of_a_line():
     assert TORUS.seconds(Collective("collective-permute", 45_000_000, (0, 1), "")) == pytest.approx(1e-3 + hops)
     # Sixteen on a ring are four links apart on average, and each has two links.
     assert TORUS.seconds(Collective("all-to-all", 45_000_000, tuple(range(16)), "")) == pytest.approx(2e-3 + 16 * hops)
+
+
+def block(generation: str, sizes: tuple[int, int, int], devices_per_chip: int = 1) -> Pod:
+    places = [(x, y, z) for x in range(sizes[0]) for y in range(sizes[1]) for z in range(sizes[2])]
+    name = f"{generation}:{'x'.join(map(str, sizes))}"
+    return Pod(name, tuple(place for place in places for _ in range(devices_per_chip)))
+
+
+def test_only_blocks_of_whole_cubes_have_links_around():
+    line = Collective("all-gather", 90_000_000, (0, 1, 2, 3), "")  # along the last axis
+    assert block("v5p", (2, 2, 4)).seconds(line) == pytest.approx(0.75e-3 + 4e-6)
+    assert block("v5p", (4, 4, 4)).seconds(line) == pytest.approx(0.75e-3 / 2 + 4e-6)
+
+
+def test_two_devices_of_a_chip_share_its_links():
+    pod = block("tpu7x", (2, 2, 4), devices_per_chip=2)
+    both = pod.seconds(Collective("all-gather", 90_000_000, tuple(range(8)), ""))
+    assert both == pytest.approx(7 / 8 * 1e-3 + 4e-6)
+    # Two groups, of the first and of the second cores, at once over the same links.
+    alternate = pod.seconds(Collective("all-gather", 90_000_000, (0, 2, 4, 6), ""))
+    assert alternate == pytest.approx(2 * 3 / 4 * 1e-3 + 4e-6)
+    assert pod.seconds(Collective("all-gather", 90_000_000, (0, 1), "")) == pytest.approx(0.5e-3 + 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "known_as"),
+    [
+        ("v6e-256", "v6e:16x16"),  # chips
+        ("v5litepod-16", "v5e:4x4"),
+        ("v5e-8", "v5e:2x4"),
+        ("v4-32", "v4:2x2x4"),  # cores, two a chip
+        ("v5p-128", "v5p:4x4x4"),
+        ("tpu7x-16", "tpu7x:2x2x2"),
+        ("v5p:2x4x4", "v5p:2x4x4"),
+        ("v5p-6", None),
+    ],
+)
+def test_a_pod_by_its_number(name, known_as):
+    assert pod_name(name) == known_as
 
 
 def test_asynchronous_collectives_run_beside_what_computes_until_they_are_waited_for():
@@ -181,7 +241,7 @@ def test_splash_attention_counts_the_blocks_that_it_visits():
     assert splash_seconds(narrow, "causal", 128, g) == pytest.approx(splash_seconds(kernel, "causal", 128, g))
 
 
-FITS = Need("v5e:4x4", 1, 16, 1, 64, 1, 1024, 8e9, 12e9)
+FITS = Need("v5e:4x4", 1, 16, 1, 64, 1, 1024, 8 * GIB, 12 * GIB)
 
 
 @pytest.mark.parametrize(
@@ -189,23 +249,28 @@ FITS = Need("v5e:4x4", 1, 16, 1, 64, 1, 1024, 8e9, 12e9)
     [
         ({}, "no smaller pod should do"),
         (
-            {"split_bytes": 4e9, "chip_bytes": 8e9},  # 8 + 8 GB on 8 chips
+            {"split_bytes": 4 * GIB, "device_bytes": 7.75 * GIB},  # 8 + 7.5 GiB on 8 devices
             "the smallest that should do is --plan_topology=v5e:2x4 --config.mesh.data=1 --config.mesh.fsdp=8 "
-            "--config.mesh.tensor=1 --config.pretrain.grad_accumulation_steps=1 (about 16.0 GB a chip)",
+            "--config.mesh.tensor=1 --config.pretrain.grad_accumulation_steps=1 (about 15.5 GiB a device)",
         ),
         (
-            {"chip_bytes": 17e9},  # 8 + 9 GB, in two micro-batches 8 + 4.5
+            {"device_bytes": 17 * GIB},  # 8 + 9 GiB, in two micro-batches 8 + 4.5
             "it should fit with --config.mesh.data=1 --config.mesh.fsdp=16 --config.mesh.tensor=1 "
-            "--config.pretrain.grad_accumulation_steps=2 (about 12.5 GB a chip)",
+            "--config.pretrain.grad_accumulation_steps=2 (about 12.5 GiB a device)",
         ),
         (
-            {"split_bytes": 30e9, "chip_bytes": 31e9},  # 15 + 0.5 GB on 32 chips
+            {"split_bytes": 30 * GIB, "device_bytes": 31 * GIB},  # 15 + 0.5 GiB on 32 devices
             "it takes --plan_topology=v5e:4x8 --config.mesh.data=1 --config.mesh.fsdp=32 --config.mesh.tensor=1 "
-            "--config.pretrain.grad_accumulation_steps=1 (about 15.5 GB a chip)",
+            "--config.pretrain.grad_accumulation_steps=1 (about 15.5 GiB a device)",
         ),
         (
-            {"d_model": 16, "split_bytes": 30e9, "chip_bytes": 31e9},  # nothing more to split
+            {"d_model": 16, "split_bytes": 30 * GIB, "device_bytes": 31 * GIB},  # nothing more to split
             "no v5e pod should do: set --config.model.remat=block, or a larger --config.mesh.tensor",
+        ),
+        (
+            {"pod": "tpu7x:2x2x2", "split_bytes": 60 * GIB, "device_bytes": 100 * GIB},  # two devices a chip
+            "it should fit with --config.mesh.data=1 --config.mesh.fsdp=16 --config.mesh.tensor=1 "
+            "--config.pretrain.grad_accumulation_steps=2 (about 80.0 GiB a device)",
         ),
     ],
 )
@@ -223,9 +288,9 @@ def tiny():
     return c
 
 
-@pytest.mark.parametrize("name", ["v5e", "v5e:4", "v9:4x4", "v5e:4x4x", "4x4"])
+@pytest.mark.parametrize("name", ["v5e", "v5e:4", "v9:4x4", "v5e:4x4x", "4x4", "v6e-3", "v9-16", "v5p-1"])
 def test_an_unknown_pod_is_refused_with_examples(name):
-    message = f"--plan_topology: {name!r} is no pod; for example v5e:4x4, v5e:16x16"
+    message = f"--plan_topology: {name!r} is no pod; for example v5e:4x4, v5e-256"
     with pytest.raises(spdf.InputError, match=re.escape(message)):
         describe_pod(spdf.resolve(tiny()), name)
 
@@ -292,46 +357,52 @@ def test_logits_split_over_tensor_even_where_the_vocabulary_does_not_divide():
 
 
 JOB = """
-import sys
+import json, sys
 from pathlib import Path
 sys.path.insert(0, str(Path("tests").resolve()))
 from test_pod_plan import tiny
 import spdf_jax as spdf
 from spdf_jax.planning.pod_plan import describe_pod
-try:
-    print(describe_pod(spdf.resolve(tiny()), sys.argv[1]))
-except spdf.InputError as error:
-    print("refused:", error)
+said = []
+for pod, changes in json.loads(sys.argv[1]):
+    c = tiny()
+    c.update_from_flattened_dict(changes)
+    try:
+        said.append(describe_pod(spdf.resolve(c), pod))
+    except spdf.InputError as error:
+        said.append(f"refused: {error}")
+print(json.dumps(said))
 """
 
 
-def plan(pod):
+def plans(*pods: tuple[str, dict[str, object]]) -> list[str]:
+    """What is said of `tiny` with changes on each pod."""
     # Its own process: libtpu stays. Simulated CPU devices are not what it compiles for.
     environment = as_users() | {"JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-c", JOB, pod]
+    command = [sys.executable, "-c", JOB, json.dumps(pods)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stderr == "", "libtpu stays silent"
-    return done.stdout
+    return json.loads(done.stdout)
 
 
 @pytest.mark.slow
 @needs_libtpu
 def test_a_small_model_is_planned_for_a_pod_that_is_not_there():
-    said = plan("v5e:2x2")
+    (said,) = plans(("v5e:2x2", {}))
     train, topology, alone = re.split(r"pretrain: (?:topology step|prune and grow alone), compiled", said)
     assert "attention             causal by splash" in train
-    assert "4 chips of 197 TFLOP/s and 16 GB, mesh data 1 x fsdp 4 x tensor 1, remat dots" in train
+    assert "4 devices of 197 TFLOP/s and 15.75 GiB, mesh data 1 x fsdp 4 x tensor 1, remat dots" in train
     for step in (train, topology):
-        assert re.search(r"memory a chip +0\.\d+ GB of 16 GB: fits", step)
+        assert re.search(r"memory a device +0\.\d+ GiB of 15\.75 GiB: fits", step)
         assert "splash attention 0." in step
         # Three products of every weight of the layers, the head, and attention: counted once a layer, not once.
-        flops = float(re.search(r"matrix FLOPs a chip +(\S+)", step)[1])
+        flops = float(re.search(r"matrix FLOPs a device +(\S+)", step)[1])
         products = 6 * 8 * 256 * (3 * 12 * 256**2 + 512 * 256) + 3 * 9 * 2 * 8 * 256**2 * 256
         assert flops == pytest.approx(products / 4, rel=0.1)
         gathers = int(re.search(r"all-gather +(\d+) times", step)[1])
         assert gathers >= 2 * 3, "weights, layer by layer, forward and backward"
-    assert "matrix FLOPs a chip   0" in alone
+    assert "matrix FLOPs a device 0" in alone
     largest = re.search(r"all-gather .* at most (\S+) (bytes|kB)", alone)
     assert largest is None or float(largest[1]) * {"bytes": 1, "kB": 1000}[largest[2]] < 256**2, "no matrix is gathered"
     assert "suggestion            no smaller pod should do" in alone
@@ -339,8 +410,31 @@ def test_a_small_model_is_planned_for_a_pod_that_is_not_there():
 
 @pytest.mark.slow
 @needs_libtpu
-def test_what_libtpu_does_not_know_and_meshes_that_do_not_fit_are_refused():
-    assert plan("v5e:3x3").startswith("refused: --plan_topology: 'v5e:3x3' is no pod (INVALID_ARGUMENT")
-    assert plan("v5e:4x4").startswith(
-        "refused: config.pretrain.batch_size: 8 sequences a micro-batch are not divisible"
+def test_what_libtpu_does_not_know_and_what_does_not_fit_is_said_and_following_suggestions_ends_in_what_does():
+    static = {"pretrain.sparsity.rule": "static"}
+    large = static | {"pretrain.batch_size": 65536}
+    odd, indivisible, too_large, nearly, split, one_sequence = plans(
+        ("v5e:3x3", {}),
+        ("v5e:4x4", {}),
+        ("v5e-4", large),
+        ("v5e:2x2", large | {"pretrain.grad_accumulation_steps": 8}),
+        ("v5e:2x2", large | {"pretrain.grad_accumulation_steps": 16}),
+        ("v5e:2x4", static),
     )
+    assert odd.startswith("refused: --plan_topology: 'v5e:3x3' is no pod (INVALID_ARGUMENT")
+    assert indivisible.startswith(
+        "refused: config.pretrain.batch_size: 8 sequences a micro-batch are not divisible by 16 devices"
+    )
+    needed, missing = re.search(r"([\d.]+) GiB of 15\.75 GiB: DOES NOT FIT, by ([\d.]+) GiB", too_large).groups()
+    assert float(needed) - float(missing) == pytest.approx(15.75, abs=0.011)
+    assert re.search(
+        r"suggestion +it should fit with --config\.mesh\.data=1 --config\.mesh\.fsdp=4 --config\.mesh\.tensor=1 "
+        r"--config\.pretrain\.grad_accumulation_steps=8 \(about [\d.]+ GiB a device\)",
+        too_large,
+    )
+    # What the compiler gave up at is less than it takes where it need not recompute.
+    assert re.search(
+        r"DOES NOT FIT, by 0\.\d+ GiB.* --config\.pretrain\.grad_accumulation_steps=16 ", nearly, re.DOTALL
+    )
+    assert " of 15.75 GiB: fits" in split
+    assert "splash attention 0." in one_sequence

@@ -163,10 +163,13 @@ class _Reader:
             else:
                 cycles = re.search(r'"estimated_cycles":"(\d+)"', line.rest)
                 parts = list(self._parts(computation, line))
+                waited_for = (
+                    self._parts(computation, self._start(computation, line)) if line.opcode == "call-done" else ()
+                )
                 found = Instruction(
                     int(cycles[1]) if cycles else 0,
                     sum(self._flops(where, part) for where, part in parts if part.opcode == "convolution"),
-                    tuple(self._collective(where, part, line) for where, part in parts if _kind(part.opcode)),
+                    tuple(self._collective(w, part, line) for w, part in (*parts, *waited_for) if _kind(part.opcode)),
                     *_kernel(line),
                 )
                 if found != Instruction():
@@ -175,10 +178,17 @@ class _Reader:
     def _parts(self, computation: str, line: _Line) -> Iterator[tuple[str, _Line]]:
         """The instruction itself, or what is fused in it, each with the computation that it stands in."""
         yield computation, line
-        if line.opcode in ("fusion", "async-start"):
+        if line.opcode in (
+            "fusion",
+            "async-start",
+            "call-start",
+        ):  # the last: on another core of the chip, a sparse one
             for name in _CALLED.findall(line.rest):
                 for part in self.computations[name]:
                     yield from self._parts(name, part)
+
+    def _start(self, computation: str, done: _Line) -> _Line:
+        return next(line for line in self.computations[computation] if line.name == done.operands[0])
 
     def _trips(self, condition: str) -> int:
         """JAX counts its loops from 0 by 1, up to the one constant of the condition."""

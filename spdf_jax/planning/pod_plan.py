@@ -27,13 +27,13 @@ from spdf_jax.model.flops import step_flops
 from spdf_jax.model.gpt import GPT
 from spdf_jax.planning.describe import describe
 from spdf_jax.planning.hlo import Items, executed, executed_collectives, matrix_flops, read_program
-from spdf_jax.planning.pod import GENERATIONS, Need, Pod, Times, estimate, splash_flops, splash_seconds, suggest
+from spdf_jax.planning.pod import GIB, Need, Pod, Times, estimate, pod_name, splash_flops, splash_seconds, suggest
 from spdf_jax.sharding import batch_devices, batch_sharding, make_mesh, parameter_shardings, replicated
 from spdf_jax.training.phases import PhasePlan, make_plan
 from spdf_jax.training.state import TrainState, abstract_params, abstract_state, state_shardings
 from spdf_jax.training.step import make_steps, move_topology
 
-EXAMPLES = "v5e:4x4, v5e:16x16, v6e:16x16, v4:4x4x4, v5p:4x4x4"
+EXAMPLES = "v5e:4x4, v5e-256, v6e:16x16, v4:4x4x4, v5p:4x4x4, tpu7x:2x2x1"
 # libtpu is to look for no TPU, to say nothing of finding none, and to let other processes compile, too.
 _ONLY_COMPILING = {
     "TPU_SKIP_MDS_QUERY": "1",
@@ -41,6 +41,20 @@ _ONLY_COMPILING = {
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
+#: Generations whose collectives run beside what computes only if libtpu is told so, and how: as `launch/common.sh` tells it.
+OVERLAPPING = ("v5p", "v6e")
+OVERLAP = " ".join(
+    f"--xla_{name}=true"
+    for name in (
+        "tpu_enable_async_collective_fusion",
+        "tpu_enable_async_collective_fusion_fuse_all_gather",
+        "tpu_enable_async_collective_fusion_multiple_steps",
+        "tpu_overlap_compute_collective_tc",
+        "enable_async_all_gather",
+    )
+)
+# What libtpu says of memory, by its version.
+_WANTED = re.compile(r"(?:total memory required[^(]*\(|Used )([\d.]+)([KMGT])")
 
 
 @dataclass(frozen=True)
@@ -49,16 +63,16 @@ class Program:
 
     Attributes:
       name: what it is.
-      chip_bytes: memory on each chip; where that was too much for the compiler, what it wanted.
+      device_bytes: memory on each device; where that was too much for the compiler, what it wanted.
       compile_seconds: on this machine.
       items: from `spdf_jax.planning.hlo.read_program`; () where the compiler gave up.
       times: from `spdf_jax.planning.pod.estimate`.
-      flops: of matrix products on each chip, splash attention's included.
+      flops: of matrix products on each device, splash attention's included.
       left_out: kernels that `times` and `flops` leave out, and how often they run.
     """
 
     name: str
-    chip_bytes: float
+    device_bytes: float
     compile_seconds: float
     items: Items = ()
     times: Times | None = None
@@ -70,8 +84,8 @@ def describe_pod(config: RunConfig, name: str) -> str:
     """The table of ``--job plan --plan_topology``.
 
     Args:
-      config: the run; its mesh must take every chip.
-      name: the pod's, ``generation:AxB`` or ``generation:AxBxC``.
+      config: the run; its mesh must take every device.
+      name: the pod's, as `pod_name` knows it.
 
     Raises:
       InputError: libtpu is not there; no such pod; a mesh or batch that does not fit it.
@@ -83,18 +97,21 @@ def describe_pod(config: RunConfig, name: str) -> str:
         table = describe(config, mesh.shape["fsdp"] * mesh.shape["tensor"])
     lines = [
         table,
-        f"{pod.name:<24}{mesh.size} chips of {g.peak_flops / 1e12:.0f} TFLOP/s and {g.hbm_bytes / 1e9:.0f} GB, mesh {axes}, "
+        f"{pod.name:<24}{mesh.size} devices of {g.peak_flops / 1e12:.0f} TFLOP/s and {g.hbm_bytes / GIB:.2f} GiB, mesh {axes}, "
         f"remat {config.model.remat}",
     ]
     for plan in make_plan(config):
         state = phase_state(config, plan, mesh)
         how = plan.programme.attention(0)
-        programs = [_compile(f"{plan.name}: {name}", step, pod, *how) for name, step in lower_steps(config, plan, mesh)]
+        state_bytes = sum(map(_device_bytes, jax.tree.leaves((state.params, state.masks, state.opt_state))))
+        programs = [
+            _compile(f"{plan.name}: {name}", step, state_bytes, pod, *how)
+            for name, step in lower_steps(config, plan, mesh)
+        ]
         for program in programs:
             lines += _describe_program(program, config, plan, pod)
-        state_bytes = sum(map(_chip_bytes, jax.tree.leaves((state.params, state.masks, state.opt_state))))
-        gradient_bytes = sum(map(_chip_bytes, jax.tree.leaves(state.params)))
-        lines.append(f"  state                 {_amount(state_bytes)} a chip")
+        gradient_bytes = sum(map(_device_bytes, jax.tree.leaves(state.params)))
+        lines.append(f"  state                 {state_bytes / GIB:.3g} GiB a device")
         need = Need(
             pod.name,
             **mesh.shape,
@@ -102,7 +119,7 @@ def describe_pod(config: RunConfig, name: str) -> str:
             accumulate=plan.config.grad_accumulation_steps,
             d_model=config.model.d_model,
             split_bytes=state_bytes + gradient_bytes,
-            chip_bytes=max(program.chip_bytes for program in programs),
+            device_bytes=max(program.device_bytes for program in programs),
         )
         lines.append(f"  suggestion            {suggest(need, plan.name, config.model.remat)}")
     return "\n".join(lines)
@@ -110,8 +127,9 @@ def describe_pod(config: RunConfig, name: str) -> str:
 
 def make_pod(config: RunConfig, name: str) -> tuple[Pod, Mesh]:
     """The pod, and the config's mesh over it. Raises as `describe_pod` does."""
-    if name.partition(":")[0] not in GENERATIONS or not re.fullmatch(r"\w+:\d+(x\d+){1,2}", name):
-        raise InputError(f"--plan_topology: {name!r} is no pod; for example {EXAMPLES}")
+    given, name = name, pod_name(name) or ""
+    if not name:
+        raise InputError(f"--plan_topology: {given!r} is no pod; for example {EXAMPLES}")
     if importlib.util.find_spec("libtpu") is None:
         raise InputError(
             "--plan_topology: to compile for a TPU takes libtpu (and no TPU), which is not installed: "
@@ -119,6 +137,8 @@ def make_pod(config: RunConfig, name: str) -> tuple[Pod, Mesh]:
         )
     for variable, value in _ONLY_COMPILING.items():
         os.environ.setdefault(variable, value)
+    if name.partition(":")[0] in OVERLAPPING:  # as launch/ starts them
+        os.environ.setdefault("LIBTPU_INIT_ARGS", OVERLAP)
     from jax.experimental import topologies  # brings libtpu
     from jax.experimental.compilation_cache import compilation_cache
 
@@ -131,10 +151,10 @@ def make_pod(config: RunConfig, name: str) -> tuple[Pod, Mesh]:
         devices = topologies.get_topology_desc(name, "tpu", **one_device).devices
     except jax.errors.JaxRuntimeError as error:
         reason = str(error).splitlines()[0]
-        raise InputError(f"--plan_topology: {name!r} is no pod ({reason}); for example {EXAMPLES}") from None
+        raise InputError(f"--plan_topology: {given!r} is no pod ({reason}); for example {EXAMPLES}") from None
     mesh = make_mesh(config.mesh, devices)
     if mesh.size < len(devices):
-        raise InputError(f"config.mesh: {config.mesh} takes {mesh.size} of {len(devices)} chips; set a size to -1")
+        raise InputError(f"config.mesh: {config.mesh} takes {mesh.size} of {len(devices)} devices; set a size to -1")
     check_devices(config, batch_devices(mesh))
     return Pod(name, tuple(tuple(device.coords) for device in mesh.devices.flat)), mesh
 
@@ -146,7 +166,7 @@ def phase_state(config: RunConfig, plan: PhasePlan, mesh: Mesh) -> TrainState:
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
 
 
-def _chip_bytes(leaf: Any) -> int:
+def _device_bytes(leaf: Any) -> int:
     return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
 
 
@@ -191,15 +211,17 @@ def _whole_gradients(config: RunConfig, plan: PhasePlan, mesh: Mesh) -> Any:
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), params, shardings)
 
 
-def _compile(name: str, lowered: Any, pod: Pod, pattern: str, width: int) -> Program:
+def _compile(name: str, lowered: Any, state_bytes: int, pod: Pod, pattern: str, width: int) -> Program:
     started = time.perf_counter()
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        wanted = re.search(r"Used ([\d.]+)([MGT]) of", str(error))
+        wanted = _WANTED.search(str(error))
         if "RESOURCE_EXHAUSTED" not in str(error) or not wanted:
             raise
-        return Program(name, float(wanted[1]) * 1024 ** (2 + "MGT".index(wanted[2])), time.perf_counter() - started)
+        beside = state_bytes if "temporaries" in str(error) else 0  # which are not all
+        needed = beside + float(wanted[1]) * 1024 ** (1 + "KMGT".index(wanted[2]))
+        return Program(name, needed, time.perf_counter() - started)
     seconds, memory = time.perf_counter() - started, compiled.memory_analysis()
     items = read_program(compiled.as_text())
     kernels = [(times, i, splash_flops(i, pattern, width)) for times, i in executed(items) if i.kernel]
@@ -223,16 +245,17 @@ def _compile(name: str, lowered: Any, pod: Pod, pattern: str, width: int) -> Pro
 
 def _describe_program(program: Program, config: RunConfig, plan: PhasePlan, pod: Pod) -> list[str]:
     g, t = pod.generation, program.times
-    fits = "fits" if program.chip_bytes <= g.hbm_bytes else "DOES NOT FIT"
+    missing = (program.device_bytes - g.hbm_bytes) / GIB
+    fits = "fits" if missing <= 0 else f"DOES NOT FIT, by {missing:.2f} GiB"
     lines = [
         f"{program.name}, compiled in {program.compile_seconds:.0f} s",
-        f"  memory a chip         {program.chip_bytes / 1e9:.2f} GB of {g.hbm_bytes / 1e9:.0f} GB: {fits}",
+        f"  memory a device       {program.device_bytes / GIB:.2f} GiB of {g.hbm_bytes / GIB:.2f} GiB: {fits}",
     ]
     if t is None:
         return lines
     waiting = t.total - t.computing - t.kernels
     lines += [
-        f"  matrix FLOPs a chip   {program.flops:.3g}",
+        f"  matrix FLOPs a device {program.flops:.3g}",
         f"  time, estimated       {1e3 * t.total:.1f} ms: computing {1e3 * t.computing:.1f}, "
         f"splash attention {1e3 * t.kernels:.1f}, waiting for collectives {1e3 * waiting:.1f} of the "
         f"{1e3 * t.collectives:.1f} that they take",
