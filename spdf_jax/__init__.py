@@ -30,6 +30,8 @@ Constants:
 A filter is a sequence of ``(pattern, decision)``, see `spdf_jax.tree`. Shapes are in names: B batch, T tokens, V vocabulary.
 """
 
+__version__ = "0.1.0"
+
 from spdf_jax.config.read import default_config as default_config
 from spdf_jax.config.read import model_section as model_section
 from spdf_jax.config.read import resolve as resolve

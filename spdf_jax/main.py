@@ -1,6 +1,10 @@
-"""Command line: ``python -m spdf_jax.main --config FILE[:VARIANT] [--job JOB] [--workdir DIR] [--config.a.b=value ...]``."""
+"""Command line: ``python -m spdf_jax.main --config FILE[:VARIANT] [--job JOB] [--workdir DIR] [--config.a.b=value ...]``.
+
+``--help`` says what each flag is for.
+"""
 
 import importlib
+import importlib.metadata
 import io
 import os
 import re
@@ -31,6 +35,8 @@ _TOPOLOGY = flags.DEFINE_string(
 _PROMPT = flags.DEFINE_string("prompt", "", "What --job generate continues.")
 _OUTPUT = flags.DEFINE_string("output", "", "Where --job evaluate and export write, in place of the workdir.")
 _QUIET = flags.DEFINE_bool("quiet", False, "Print errors only, and what jobs other than train are for.")
+_VERSION = flags.DEFINE_bool("version", False, "Print the version of spdf_jax, of JAX and of Python.")
+_HELP = flags.DEFINE_bool("help", False, "Print this.", short_name="h")
 _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Be one of many processes; see spdf_jax/processes.py.")
 _PROFILE_STEPS = flags.DEFINE_string("profile_steps", "", "A:B leaves a profile of the steps after A up to B.")
 
@@ -42,6 +48,9 @@ def main(argv: Sequence[str]) -> int:
     0 is done, 2 something the user can fix, 75 (`processes.RESTART_CODE`) an end before its time: the same command goes on.
     """
     try:
+        if asked := _asked(argv):
+            print(asked)
+            return 0
         _parse(argv)
         return _run(argv)
     except InputError as error:
@@ -62,6 +71,30 @@ def _fail(message: str) -> int:
     # On one line, and nothing in it that a terminal obeys: a message may quote a file.
     said = re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+", " ", message)
     return processes.stop(2, f"error: {said}")
+
+
+def _asked(argv: Sequence[str]) -> str:
+    """What ``--help`` or ``--version`` prints, whatever else is said; "" where neither is asked for."""
+    asked = set(argv[1:])
+    if asked & {"--help", "-h", "-help"}:
+        usage = "python -m spdf_jax.main --config FILE[:VARIANT] [flags] [--config.section.key=value ...]"
+        example = (
+            "python -m spdf_jax.main --config experiments/gpt2_mst.py --config.pretrain.steps=100 --workdir runs/short"
+        )
+        told = [f"  {'--' + name:<18}{flags.FLAGS[name].help}" for name in sorted(_ours())]
+        override = f"  {'--config.A.B=value':<18} sets B in section A; a key that is not there is answered with the nearest one"
+        return "\n".join([usage, "", *told, override, "", f"For example: {example}"])
+    if "--version" in asked:
+        others = ("jax", "flax", "optax", "orbax-checkpoint")
+        versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in others)
+        ours = importlib.import_module("spdf_jax").__version__
+        return f"spdf_jax {ours} ({versions}, Python {sys.version.split()[0]})"
+    return ""
+
+
+def _ours() -> list[str]:
+    found = (value for value in globals().values() if isinstance(value, flags.FlagHolder))
+    return [holder.name for holder in found]
 
 
 def _parse(argv: Sequence[str]) -> None:

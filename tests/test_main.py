@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -103,6 +104,29 @@ def test_bad_commands_exit_2_with_one_message(case, tmp_path):
     assert len(result.stderr.strip().splitlines()) == 1
     if case == "no data there":  # it got as far as to say what it is about to do
         assert f"Others, by --config {MST}:VARIANT: mini, mini_blocks, mini_er, 124m_er." in result.stdout
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help_names_every_flag_and_does_nothing_else(flag):
+    result = command(flag, "--config", "experiments/nope.py")
+    assert (result.returncode, result.stderr) == (0, "")
+    told = result.stdout.splitlines()
+    assert told[0].startswith("python -m spdf_jax.main --config FILE[:VARIANT]")
+    flags = re.findall(
+        r"^_\w+ = \S+DEFINE_\w+\(\s*\"(\w+)\"", (ROOT / "spdf_jax" / "main.py").read_text(), re.MULTILINE
+    )
+    assert len(flags) > 10
+    assert [line.split()[0] for line in told if line.startswith("  --")] == [
+        *(f"--{name}" for name in sorted(flags)),
+        "--config.A.B=value",
+    ]
+    assert all(len(line.split()) > 2 for line in told if line.startswith("  --"))
+
+
+def test_the_version_is_said_with_those_it_runs_on():
+    result = command("--version")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.startswith(f"spdf_jax {spdf.__version__} (jax {jax.__version__}, ")
 
 
 def test_a_good_override_works_and_plan_trains_nothing(tmp_path):
