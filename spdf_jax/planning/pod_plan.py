@@ -53,7 +53,7 @@ OVERLAP = " ".join(
         "enable_async_all_gather",
     )
 )
-# What libtpu says of memory, by its version.
+# What libtpu says of memory, by its version; what it calls temporaries are arguments too.
 _WANTED = re.compile(r"(?:total memory required[^(]*\(|Used )([\d.]+)([KMGT])")
 
 
@@ -103,13 +103,10 @@ def describe_pod(config: RunConfig, name: str) -> str:
     for plan in make_plan(config):
         state = phase_state(config, plan, mesh)
         how = plan.programme.attention(0)
-        state_bytes = sum(map(_device_bytes, jax.tree.leaves((state.params, state.masks, state.opt_state))))
-        programs = [
-            _compile(f"{plan.name}: {name}", step, state_bytes, pod, *how)
-            for name, step in lower_steps(config, plan, mesh)
-        ]
+        programs = [_compile(f"{plan.name}: {name}", step, pod, *how) for name, step in lower_steps(config, plan, mesh)]
         for program in programs:
             lines += _describe_program(program, config, plan, pod)
+        state_bytes = sum(map(_device_bytes, jax.tree.leaves((state.params, state.masks, state.opt_state))))
         gradient_bytes = sum(map(_device_bytes, jax.tree.leaves(state.params)))
         lines.append(f"  state                 {state_bytes / GIB:.3g} GiB a device")
         need = Need(
@@ -211,7 +208,7 @@ def _whole_gradients(config: RunConfig, plan: PhasePlan, mesh: Mesh) -> Any:
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), params, shardings)
 
 
-def _compile(name: str, lowered: Any, state_bytes: int, pod: Pod, pattern: str, width: int) -> Program:
+def _compile(name: str, lowered: Any, pod: Pod, pattern: str, width: int) -> Program:
     started = time.perf_counter()
     try:
         compiled = lowered.compile()
@@ -219,9 +216,7 @@ def _compile(name: str, lowered: Any, state_bytes: int, pod: Pod, pattern: str, 
         wanted = _WANTED.search(str(error))
         if "RESOURCE_EXHAUSTED" not in str(error) or not wanted:
             raise
-        beside = state_bytes if "temporaries" in str(error) else 0  # which are not all
-        needed = beside + float(wanted[1]) * 1024 ** (1 + "KMGT".index(wanted[2]))
-        return Program(name, needed, time.perf_counter() - started)
+        return Program(name, float(wanted[1]) * 1024 ** (1 + "KMGT".index(wanted[2])), time.perf_counter() - started)
     seconds, memory = time.perf_counter() - started, compiled.memory_analysis()
     items = read_program(compiled.as_text())
     kernels = [(times, i, splash_flops(i, pattern, width)) for times, i in executed(items) if i.kernel]
