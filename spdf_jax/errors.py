@@ -2,7 +2,7 @@
 
 import contextlib
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 
 class InputError(ValueError):
@@ -55,7 +55,18 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__} {said}".rstrip() if isinstance(error, KeyError | MemoryError) or not said else said
 
 
+def closest(word: str, known: Iterable[str]) -> str:
+    """The one most like a misspelt word, whatever its capitals; "" where none is.
+
+    >>> closest("RigL", ["mst", "rigl"]), closest("lr", ["steps", "seed"])
+    ('rigl', '')
+    """
+    by_lower = {name.lower(): name for name in reversed(list(known))}
+    close = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.6)
+    return by_lower[close[0]] if close else ""
+
+
 def nearest(key: str, known: list[str]) -> str:
-    """`` (did you mean 'model'?)`` or nothing."""
-    close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(known)}"
+    """``; did you mean 'model'?``, or all that there are."""
+    close = closest(key, known)
+    return f"; did you mean {close!r}?" if close else f"; known are {', '.join(known)}"

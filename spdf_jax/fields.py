@@ -17,14 +17,13 @@ spdf_jax.errors.InputError: example.rate: nan must be a number above 0; the defa
 """
 
 import dataclasses
-import difflib
 import math
 import typing
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple, Protocol
 
-from spdf_jax.errors import InputError
+from spdf_jax.errors import InputError, closest
 
 #: The largest count: steps and seeds are 32-bit integers on devices.
 LARGEST = 2**31 - 1
@@ -85,8 +84,8 @@ class OneOf:
 
     def said_of(self, value: Any) -> str:
         known = [*self.more, *self.words]
-        close = difflib.get_close_matches(value, known, n=1, cutoff=0.6)
-        return f"is not one of {', '.join(map(repr, known))}" + (f"; did you mean {close[0]!r}" if close else "")
+        close = closest(value, known)
+        return f"is not one of {', '.join(map(repr, known))}" + (f"; did you mean {close!r}" if close else "")
 
 
 @dataclass(frozen=True)

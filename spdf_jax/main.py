@@ -6,6 +6,7 @@
 import importlib
 import importlib.metadata
 import io
+import itertools
 import os
 import re
 import shlex
@@ -18,7 +19,7 @@ from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from spdf_jax import processes
-from spdf_jax.errors import InputError, Restart
+from spdf_jax.errors import InputError, Restart, closest, nearest
 
 #: Each is a module of `spdf_jax.jobs`; those that a sweep has, with theirs.
 JOBS = ("train", "evaluate", "generate", "export", "plan", "report")
@@ -102,9 +103,10 @@ def _parse(argv: Sequence[str]) -> None:
     try:
         rest = flags.FLAGS(list(argv))[1:]
     except (InputError, flags.Error) as error:
-        raise _said_by_the_file(error) or InputError(f"command line: {_one_line(error)}") from error
+        refused = _said_by_the_file(error) or _no_whole_number(argv, str(error))
+        raise refused or InputError(f"command line: {_one_line(error)}") from error
     except (KeyError, AttributeError) as error:  # ml_collections: an override of a key that is not there
-        raise InputError(f"--config: unknown key {_one_line(error)}") from error
+        raise _unknown_key(argv) or InputError(f"--config: unknown key {_one_line(error)}") from error
     except (TypeError, ValueError, IndexError) as error:
         raise InputError(f"--config: {_one_line(error)}") from error
     if rest:
@@ -120,7 +122,46 @@ def _parse(argv: Sequence[str]) -> None:
                 f"--config {_config_file()}:VARIANT"
             )
     if not isinstance(_CONFIG.value, ConfigDict):  # ml_collections' stand-in for a file that it could not read
-        raise InputError(f"--config: {_config_file()} is not there")
+        file = Path(_config_file())
+        other = closest(file.stem, (path.stem for path in file.parent.glob("*.py")))
+        raise InputError(
+            f"--config: {file} is not there" + (f"; did you mean {file.parent / other}.py?" if other else "")
+        )
+
+
+def _unknown_key(argv: Sequence[str]) -> InputError | None:
+    """The first override of a key that is not there, in the words of `spdf_jax.config.read`."""
+    words = [word.removeprefix("-") for word in argv]
+    files = [after for before, after in itertools.pairwise(words) if before == "-config"]
+    files += [word.removeprefix("-config=") for word in words if word.startswith("-config=")]
+    if not files:
+        return None
+    alone, without_overrides = flags.FlagValues(), [argv[0], f"--config={files[-1]}"]
+    config = config_flags.DEFINE_config_file("config", flag_values=alone, sys_argv=without_overrides)
+    alone(without_overrides)
+    for argument in argv[1:]:
+        section, where = config.value, "config"
+        override = re.match(r"--?(?:no)?config\.([\w.]+)", argument)
+        for key in override[1].split(".") if override else ():
+            if not isinstance(section, ConfigDict):
+                return InputError(f"{where}: is a value, and has no {key!r}")
+            if key not in section:
+                return InputError(f"{where}: unknown key {key!r}{nearest(key, list(section))}")
+            section, where = section[key], f"{where}.{key}"
+    return None
+
+
+def _no_whole_number(argv: Sequence[str], said: str) -> InputError | None:
+    """Of an override such as ``steps=1e3``."""
+    found = re.search(r"flag (--config\.\S+?)=(\S+): invalid literal for int", said)
+    if not found:
+        return None
+    try:
+        whole = float(found[2]).is_integer()
+    except (OverflowError, ValueError):
+        whole = False
+    way_out = f"write {int(float(found[2]))}" if whole else "give one"
+    return InputError(f"{found[1]}: {found[2]!r} is no whole number; {way_out}")
 
 
 def _said_by_the_file(error: BaseException | None) -> InputError | None:

@@ -56,7 +56,11 @@ SHORT = (
 )
 BAD_COMMANDS = {
     "no config": ([], "--config FILE[:VARIANT] is needed"),
-    "missing file": (["--config", "experiments/nope.py"], "experiments/nope.py is not there"),
+    "missing file": (["--config", "experiments/nope.py"], "experiments/nope.py is not there\n"),
+    "misspelt file": (
+        ["--config", "experiments/gpt2_mts.py:124m"],
+        "experiments/gpt2_mts.py is not there; did you mean experiments/gpt2_mst.py?",
+    ),
     "unknown variant": (["--config", f"{MST}:125m"], "no variant '125m'; did you mean '124m'?"),
     "a variant as a setting": (
         ["--config", MST, "--config.variant=124m"],
@@ -79,14 +83,31 @@ BAD_COMMANDS = {
         ["--config", "experiments/gpt2_rigl.py", "--config.pretrain.sparsity.update_every_steps=500"],
         "'rigl' would never change a mask in 400 steps with update_every_steps 500",
     ),
-    "unknown section": (["--config", MST, "--config.modle.n_layer=2"], 'Did you mean "model" instead of "modle"?'),
-    "unknown key": (["--config", MST, "--config.model.n_layr=2"], 'Did you mean "n_layer" instead of "n_layr"?'),
-    "wrong type": (["--config", MST, "--config.model.n_layer=two"], "invalid literal for int()"),
+    "unknown section": (
+        ["--config", MST, "--config.modle.n_layer=2"],
+        "config: unknown key 'modle'; did you mean 'model'?",
+    ),
+    "unknown key": (
+        ["--config", f"{MST}:124m", "--config.seed=1", "--config.model.n_layr", "2"],
+        "config.model: unknown key 'n_layr'; did you mean 'n_layer'?",
+    ),
+    "a key like none": (
+        ["--config", MST, "--config.pretrain.optimizer.lr=1e-3"],
+        "config.pretrain.optimizer: unknown key 'lr'; known are ",
+    ),
+    "a key of a value": (["--config", MST, "--config.seed.a=1"], "config.seed: is a value, and has no 'a'"),
+    "wrong type": (["--config", MST, "--config.model.n_layer=two"], "--config.model.n_layer: 'two' is no whole number"),
+    "a number with an exponent": (
+        ["--config", MST, "--config.pretrain.steps=1e3"],
+        "'1e3' is no whole number; write 1000",
+    ),
+    "no number at all": (["--config", MST, "--config.pretrain.steps=inf"], "'inf' is no whole number; give one"),
     "unknown job": (["--config", MST, "--job", "tain"], "value should be one of"),
     "unknown flag": (["--config", MST, "--wrkdir", "x"], "Unknown command line flag 'wrkdir'"),
     "stray word": (["--config", MST, "train"], "'train' is no flag"),
     "sparsity": (["--config", MST, "--config.pretrain.sparsity.sparsity=1.0"], "1.0 must be at least 0 and below 1"),
     "rule": (["--config", MST, "--config.pretrain.sparsity.rule=mts"], "'mts' is not one of"),
+    "rule in capitals": (["--config", MST, "--config.pretrain.sparsity.rule=RigL"], "did you mean 'rigl'"),
     "sequence length": (["--config", MST, "--config.pretrain.seq_len=512"], "512 exceeds config.model.context 256"),
     "accumulation": (["--config", MST, "--config.pretrain.grad_accumulation_steps=3"], "16 is not divisible by"),
     "no data there": (["--config", f"{MST}:124m", "--workdir", "{tmp}/run"], "data/openwebtext"),
