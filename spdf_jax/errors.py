@@ -66,6 +66,11 @@ def closest(word: str, known: Iterable[str]) -> str:
     return by_lower[close[0]] if close else ""
 
 
+def unknown_key(where: str, key: str, known: list[str]) -> InputError:
+    """Of a section of a config, wherever it is given."""
+    return InputError(f"{where}: unknown key {key!r}{nearest(key, known)}")
+
+
 def nearest(key: str, known: list[str]) -> str:
     """``; did you mean 'model'?``, or all that there are."""
     close = closest(key, known)

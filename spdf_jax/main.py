@@ -6,7 +6,6 @@
 import importlib
 import importlib.metadata
 import io
-import itertools
 import os
 import re
 import shlex
@@ -19,7 +18,7 @@ from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from spdf_jax import processes
-from spdf_jax.errors import InputError, Restart, closest, nearest
+from spdf_jax.errors import InputError, Restart, closest, unknown_key
 
 #: Each is a module of `spdf_jax.jobs`; those that a sweep has, with theirs.
 JOBS = ("train", "evaluate", "generate", "export", "plan", "report")
@@ -36,10 +35,13 @@ _TOPOLOGY = flags.DEFINE_string(
 _PROMPT = flags.DEFINE_string("prompt", "", "What --job generate continues.")
 _OUTPUT = flags.DEFINE_string("output", "", "Where --job evaluate and export write, in place of the workdir.")
 _QUIET = flags.DEFINE_bool("quiet", False, "Print errors only, and what jobs other than train are for.")
-_VERSION = flags.DEFINE_bool("version", False, "Print the version of spdf_jax, of JAX and of Python.")
-_HELP = flags.DEFINE_bool("help", False, "Print this.", short_name="h")
 _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Be one of many processes; see spdf_jax/processes.py.")
 _PROFILE_STEPS = flags.DEFINE_string("profile_steps", "", "A:B leaves a profile of the steps after A up to B.")
+_TO_DO = (_CONFIG, _WORKDIR, _JOB, _TOPOLOGY, _PROMPT, _OUTPUT, _QUIET, _DISTRIBUTED, _PROFILE_STEPS)
+# Answered whatever else is said, right or wrong, and so read by themselves.
+_QUESTIONS = flags.FlagValues()
+_HELP = flags.DEFINE_bool("help", False, "Print this.", short_name="h", flag_values=_QUESTIONS)
+_VERSION = flags.DEFINE_bool("version", False, "Print versions: ours, JAX's, Python's.", flag_values=_QUESTIONS)
 
 
 @processes.one_for_all()
@@ -75,17 +77,19 @@ def _fail(message: str) -> int:
 
 
 def _asked(argv: Sequence[str]) -> str:
-    """What ``--help`` or ``--version`` prints, whatever else is said; "" where neither is asked for."""
-    asked = set(argv[1:])
-    if asked & {"--help", "-h", "-help"}:
+    """What ``--help`` or ``--version`` prints; "" where neither is asked for."""
+    _QUESTIONS(list(argv), known_only=True)
+    if _HELP.value:
         usage = "python -m spdf_jax.main --config FILE[:VARIANT] [flags] [--config.section.key=value ...]"
+        told = {flag.name: flags.FLAGS[flag.name].help for flag in _TO_DO}
+        told |= {flag.name: _QUESTIONS[flag.name].help for flag in (_HELP, _VERSION)}
+        told["config.A.B=value"] = "sets B in section A; a key that is not there is answered with the nearest one"
         example = (
             "python -m spdf_jax.main --config experiments/gpt2_mst.py --config.pretrain.steps=100 --workdir runs/short"
         )
-        told = [f"  {'--' + name:<18}{flags.FLAGS[name].help}" for name in sorted(_ours())]
-        override = f"  {'--config.A.B=value':<18} sets B in section A; a key that is not there is answered with the nearest one"
-        return "\n".join([usage, "", *told, override, "", f"For example: {example}"])
-    if "--version" in asked:
+        lines = [f"  --{name:<18}{text}" for name, text in told.items()]
+        return "\n".join([usage, "", *lines, "", f"For example: {example}"])
+    if _VERSION.value:
         others = ("jax", "flax", "optax", "orbax-checkpoint")
         versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in others)
         ours = importlib.import_module("spdf_jax").__version__
@@ -93,17 +97,12 @@ def _asked(argv: Sequence[str]) -> str:
     return ""
 
 
-def _ours() -> list[str]:
-    found = (value for value in globals().values() if isinstance(value, flags.FlagHolder))
-    return [holder.name for holder in found]
-
-
 def _parse(argv: Sequence[str]) -> None:
     """Reads the flags. A bad one is the user's to fix, however ml_collections raises it."""
     try:
         rest = flags.FLAGS(list(argv))[1:]
     except (InputError, flags.Error) as error:
-        refused = _said_by_the_file(error) or _no_whole_number(argv, str(error))
+        refused = _said_by_the_file(error) or _no_whole_number(str(error))
         raise refused or InputError(f"command line: {_one_line(error)}") from error
     except (KeyError, AttributeError) as error:  # ml_collections: an override of a key that is not there
         raise _unknown_key(argv) or InputError(f"--config: unknown key {_one_line(error)}") from error
@@ -131,14 +130,9 @@ def _parse(argv: Sequence[str]) -> None:
 
 def _unknown_key(argv: Sequence[str]) -> InputError | None:
     """The first override of a key that is not there, in the words of `spdf_jax.config.read`."""
-    words = [word.removeprefix("-") for word in argv]
-    files = [after for before, after in itertools.pairwise(words) if before == "-config"]
-    files += [word.removeprefix("-config=") for word in words if word.startswith("-config=")]
-    if not files:
-        return None
-    alone, without_overrides = flags.FlagValues(), [argv[0], f"--config={files[-1]}"]
-    config = config_flags.DEFINE_config_file("config", flag_values=alone, sys_argv=without_overrides)
-    alone(without_overrides)
+    alone = flags.FlagValues()
+    config = config_flags.DEFINE_config_file("config", None, flag_values=alone, sys_argv=argv[:1])  # without overrides
+    alone(list(argv), known_only=True)
     for argument in argv[1:]:
         section, where = config.value, "config"
         override = re.match(r"--?(?:no)?config\.([\w.]+)", argument)
@@ -146,12 +140,12 @@ def _unknown_key(argv: Sequence[str]) -> InputError | None:
             if not isinstance(section, ConfigDict):
                 return InputError(f"{where}: is a value, and has no {key!r}")
             if key not in section:
-                return InputError(f"{where}: unknown key {key!r}{nearest(key, list(section))}")
+                return unknown_key(where, key, list(section))
             section, where = section[key], f"{where}.{key}"
     return None
 
 
-def _no_whole_number(argv: Sequence[str], said: str) -> InputError | None:
+def _no_whole_number(said: str) -> InputError | None:
     """Of an override such as ``steps=1e3``."""
     found = re.search(r"flag (--config\.\S+?)=(\S+): invalid literal for int", said)
     if not found:

@@ -15,7 +15,7 @@ import pytest
 import yaml
 from tiny import NO_WINDOW_FLAGS, write_text
 
-from spdf_jax.planning.pod import pod_name
+from spdf_jax.planning.pod import GENERATIONS, pod_name
 from spdf_jax.planning.pod_plan import OVERLAP, OVERLAPPING
 
 ROOT = Path(__file__).parent.parent
@@ -318,10 +318,15 @@ def test_gke_topologies(topology, accelerator, hosts, chips_per_host):
     assert pod["containers"][0].get("env") == told
 
 
-@pytest.mark.parametrize("name", ["v6e-256", "v5litepod-16", "v4-32", "v5p-128", "tpu7x-16"])
-def test_a_pod_by_its_number_is_that_of_the_plan(name):
-    printed = dry_run("gke_jobset.sh", "--topology", name, "--image", "i", "--dry_run", *TRAIN)
-    assert f"gke-tpu-topology: {pod_name(name).partition(':')[2]}\n" in printed
+def test_pods_by_their_number_are_those_of_the_plan():
+    counts = [2**power for power in range(13)] + [3, 100]
+    names = [f"{generation}-{count}" for generation in (*GENERATIONS, "v5litepod") for count in counts]
+    # A subshell each, since what is no pod ends it.
+    script = '. launch/common.sh; for name; do (read_topology "$name" && echo "$shape") 2>/dev/null || echo none; done'
+    printed = subprocess.run(["bash", "-c", script, "-", *names], cwd=ROOT, capture_output=True, text=True, check=True)
+    planned = [(pod_name(name) or "v:none").partition(":")[2] for name in names]
+    assert dict(zip(names, printed.stdout.split(), strict=True)) == dict(zip(names, planned, strict=True))
+    assert len(set(planned)) == 18  # ten blocks, seven squares, and none
 
 
 def test_local_marks_lines_and_says_who_is_who():

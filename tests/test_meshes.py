@@ -174,9 +174,9 @@ def as_written(workdir: Path, step: int) -> dict[str, np.ndarray]:
 @pytest.mark.slow
 @pytest.mark.usefixtures("few_matrices")  # as in the processes
 def test_saved_by_two_processes_on_one_mesh_and_gone_on_from_elsewhere(text, tmp_path):
-    """Saved on (1, 2, 2) by two processes; gone on from on one device, on (1, 8, 1), and as it was begun."""
+    """Saved on (2, 2, 2) by two processes; gone on from on one device, on (1, 8, 1), and as it was begun."""
     whole, arguments = tmp_path / "whole", ["--quiet"]
-    changes = {"mesh.data": 1, "mesh.fsdp": 2, "mesh.tensor": 2, "pretrain.batch_size": 8, "finetune.batch_size": 8}
+    changes = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2, "pretrain.batch_size": 8, "finetune.batch_size": 8}
     arguments += [f"--config.{name}={value}" for name, value in changes.items()]
     arguments += [
         "--config.model.n_head=4",
@@ -187,7 +187,7 @@ def test_saved_by_two_processes_on_one_mesh_and_gone_on_from_elsewhere(text, tmp
         "--config.loop.checkpoint_every_steps=1000",
         *NO_WINDOW_FLAGS,
     ]
-    started = start(2, 2, whole, text, *arguments)
+    started = start(2, 4, whole, text, *arguments)
     wait_for_step(whole, 7, started)
     started[0].terminate()
     assert [end.code for end in finish(started)] == [RESTART_CODE] * 2
@@ -217,7 +217,7 @@ def test_saved_by_two_processes_on_one_mesh_and_gone_on_from_elsewhere(text, tmp
         checkpoints.close()
         jobs.train(run, workdir, progress=False)
         found[sizes] = {row["step"]: row["loss"] for row in read_metrics(workdir) if "loss" in row}
-    assert [end.code for end in finish(start(2, 2, whole, text, *arguments))] == [0, 0]
+    assert [end.code for end in finish(start(2, 4, whole, text, *arguments))] == [0, 0]
     found["as begun"] = {row["step"]: row["loss"] for row in read_metrics(whole) if "loss" in row}
     for losses in found.values():
         assert list(losses) == list(range(1, 23))  # no step twice, none left out

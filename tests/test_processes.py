@@ -177,28 +177,25 @@ def test_masks_of_pictures_are_whole_whatever_their_sharding():
 
 
 @pytest.mark.slow
-def test_what_four_processes_began_two_end_and_evaluate(text, alone, tmp_path):
-    """SIGTERM to one of the four ends all; two processes with two devices each go on as one process would have."""
-    run = tmp_path / "run"
-    started = start(4, 1, run, text, *TINY, "--noquiet")
-    wait_for_step(run, 7, started)
-    started[1].terminate()
-    ended = finish(started)
-    assert [end.code for end in ended] == [processes.RESTART_CODE] * 4, ended
-    saved = max(int(p.name) for p in (run / "checkpoints").iterdir())
-    assert 7 <= saved < 12
-    told = f"preempted: saved at step {saved}; the same command resumes\n"
-    assert [told in end.errors for end in ended] == [True] + [False] * 3  # process 0 alone talks
-    assert ["validation loss" in end.output for end in ended] == [True] + [False] * 3
-
-    ended = finish(start(2, 2, run, text, *TINY))
-    assert [end.code for end in ended] == [0, 0], ended
-    assert_same_losses(run, alone)
-    assert {p.name for p in (run / "checkpoints").iterdir()} == {"6", str(saved), "12", "16"}
+def test_four_processes_train_as_one_and_two_resume_and_evaluate_what_they_left(text, alone, tmp_path):
+    whole = tmp_path / "run"
+    ended = finish(start(4, 1, whole, text, *TINY, "--noquiet"))
+    assert [end.code for end in ended] == [0] * 4, ended
+    assert_same_losses(whole, alone)
+    assert {p.name for p in (whole / "checkpoints").iterdir()} == {"6", "12", "16"}
+    assert ["validation loss" in end.output for end in ended] == [True] + [False] * 3  # process 0 alone talks
     for name in ("config.json", "summary.json", "report.html", "tokenizer.json", "mask_pictures/step_00000012.npz"):
-        assert (run / name).is_file(), name
+        assert (whole / name).is_file(), name
 
-    ended = finish(start(2, 2, run, text, *TINY, "--job", "evaluate"))
+    # Stopped in the middle: as it was after step 6, with rows of later steps to drop.
+    (whole / "summary.json").unlink()
+    for step in ("12", "16"):
+        shutil.rmtree(whole / "checkpoints" / step)
+    ended = finish(start(2, 2, whole, text, *TINY))
+    assert [end.code for end in ended] == [0, 0], ended
+    assert_same_losses(whole, alone)
+
+    ended = finish(start(2, 2, whole, text, *TINY, "--job", "evaluate"))
     assert [end.code for end in ended] == [0, 0], ended
     (val_loss,) = re.findall(r"val_loss ([\d.]+)", ended[0].output)
     assert float(val_loss) == pytest.approx(alone[16, "val_loss"], abs=2e-4)
@@ -206,8 +203,8 @@ def test_what_four_processes_began_two_end_and_evaluate(text, alone, tmp_path):
 
 @pytest.mark.slow
 def test_a_run_that_ended_in_every_way_ends_as_if_nothing_had_been(text, alone, tmp_path):
-    """A bug in process 1 alone, `kill -9` of it and of process 0: each ends both, and the same command goes on. (SIGTERM:
-    above.)"""
+    """A bug in process 1 alone, SIGTERM to it alone, `kill -9` of it and of process 0: each ends both, and the same command
+    goes on."""
     run, arguments = tmp_path / "run", (*TINY, "--config.loop.checkpoint_every_steps=2")
     (tmp_path / "sitecustomize.py").write_text(
         "import spdf_jax.training.loop as train\n"
@@ -225,7 +222,16 @@ def test_a_run_that_ended_in_every_way_ends_as_if_nothing_had_been(text, alone, 
     assert "Traceback" in ended[1].errors
     assert "process 1 of 2 stopped: KeyError: 'a bug'" in ended[0].errors
 
-    for victim, step in ((1, 5), (0, 9)):
+    started = start(2, 1, run, text, *arguments)
+    wait_for_step(run, 5, started)
+    started[1].terminate()
+    ended = finish(started)
+    assert [end.code for end in ended] == [processes.RESTART_CODE] * 2, ended
+    saved = max(int(p.name) for p in (run / "checkpoints").iterdir())
+    assert f"preempted: saved at step {saved}; the same command resumes\n" in ended[0].errors
+    assert "preempted: saved" not in ended[1].errors  # one message
+
+    for victim, step in ((1, saved + 2), (0, saved + 4)):
         started = start(2, 1, run, text, *arguments)
         wait_for_step(run, step, started)
         started[victim].kill()

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict, FieldReference
 
 from spdf_jax.config.checks import check_effect, check_phase, check_transition, unused_settings
 from spdf_jax.config.run import SCALARS, SECTIONS, PhaseConfig, RunConfig
-from spdf_jax.errors import InputError, nearest, reading
+from spdf_jax.errors import InputError, nearest, reading, unknown_key
 from spdf_jax.model.config import GPTConfig
 from spdf_jax.workdir import read_json
 
@@ -187,7 +187,7 @@ def _as_of_today(values: Mapping[str, Any]) -> dict[str, Any]:
 def _check_keys(where: str, values: Mapping[str, Any], known: list[str]) -> None:
     for key in values:
         if key not in known:
-            raise InputError(f"{where}: unknown key {key!r}{nearest(key, known)}")
+            raise unknown_key(where, key, known)
 
 
 def _build(where: str, cls: type, values: Mapping[str, Any]) -> Any:

@@ -59,7 +59,7 @@ class Generation(NamedTuple):
         >>> GENERATIONS["v5e"].closes((8, 16)), GENERATIONS["v5p"].closes((4, 4, 8)), GENERATIONS["v5p"].closes((2, 4, 4))
         ([False, True], [True, True, True], [False, False, False])
         """
-        if self.sizes is _2D:
+        if self.sizes == _2D:
             return [size == 16 for size in sizes]
         return [all(size % 4 == 0 for size in sizes)] * len(sizes)
 

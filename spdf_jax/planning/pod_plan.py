@@ -124,9 +124,9 @@ def describe_pod(config: RunConfig, name: str) -> str:
 
 def make_pod(config: RunConfig, name: str) -> tuple[Pod, Mesh]:
     """The pod, and the config's mesh over it. Raises as `describe_pod` does."""
-    given, name = name, pod_name(name) or ""
-    if not name:
-        raise InputError(f"--plan_topology: {given!r} is no pod; for example {EXAMPLES}")
+    known_as = pod_name(name)
+    if known_as is None:
+        raise InputError(f"--plan_topology: {name!r} is no pod; for example {EXAMPLES}")
     if importlib.util.find_spec("libtpu") is None:
         raise InputError(
             "--plan_topology: to compile for a TPU takes libtpu (and no TPU), which is not installed: "
@@ -134,7 +134,7 @@ def make_pod(config: RunConfig, name: str) -> tuple[Pod, Mesh]:
         )
     for variable, value in _ONLY_COMPILING.items():
         os.environ.setdefault(variable, value)
-    if name.partition(":")[0] in OVERLAPPING:  # as launch/ starts them
+    if known_as.partition(":")[0] in OVERLAPPING:  # as launch/ starts them
         os.environ.setdefault("LIBTPU_INIT_ARGS", OVERLAP)
     from jax.experimental import topologies  # brings libtpu
     from jax.experimental.compilation_cache import compilation_cache
@@ -143,17 +143,17 @@ def make_pod(config: RunConfig, name: str) -> tuple[Pod, Mesh]:
     compilation_cache.reset_cache()  # which has been asked for, and remembers
 
     # The two cores of a v4 chip are one device on a pod; those of a v5p chip are without asking.
-    one_device = {"chip_config_name": "megacore"} if name.startswith("v4:") else {}
+    one_device = {"chip_config_name": "megacore"} if known_as.startswith("v4:") else {}
     try:
-        devices = topologies.get_topology_desc(name, "tpu", **one_device).devices
+        devices = topologies.get_topology_desc(known_as, "tpu", **one_device).devices
     except jax.errors.JaxRuntimeError as error:
         reason = str(error).splitlines()[0]
-        raise InputError(f"--plan_topology: {given!r} is no pod ({reason}); for example {EXAMPLES}") from None
+        raise InputError(f"--plan_topology: {name!r} is no pod ({reason}); for example {EXAMPLES}") from None
     mesh = make_mesh(config.mesh, devices)
     if mesh.size < len(devices):
         raise InputError(f"config.mesh: {config.mesh} takes {mesh.size} of {len(devices)} devices; set a size to -1")
     check_devices(config, batch_devices(mesh))
-    return Pod(name, tuple(tuple(device.coords) for device in mesh.devices.flat)), mesh
+    return Pod(known_as, tuple(tuple(device.coords) for device in mesh.devices.flat)), mesh
 
 
 def phase_state(config: RunConfig, plan: PhasePlan, mesh: Mesh) -> TrainState:
