@@ -401,7 +401,7 @@ def test_every_refusal_is_one_line_and_2(error, monkeypatch, capsys):
         raise error
 
     monkeypatch.setattr(main, "_parse", fail)
-    assert main.main([]) == 2
+    assert main.main(["main"]) == 2
     said = capsys.readouterr().err
     assert said.startswith("error: ")
     assert said.count("\n") == 1
@@ -430,7 +430,7 @@ def test_a_save_that_the_clock_ends_is_one_line_and_75(text, tmp_path, monkeypat
     monkeypatch.setattr("spdf_jax.training.checkpoint.ocp.CheckpointManager.wait_until_finished", late)
     monkeypatch.setattr(main, "_parse", lambda _: None)
     monkeypatch.setattr(main, "_run", lambda _: jobs.train(spdf.resolve(short(text)), tmp_path, progress=False))
-    assert main.main([]) == RESTART_CODE
+    assert main.main(["main"]) == RESTART_CODE
     said = capsys.readouterr().err
     assert said.startswith(f"{tmp_path}/checkpoints: a save took too long, or the clock was set meanwhile; ")
     assert said.endswith("; the same command resumes\n")
