@@ -1,9 +1,15 @@
 """The optimisers that the contract tests of masked training run over, and a small problem for them."""
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+
+from spdf_jax.sparsity.regrowth import reset_masked_state
 
 UNWRAPPED = {
     "sgd_momentum": lambda: optax.sgd(0.1, momentum=0.9, nesterov=True),
@@ -35,6 +41,18 @@ OPTIMIZERS = UNWRAPPED | {
         lambda params: jax.tree.map(lambda p: "vector" if p.ndim == 1 else "matrix", params),
     ),
 }
+
+
+class Compiled(NamedTuple):
+    """An optimiser whose every function is one program."""
+
+    init: Callable[..., Any]
+    update: Callable[..., Any]
+    reset: Callable[..., Any]
+
+
+def compiled(tx: optax.GradientTransformation) -> Compiled:
+    return Compiled(jax.jit(tx.init), jax.jit(tx.update), jax.jit(partial(reset_masked_state, tx)))
 
 
 def problem():

@@ -60,10 +60,11 @@ DISTINCT = list({engine(name, "unstructured"): name for name in reversed(MOVING)
 def every_pair(rules):
     """Every rule and every pattern; of pairs, those that take another way: a pattern selects by gradient, at random, or both.
 
-    What a rule drops by is a score to every pattern, and how large blocks are is nothing to a rule: other pairs are slow.
+    What a rule drops by is a score to every pattern, and how large blocks and groups are is nothing to a rule: other pairs are
+    slow.
     """
-    ways = {("set", "2:4"), ("rigl", "2:4"), ("set", "block32"), ("rigl", "block32")}
-    quick = ways | {(rule, "unstructured") for rule in rules} | {("mst", pattern) for pattern in PATTERNS}
+    ways = set(itertools.product(("set", "rigl", "mst"), ("2:4", "block32")))
+    quick = ways | {(rule, "unstructured") for rule in rules}
     pairs = itertools.product(rules, PATTERNS)
     marked = [pytest.param(*pair, marks=() if pair in quick else pytest.mark.slow) for pair in pairs]
     return pytest.mark.parametrize(("rule", "pattern"), marked)

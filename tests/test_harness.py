@@ -7,9 +7,8 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import jax
-import jax.numpy as jnp
 import pytest
+from tiny import drawn_params
 
 import spdf_jax as spdf
 from spdf_jax.data.tokenizer import encode_plain, train_tokenizer
@@ -28,8 +27,7 @@ CLAIMS = [("it is the question", "it is", "entailment"), ("to be", "not to be", 
 def make(vocab_size=290):
     tokenizer = train_tokenizer([TEXT], vocab_size=vocab_size, progress=False)
     config = spdf.GPTConfig(n_layer=2, n_head=2, d_model=16, vocab_size=vocab_size, context=64, init_std=0.3)
-    model = spdf.GPT(config)
-    return model, jax.jit(model.init)(jax.random.key(1), jnp.zeros((1, 4), int))["params"], tokenizer
+    return spdf.GPT(config), drawn_params(config, 1), tokenizer
 
 
 def write_data(folder: Path) -> Path:

@@ -5,9 +5,9 @@ import functools
 import math
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import drawn_params
 
 import spdf_jax as spdf
 from spdf_jax.data import validation_batches
@@ -42,7 +42,7 @@ PAIRS = [
 
 @functools.cache  # not where every worker imports it
 def parameters():
-    return jax.jit(MODEL.init)(jax.random.key(1), jnp.zeros((1, 4), int))["params"]
+    return drawn_params(CONFIG)
 
 
 def ids(text):
@@ -101,7 +101,7 @@ def test_the_context_before_what_fits_has_no_say_and_the_rest_has():
     assert score([(TEXT[:-20], " the question")])[0][0] != pytest.approx(full, rel=1e-3)
 
 
-@pytest.mark.parametrize("batch_size", [1, 64, pytest.param(3, marks=SLOW)])
+@pytest.mark.parametrize("batch_size", [1, *(pytest.param(size, marks=SLOW) for size in (3, 64))])
 def test_batch_size_changes_nothing(batch_size):
     np.testing.assert_allclose([f[0] for f in score(batch_size=batch_size)], [f[0] for f in score()], rtol=1e-5)
 

@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 from test_faults import ROOT, short
-from tiny import needs_mount, write_text
+from tiny import drawn_params, needs_mount, write_text
 from tokenizers import Tokenizer
 
 import spdf_jax as spdf
@@ -321,7 +321,7 @@ def gpt2(text, tmp_path_factory):
     data = prepare(spdf.resolve(short(text)).data, progress=False)
     for seed in (0, 1):
         config = spdf.GPTConfig(n_layer=1, n_head=2, d_model=8, vocab_size=300, context=8)
-        params = jax.jit(spdf.GPT(config).init)(jax.random.key(seed), jnp.zeros((1, 4), int))["params"]
+        params = drawn_params(config, seed)
         folder = tmp_path_factory.mktemp("gpt2") / str(seed)
         save_gpt2(folder, config, params, tokenizer=data.tokenizer)
         folders.append(folder)

@@ -18,6 +18,8 @@ from spdf_jax.sparsity.rules import RULES
 from spdf_jax.sparsity.topology import prune_and_grow, prune_and_grow_tree
 
 QUICK = settings(deadline=None, derandomize=True, max_examples=25)
+SLOW = pytest.mark.slow
+SHARES = (0.0, 0.75, 1.0)
 KEY = jax.random.key(0)
 FLOATS = st.sampled_from([0.0, 0.5, -0.5, 1.0, -1.0, 1.0078125, 2.0, -3.0, 1e-4, np.inf, -np.inf, np.nan])
 
@@ -80,8 +82,15 @@ def test_blocks_by_hand():
     assert new.astype(int).tolist() == [[1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 0, 0]]
 
 
-@pytest.mark.parametrize("gradient_share", [0.0, 0.75, 1.0])
-@pytest.mark.parametrize(("pattern", "dtype"), [("2:4", jnp.float32), ("1:4", jnp.bfloat16), ("3:5", jnp.float32)])
+@pytest.mark.parametrize(
+    ("pattern", "dtype", "gradient_share"),
+    [
+        *[("2:4", jnp.float32, share) for share in SHARES],
+        ("1:4", jnp.bfloat16, 0.75),
+        *[pytest.param("1:4", jnp.bfloat16, share, marks=SLOW) for share in (0.0, 1.0)],
+        *[pytest.param("3:5", jnp.float32, share, marks=SLOW) for share in SHARES],
+    ],
+)
 @QUICK
 @given(data=st.data())
 def test_n_of_m_equals_the_reference_on_anything(pattern, dtype, gradient_share, data):
@@ -114,8 +123,8 @@ def test_n_of_m_equals_the_reference_on_anything(pattern, dtype, gradient_share,
         np.testing.assert_array_equal(new, kept | grown)
 
 
-@pytest.mark.parametrize("gradient_share", [0.0, 0.75, 1.0])
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("gradient_share", SHARES)
+@pytest.mark.parametrize("dtype", [jnp.float32, pytest.param(jnp.bfloat16, marks=SLOW)])
 @QUICK
 @given(data=st.data())
 def test_blocks_are_the_unstructured_step_on_sums_of_squares(dtype, gradient_share, data):
@@ -183,7 +192,7 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("method", ["random", "magnitude"])
+@pytest.mark.parametrize("method", ["magnitude", pytest.param("random", marks=SLOW)])
 def test_the_groups_of_every_layout_lie_along_the_axis_that_is_summed_over(method):
     rng = np.random.default_rng(0)
     params, grads = (

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from test_flops import config as experiment
 from test_model import in_steps
+from tiny import drawn_params
 
 import spdf_jax as spdf
 from spdf_jax.huggingface import save_gpt2
@@ -45,9 +46,9 @@ OPTIONS = {
 def make(config, batch=2):
     """A model whose every parameter is drawn, taps, biases and norms too."""
     tokens_BT = jax.random.randint(jax.random.key(1), (batch, config.context), 0, config.vocab_size)
-    params = jax.jit(spdf.GPT(config).init)(jax.random.key(0), tokens_BT)["params"]
     rng = np.random.default_rng(0)
-    params = jax.tree.map(lambda leaf: leaf + rng.normal(0, 0.1, leaf.shape).astype("float32"), jax.device_get(params))
+    params = jax.device_get(drawn_params(config))
+    params = jax.tree.map(lambda leaf: leaf + rng.normal(0, 0.1, leaf.shape).astype("float32"), params)
     return spdf.GPT(config), jax.device_put(params), tokens_BT
 
 
@@ -185,7 +186,7 @@ def test_taps_of_a_packed_document_are_those_of_the_document_alone():
     np.testing.assert_array_equal(packed, jnp.concatenate(alone, 1))
 
 
-@BOTH
+@EITHER["full"]
 @pytest.mark.parametrize("lengths", [(3, 7), *(pytest.param(n, marks=SLOW) for n in [(1, 2), (12, 1)])])
 def test_cached_logits_equal_those_of_the_whole_sequence(config, lengths):
     model, params, tokens_BT = make(config)
@@ -210,7 +211,8 @@ def test_the_cache_goes_on_over_calls_of_any_length():
     np.testing.assert_allclose(jnp.concatenate(parts, 1), whole_BTV, atol=1e-5, rtol=1e-5)
 
 
-@EITHER["ez"]
+@pytest.mark.slow  # beams are decoded quickly
+@BOTH
 def test_greedy_decoding_is_the_argmax_loop_of_the_plain_model(config):
     model, params, _ = make(config)
     plain = jax.jit(lambda tokens_BT: model.apply({"params": params}, tokens_BT))

@@ -46,7 +46,7 @@ def test_constants_are_said_to_be_constants():
 
 @pytest.mark.parametrize("name", FUNCTIONS | CLASSES)
 def test_it_has_an_example_that_runs(name):
-    """Examples are run where they stand, by ``pytest --doctest-modules``."""
+    """Examples are run where they stand, by ``pytest spdf_jax``."""
     doc = inspect.getdoc(OBJECTS[name])
     assert ">>> " in doc
     assert "+SKIP" not in doc

@@ -1,7 +1,6 @@
 """Optimiser state of weights that grow back: reset exactly where asked for any optimiser; SMET's Adam; the overshoot."""
 
-from collections.abc import Callable
-from functools import cache, partial
+from functools import cache
 from typing import Any, NamedTuple
 
 import jax
@@ -9,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from optimizers import OPTIMIZERS, problem
+from optimizers import OPTIMIZERS, compiled, problem
 
 from spdf_jax.errors import InputError
 from spdf_jax.sharding import MeshConfig, make_mesh, optimizer_shardings, parameter_shardings
@@ -29,6 +28,21 @@ SMET = {
     ),
 }
 WITH_SMET = OPTIMIZERS | SMET
+# One of each way to hold state: beside the weights or in a wrapper, by label, by matrix, with counts of its own.
+WAYS = (
+    "adamw",
+    "adafactor",
+    "adagrad",
+    "multi_steps",
+    "inject_hyperparams",
+    "masked",
+    "partition",
+    "muon",
+    "prodigy",
+    "smet",
+)
+EVERY_OPTIMIZER = [name if name in WAYS else pytest.param(name, marks=pytest.mark.slow) for name in WITH_SMET]
+every_optimizer = pytest.mark.parametrize("name", EVERY_OPTIMIZER)
 # Tensors of the weight's shape in the state, where they are not two.
 PER_WEIGHT = {
     "sgd_momentum": 1,
@@ -50,34 +64,25 @@ PER_WEIGHT = {
 INITIAL = {"adagrad": 0.25}
 
 
-class Compiled(NamedTuple):
-    """An optimiser whose every function is one program."""
-
-    init: Callable[..., Any]
-    update: Callable[..., Any]
-    reset: Callable[..., Any]
-
-
 @cache
-def compiled(name):
-    tx = sparse(WITH_SMET[name]())
-    return Compiled(jax.jit(tx.init), jax.jit(tx.update), jax.jit(partial(reset_masked_state, tx)))
+def optimizer(name):
+    return compiled(sparse(WITH_SMET[name]()))
 
 
 @cache
 def trained(name, steps=3):
     params, masks, grads = problem()
-    tx, everything = compiled(name), jax.tree.map(jnp.ones_like, masks)
+    tx, everything = optimizer(name), jax.tree.map(jnp.ones_like, masks)
     state = tx.init(params)
     for i in range(steps):
         state = tx.update(grads(i), state, params, masks=everything)[1]
     return params, masks, state
 
 
-@pytest.mark.parametrize("name", WITH_SMET)
+@every_optimizer
 def test_reset_zeroes_the_state_of_masked_weights_and_nothing_else(name):
     params, masks, state = trained(name)
-    after = compiled(name).reset(state, params, masks)
+    after = optimizer(name).reset(state, params, masks)
     assert jax.tree.structure(after) == jax.tree.structure(state)
     inactive = ~np.asarray(masks["w"])
     followed = 0
@@ -94,10 +99,10 @@ def test_reset_zeroes_the_state_of_masked_weights_and_nothing_else(name):
     assert followed == PER_WEIGHT.get(name, 2)
 
 
-@pytest.mark.parametrize("name", WITH_SMET)
+@every_optimizer
 def test_masked_state_stays_as_it_was_reset_while_training_goes_on(name):
     """So that a weight which grows back later starts afresh, and checkpoints hold zeros."""
-    tx = compiled(name)
+    tx = optimizer(name)
     params, masks, state = trained(name)
     _, _, grads = problem()
     params = jax.tree.map(lambda m, p: p if m.ndim == 0 else jnp.where(m, p, 0), masks, params)
@@ -178,12 +183,9 @@ def test_state_laid_out_otherwise_than_the_parameters_is_refused_by_name(tx):
 
 
 FACTORED = {"adafactor_factored": lambda: optax.adafactor(0.1, min_dim_size_to_factor=2)}
-# One of each way to hold state: beside the weights or in a wrapper, by label, by matrix, with counts of its own.
-WAYS = ["adamw", "adafactor", "multi_steps", "inject_hyperparams", "masked", "partition", "muon", "smet", *FACTORED]
-OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in WITH_SMET if name not in WAYS]
 
 
-@pytest.mark.parametrize("name", [*WAYS, *OTHERS])
+@pytest.mark.parametrize("name", [*EVERY_OPTIMIZER, *FACTORED])
 def test_state_is_laid_out_like_its_weights_on_eight_devices(name):
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     tx = sparse((WITH_SMET | FACTORED)[name](), moving=name not in FACTORED)

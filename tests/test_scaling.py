@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from tiny import drawn_params
 
 import spdf_jax as spdf
 from spdf_jax.errors import InputError
@@ -178,7 +179,7 @@ def test_s_mupar_is_off_by_default_and_then_changes_nothing():
     assert mup_scales(CONFIG) == MuParScales(1.0, 1.0, 1.0, 1.0)
     off = dataclasses.replace(CONFIG, mup_density=0.25, mup_alpha=3.0)
     tokens_BT = jnp.arange(6).reshape(1, 6)
-    params = jax.jit(spdf.GPT(CONFIG).init)(jax.random.key(0), tokens_BT)["params"]
+    params = drawn_params(CONFIG)
     ours, plain = (jax.jit(spdf.GPT(config).apply)({"params": params}, tokens_BT) for config in (off, CONFIG))
     np.testing.assert_array_equal(ours, plain)
     assert set(jax.tree.leaves(mup_multipliers(off, params))) == {1.0}

@@ -9,10 +9,10 @@ import pytest
 
 import spdf_jax as spdf
 from spdf_jax.data import Batch
+from spdf_jax.planning.pod_plan import phase_state
 from spdf_jax.sharding import make_mesh
 from spdf_jax.training.loop import make_phase_steps, one_step
 from spdf_jax.training.phases import make_plan
-from spdf_jax.training.state import init_state
 
 PACKAGE = Path(spdf.__file__).parent
 
@@ -52,7 +52,7 @@ def traces():
     batch_ABT = Batch(tokens_ABT, tokens_ABT, np.ones((1, 2, 16), np.float32))
     found = {}
     with jax.set_mesh(mesh):
-        state = init_state(model, plan.tx, plan.config.sparsity, plan.filter, 0, mesh)
+        state = phase_state(config, plan, mesh)
         steps = make_phase_steps(model, plan, mesh, state)
         moving = next(step for step in range(plan.config.steps) if plan.programme.topology(step))
         for name, step in (("train", 1), ("topology", moving)):

@@ -16,12 +16,14 @@ import threading
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 import spdf_jax as spdf
 from spdf_jax.sparsity.programme import SparsityConfig
 from spdf_jax.training import phases
-from spdf_jax.training.state import sparse_filter
+from spdf_jax.training.state import abstract_params, sparse_filter
+from spdf_jax.tree import map_named
 
 # XLA's older emitters compile faster, as long as there are any; a flag that it does not know ends the process.
 _EMITTERS = "--xla_cpu_use_fusion_emitters=false " if jax.__version_info__ < (0, 11) else ""
@@ -68,6 +70,19 @@ def tiny_config(text: Path, cache: Path):
     c.loop.log_every_steps, c.loop.eval_every_steps, c.loop.checkpoint_every_steps = 1, 20, 10
     c.loop.eval_batch_size, c.loop.keep_checkpoints = 8, 100
     return c
+
+
+def drawn_params(config: spdf.GPTConfig, seed: int = 0):
+    """Parameters such as `spdf_jax.GPT` starts from, drawn by NumPy, where any will do: initialising compiles for longer than
+    what most tests then ask of them."""
+    rng = np.random.default_rng(seed)
+
+    def draw(name, leaf):
+        if name.endswith(("kernel", "embedding", "taps")):
+            return rng.normal(0, config.init_std, leaf.shape).astype(leaf.dtype)
+        return (np.ones if name.endswith("scale") else np.zeros)(leaf.shape, leaf.dtype)
+
+    return jax.device_put(map_named(draw, abstract_params(spdf.GPT(config))))
 
 
 @contextlib.contextmanager
