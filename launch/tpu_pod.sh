@@ -50,7 +50,7 @@ install() {
     run gcloud compute tpus tpu-vm scp --recurse "$root"/{spdf_jax,experiments,launch,pyproject.toml,requirements.lock,README.md,LICENSE} \
       "$name:spdf_jax/" "--zone=$zone" --worker=all &&
     run "${on_workers[@]}" --command="cd spdf_jax && PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --quiet --user uv && \
-python3 -m uv venv --quiet --allow-existing --python 3.11 && python3 -m uv pip install --quiet -c requirements.lock -e '.[tpu]'"
+python3 -m uv venv --quiet --allow-existing --python 3.13 && python3 -m uv pip install --quiet -c requirements.lock -e '.[tpu]'"
 }
 
 # Leaves the exit code in `code`. The number names the run, so that a connection which breaks finds it again.

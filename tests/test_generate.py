@@ -325,7 +325,8 @@ def test_hot_sampling_draws_anew_each_step_and_reports_the_models_own_log_probab
         assert g.log_probability == pytest.approx(log_probability(prompt, g.tokens), rel=1e-5)
 
 
-@pytest.mark.parametrize("settings", [{"temperature": 1e-4}, pytest.param({"top_p": 1e-6}, marks=SLOW)])
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [{"temperature": 1e-4}, {"top_p": 1e-6}])
 def test_cold_or_narrow_sampling_is_greedy(settings):
     assert [g.tokens for g in decode(method="sample", **settings)] == [g.tokens for g in decode()]
 

@@ -206,7 +206,7 @@ def test_tpu_pod_dry_run():
         "gcloud compute tpus tpu-vm scp --recurse ROOT/spdf_jax ROOT/experiments ROOT/launch ROOT/pyproject.toml "
         "ROOT/requirements.lock ROOT/README.md ROOT/LICENSE spdf-jax:spdf_jax/ --zone=europe-west4-b --worker=all",
         f"{ssh} '--command=cd spdf_jax && PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --quiet --user uv && "
-        "python3 -m uv venv --quiet --allow-existing --python 3.11 && "
+        "python3 -m uv venv --quiet --allow-existing --python 3.13 && "
         "python3 -m uv pip install --quiet -c requirements.lock -e '\\''.[tpu]'\\'''",
         f"{ssh} '--command=bash spdf_jax/launch/tpu_worker.sh RUN python -m spdf_jax.main --distributed "
         "--config experiments/gpt2_mst.py'",

@@ -313,7 +313,8 @@ def test_remat_is_a_choice_and_runs_from_when_it_was_a_boolean_stay_usable(tmp_p
         assert load_config(tmp_path / "config.json").model.remat == now
 
 
-@pytest.mark.parametrize("sizes", [(2, 2, 2), pytest.param((1, 8, 1), marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 8, 1)])
 def test_prune_and_grow_sends_counts_of_rows_and_columns_and_no_weights(sizes):
     c = tiny()
     c.mesh.data, c.mesh.fsdp, c.mesh.tensor = sizes

@@ -185,7 +185,17 @@ def test_state_laid_out_otherwise_than_the_parameters_is_refused_by_name(tx):
 FACTORED = {"adafactor_factored": lambda: optax.adafactor(0.1, min_dim_size_to_factor=2)}
 
 
-@pytest.mark.parametrize("name", [*EVERY_OPTIMIZER, *FACTORED])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("adamw", "multi_steps", "smet", *FACTORED),
+        *[
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in WITH_SMET
+            if name not in ("adamw", "multi_steps", "smet")
+        ],
+    ],
+)
 def test_state_is_laid_out_like_its_weights_on_eight_devices(name):
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     tx = sparse((WITH_SMET | FACTORED)[name](), moving=name not in FACTORED)

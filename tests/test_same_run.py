@@ -29,7 +29,7 @@ from spdf_jax.training.metrics import read_metrics
 from spdf_jax.training.phases import make_plan
 from spdf_jax.workdir import lock, read_json
 
-pytestmark = pytest.mark.usefixtures("no_figures")
+pytestmark = pytest.mark.usefixtures("no_figures", "all_with_few_matrices")
 
 
 @pytest.fixture(scope="module")

@@ -65,6 +65,7 @@ def traces():
 
 
 # Measured 2026-11-28, when 65a3a6c entered 19 files of 3,310 lines and 23 files of 4,181 lines.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("step", "most_files", "most_file_lines", "most_function_lines"),
     [("train", 15, 2475, 510), ("topology", 18, 3225, 575)],
