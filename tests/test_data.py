@@ -44,6 +44,7 @@ from spdf_jax.data.tokenizer import (
 from spdf_jax.errors import InputError
 
 VOCAB_SIZE = 300
+HELD_OUT = 0.1
 
 
 @contextlib.contextmanager
@@ -59,7 +60,9 @@ def every_eighth_file():
 def embedded(tmp_path_factory) -> TokenData:
     cache_dir = str(tmp_path_factory.mktemp("cache"))
     with every_eighth_file():
-        return prepare(DataConfig(tokenizer_vocab_size=VOCAB_SIZE, cache_dir=cache_dir), progress=False)
+        return prepare(
+            DataConfig(tokenizer_vocab_size=VOCAB_SIZE, validation_fraction=HELD_OUT, cache_dir=cache_dir), progress=False
+        )
 
 
 @pytest.fixture
@@ -109,7 +112,7 @@ def test_embedded_corpus_is_split_by_file_with_the_language_reference_in_train()
 
 def test_embedded_tokens_decode_to_the_corpus(embedded):
     with every_eighth_file():
-        texts = list(embedded_corpus(DataConfig().validation_fraction).read("validation"))
+        texts = list(embedded_corpus(HELD_OUT).read("validation"))
     assert documents(embedded.validation, embedded.tokenizer) == texts
     assert embedded.validation_bytes == sum(len(text.encode()) for text in texts)
     assert isinstance(embedded.train, np.memmap)

@@ -184,7 +184,7 @@ def _histograms(leaf: str, degrees: Degrees) -> dict[str, Markup]:
     """In- and out-degrees as shares of those possible, over the same bins."""
     into, out = degrees
     shares = into / len(out), out / len(into)
-    low, high = min(s.min() for s in shares), max(s.max() for s in shares)
+    low, high = min(map(np.min, shares)), max(map(np.max, shares))
     # Bins hold as many possible degrees each, or there would be gaps that no neuron made.
     spacing = 1 / min(len(into), len(out))
     degrees_in_all = math.ceil((high - low) / spacing) + 1
