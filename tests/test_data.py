@@ -61,7 +61,8 @@ def embedded(tmp_path_factory) -> TokenData:
     cache_dir = str(tmp_path_factory.mktemp("cache"))
     with every_eighth_file():
         return prepare(
-            DataConfig(tokenizer_vocab_size=VOCAB_SIZE, validation_fraction=HELD_OUT, cache_dir=cache_dir), progress=False
+            DataConfig(tokenizer_vocab_size=VOCAB_SIZE, validation_fraction=HELD_OUT, cache_dir=cache_dir),
+            progress=False,
         )
 
 

@@ -18,6 +18,7 @@ from tokenizers import ByteLevelBPETokenizer, Tokenizer
 import spdf_jax as spdf
 from spdf_jax import processes
 from spdf_jax.data import DataConfig, load_tokenizer, prepare
+from spdf_jax.data import corpus as corpora
 from spdf_jax.errors import Restart
 from spdf_jax.jobs import keep_compiled
 from spdf_jax.jobs import train as jobs
@@ -226,6 +227,21 @@ def test_tokens_of_a_trained_tokenizer_are_found_by_the_tokenizer_too(text, trai
     found = prepare(DataConfig(**{**vars(data), "tokenizer": str(trained)}), progress=False)
     assert found.fingerprint == prepare(data, progress=False).fingerprint
     assert {p.name for p in cache.iterdir()} == before
+
+
+def test_a_run_on_the_library_of_another_python_is_refused_with_the_way_out(text, tmp_path, monkeypatch):
+    """As Python 3.11's run is by 3.13: here a library is a share of this one's files."""
+    walk, c = corpora.walk, one_phase(text, steps=4)
+    c.data.source, c.data.path, c.data.validation_fraction = "embedded", "", 0.5
+    monkeypatch.setattr(corpora, "walk", lambda root, skip: list(walk(root, skip=skip))[::50])
+    monkeypatch.setattr(processes, "preempted", lambda step: step == 2)
+    with pytest.raises(Restart):
+        jobs.train(spdf.resolve(c), tmp_path, progress=False)
+    monkeypatch.setattr(corpora, "walk", lambda root, skip: list(walk(root, skip=skip))[::40])
+    with pytest.raises(
+        spdf.InputError, match=r"fingerprint .* go on with the Python that it began with: its library is"
+    ):
+        jobs.train(spdf.resolve(c), tmp_path, progress=False)
 
 
 # --- places --------------------------------------------------------------------------------------------------------------

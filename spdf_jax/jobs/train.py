@@ -29,6 +29,7 @@ from spdf_jax.training.loop import Run, run_phase
 from spdf_jax.training.metrics import Tracker, read_metrics
 from spdf_jax.training.phases import PhasePlan, make_plan, recorded_cost
 from spdf_jax.training.restore import (
+    check_same_data,
     check_same_origin,
     check_same_run,
     cost_before,
@@ -209,7 +210,7 @@ def _first_state(
     except DamagedCheckpointError as damage:
         print(checkpoints.fall_back(damage), flush=True)
         return _first_state(config, workdir, feeds, plans, mesh, checkpoints, moved)
-    _check_same_data(record, feeds, plan)
+    check_same_data(config, record, [feed.fingerprint for feed in feeds], plan.index)
     if "origin" not in record:  # of an older version
         record["origin"] = {"before": cost_before(source) if source and source.is_dir() else None}
     return state, plan.index, record
@@ -247,17 +248,6 @@ def _go_back_for_best(
     )
     best.drop_from(0)
     checkpoints.drop_from(again)
-
-
-def _check_same_data(record: dict[str, Any], feeds: list[Feed], plan: PhasePlan) -> None:
-    """Refuses other data than the run's, in the phase that goes on and in those to come."""
-    was = record.get("data_fingerprints", [])[plan.index :] or [record["data_fingerprint"]]  # one: of an older version
-    for before, feed in zip(was, feeds[plan.index :], strict=False):
-        if before != feed.fingerprint:
-            raise InputError(
-                f"config.data: the data is not what this run was trained on so far (fingerprint {feed.fingerprint[:12]}, "
-                f"was {before[:12]}); restore it, or start again with another --workdir"
-            )
 
 
 def _elsewhere(record: dict[str, Any]) -> str:

@@ -79,6 +79,19 @@ def check_same_run(config: RunConfig, workdir: Path) -> list[str]:
     return places
 
 
+def check_same_data(config: RunConfig, record: dict[str, Any], fingerprints: list[str], phase: int) -> None:
+    """Raises `InputError` where phases to come, or the one that goes on, have other data than recorded in a checkpoint."""
+    was = record.get("data_fingerprints", [])[phase:] or [record["data_fingerprint"]]  # one: of an older version
+    for before, here in zip(was, fingerprints[phase:], strict=False):
+        if before != here:
+            embedded = "go on with the Python that it began with: its library is the text (data.source='embedded')"
+            raise InputError(
+                f"config.data: the data is not what this run was trained on so far (fingerprint {here[:12]}, "
+                f"was {before[:12]}); {embedded if config.data.source == 'embedded' else 'restore it'}, or start again with "
+                f"another --workdir"
+            )
+
+
 def check_same_origin(
     config: RunConfig, source: Path | None, plan: PhasePlan, mesh: Mesh, record: dict[str, Any]
 ) -> None:
