@@ -663,7 +663,7 @@ def test_a_read_only_disk_is_named(text, tmp_path):
 
 
 # Of jaxlib 0.12 itself where Python is 3.12 or newer, while it makes a type: an error there would end the process.
-@pytest.mark.filterwarnings("default:builtin type event_stats has no __module__ attribute:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:builtin type event_stats has no __module__ attribute:DeprecationWarning")
 @pytest.mark.slow
 def test_a_profile_holds_the_steps_that_were_asked_for(text, tmp_path):
     c = short(text)
