@@ -22,6 +22,7 @@ from spdf_jax.errors import InputError, Restart, closest, unknown_key
 
 #: Each is a module of `spdf_jax.jobs`; those that a sweep has, with theirs.
 JOBS = ("train", "evaluate", "generate", "export", "plan", "report")
+_NEEDS_EXPERIMENT = ("train", "plan")
 SWEEP_JOBS = {"train": "sweep", "plan": "plan", "report": "report"}
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -100,7 +101,8 @@ def _asked(argv: Sequence[str]) -> str:
 def _parse(argv: Sequence[str]) -> None:
     """Reads the flags. A bad one is the user's to fix, however ml_collections raises it."""
     try:
-        rest = flags.FLAGS(list(argv))[1:]
+        argv = _of_its_run(argv)
+        rest = flags.FLAGS(argv)[1:]
     except (InputError, flags.Error) as error:
         refused = _said_by_the_file(error) or _no_whole_number(str(error))
         raise refused or InputError(f"command line: {_one_line(error)}") from error
@@ -113,6 +115,7 @@ def _parse(argv: Sequence[str]) -> None:
     if _CONFIG.value is None:
         raise InputError(
             "command line: --config FILE[:VARIANT] is needed, for example --config experiments/gpt2_mst.py"
+            + ("" if _JOB.value in _NEEDS_EXPERIMENT else f"; for --job {_JOB.value}, the --workdir of a run will do")
         )
     for name in config_flags.get_override_values(flags.FLAGS["config"]):
         if name.rpartition(".")[2] in ("experiment", "variant", "variants"):
@@ -126,6 +129,18 @@ def _parse(argv: Sequence[str]) -> None:
         raise InputError(
             f"--config: {file} is not there" + (f"; did you mean {file.parent / other}.py?" if other else "")
         )
+
+
+def _of_its_run(argv: Sequence[str]) -> list[str]:
+    """The arguments, and `spdf_jax.config.saved` as ``--config`` where the workdir of a run says it all."""
+    given = flags.FlagValues()
+    workdir = flags.DEFINE_string("workdir", None, "", flag_values=given)
+    job = flags.DEFINE_string("job", _JOB.default, "", flag_values=given)
+    given(list(argv), known_only=True)
+    if not workdir.value or job.value in _NEEDS_EXPERIMENT or any(re.match("--?config(=|$)", text) for text in argv):
+        return list(argv)
+    saved = Path(__file__).parent / "config" / "saved.py"
+    return [*argv[:1], f"--config={saved}:{workdir.value}", *argv[1:]]
 
 
 def _unknown_key(argv: Sequence[str]) -> InputError | None:

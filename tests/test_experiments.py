@@ -4,6 +4,7 @@ import importlib.util
 from pathlib import Path
 
 import pytest
+from ml_collections import ConfigDict
 
 import spdf_jax as spdf
 from spdf_jax.config.sweep import resolve_sweep
@@ -31,10 +32,12 @@ def test_it_resolves_and_is_planned(name, variant, monkeypatch):
     config = get_config(name, variant)
     assert config.variant == variant
     if "cells" not in config:
-        assert plan.make_plan(spdf.resolve(config))[-1].end > 0
-        return
-    for cell in resolve_sweep(config).cells.values():
-        assert plan.make_plan(cell)[-1].end > 0
+        runs = [spdf.resolve(config)]
+    else:
+        runs = list(resolve_sweep(config).cells.values())
+    for run in runs:
+        assert plan.make_plan(run)[-1].end > 0
+        assert spdf.resolve(ConfigDict(run.as_dict())) == run  # as a workdir says it
 
 
 @pytest.mark.parametrize("name", sorted({name for name, _ in EXPERIMENTS}))

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -152,6 +153,28 @@ def test_a_good_override_works_and_plan_trains_nothing(tmp_path):
     assert result.returncode == 0, result.stderr
     assert "linear 1,572,864" in result.stdout
     assert not (tmp_path / "w").exists()
+
+
+def test_of_a_run_the_workdir_says_it_all(half_run, tmp_path):
+    run = str(shutil.copytree(half_run, tmp_path / "run"))
+    result = command("--job", "report", "--workdir", run)
+    assert (result.returncode, result.stderr, result.stdout.strip()) == (0, "", f"{run}/report.html")
+    for arguments, message in (
+        (["--job", "generate", "--workdir", run, "--config.decode.max_new_token=3"], "'max_new_token' (did you mean"),
+        (
+            ["--job", "generate", "--workdir", run, "--config.decode.method=bean"],
+            "config.decode.method: 'bean' is not one of",
+        ),
+        (
+            ["--job", "evaluate", f"--workdir={tmp_path}"],
+            f"--workdir {tmp_path}: no run is there; give the folder of one",
+        ),
+        (["--job", "evaluate"], "for --job evaluate, the --workdir of a run will do"),
+        (["--workdir", run], "--config FILE[:VARIANT] is needed"),
+    ):
+        result = command(*arguments)
+        assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
+        assert message in result.stderr
 
 
 def test_an_interrupted_job_without_a_run_says_what_to_do(tmp_path):

@@ -1,0 +1,24 @@
+"""The experiment file of a run that was: ``--config`` where only its ``--workdir`` is given."""
+
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from spdf_jax.config.read import load_config
+from spdf_jax.errors import InputError
+from spdf_jax.workdir import CONFIG_FILE
+
+
+def get_config(workdir: str) -> ConfigDict:
+    """The settings of the run in a folder, to be overridden as those of any experiment file.
+
+    Args:
+      workdir: the run's folder.
+
+    Raises:
+      InputError: no run is there, or its ``config.json`` is none.
+    """
+    file = Path(workdir) / CONFIG_FILE
+    if not file.exists():
+        raise InputError(f"--workdir {workdir}: no run is there; give the folder of one, or --config FILE[:VARIANT]")
+    return ConfigDict(load_config(file).as_dict())
