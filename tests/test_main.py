@@ -160,7 +160,7 @@ def test_of_a_run_the_workdir_says_it_all(half_run, tmp_path):
     result = command("--job", "report", "--workdir", run)
     assert (result.returncode, result.stderr, result.stdout.strip()) == (0, "", f"{run}/report.html")
     for arguments, message in (
-        (["--job", "generate", "--workdir", run, "--config.decode.max_new_token=3"], "'max_new_token' (did you mean"),
+        (["--job", "generate", "--workdir", run, "--config.decode.max_new_token=3"], "'max_new_token'; did you mean"),
         (
             ["--job", "generate", "--workdir", run, "--config.decode.method=bean"],
             "config.decode.method: 'bean' is not one of",
