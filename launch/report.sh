@@ -7,5 +7,7 @@ set -uo pipefail
 trap : INT TERM
 "$@"
 code=$?
+# Ended by the notice, before it could answer: the same command goes on.
+if ((code == 143)); then code=75; fi
 echo "process ended with exit code $code"
 exit "$code"

@@ -31,7 +31,8 @@ number 1 nodes gpus_per_node ${cpus_per_process:+cpus_per_process}
 number 0 restarts
 
 case $process_per in
-  # JAX takes the GPU of its local number, so each process must see them all.
+  # JAX takes the GPU of its local number, so each process must see all that the job has of its node: SLURM's default. Not
+  # --gpu-bind=none, which leaves CUDA_VISIBLE_DEVICES unset (22.05): where nothing else forbids it, other jobs' GPUs are taken.
   gpu) processes_per_node=$gpus_per_node ;;
   node)
     processes_per_node=1
@@ -46,5 +47,5 @@ if [[ $cpus_per_process ]]; then cpus=("--cpus-per-task=$cpus_per_process"); fi
 # the time that processes take to notice a lost one and to stop by themselves.
 run sbatch "--job-name=$name" "--nodes=$nodes" "--ntasks-per-node=$processes_per_node" "--gpus-per-node=$gpus_per_node" \
   "${cpus[@]}" --requeue --open-mode=append --signal=TERM@120 \
-  "$here/slurm_job.sh" "$here" "$restarts" srun "${cpus[@]}" --label --gpu-bind=none --kill-on-bad-exit=0 --wait=300 \
+  "$here/slurm_job.sh" "$here" "$restarts" srun "${cpus[@]}" --label --kill-on-bad-exit=0 --wait=300 \
   "$here/report.sh" "${command[@]}"

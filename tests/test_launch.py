@@ -182,13 +182,13 @@ def test_slurm_dry_run():
     assert dry_run("slurm.sh", *USED["slurm.sh"], "--dry_run", *TRAIN) == (
         "sbatch --job-name=spdf-jax --nodes=2 --ntasks-per-node=4 --gpus-per-node=4 --requeue --open-mode=append "
         "--signal=TERM@120 ROOT/launch/slurm_job.sh ROOT/launch 3 "
-        f"srun --label --gpu-bind=none --kill-on-bad-exit=0 --wait=300 ROOT/launch/report.sh {TRAINS}\n"
+        f"srun --label --kill-on-bad-exit=0 --wait=300 ROOT/launch/report.sh {TRAINS}\n"
     )
     options = ["--process_per", "node", "--cpus_per_process", "16", "--name", "mst", "--restarts", "0"]
     assert dry_run("slurm.sh", *USED["slurm.sh"], *options, "--dry_run", *TRAIN) == (
         "sbatch --job-name=mst --nodes=2 --ntasks-per-node=1 --gpus-per-node=4 --cpus-per-task=16 --requeue "
         "--open-mode=append --signal=TERM@120 ROOT/launch/slurm_job.sh ROOT/launch 0 "
-        "srun --cpus-per-task=16 --label --gpu-bind=none --kill-on-bad-exit=0 --wait=300 ROOT/launch/report.sh "
+        "srun --cpus-per-task=16 --label --kill-on-bad-exit=0 --wait=300 ROOT/launch/report.sh "
         f"env JAX_LOCAL_DEVICE_IDS=0,1,2,3 {TRAINS}\n"
     )
 
@@ -316,6 +316,18 @@ def test_gke_topologies(topology, accelerator, hosts, chips_per_host):
     assert pod["containers"][0]["resources"]["limits"] == {"google.com/tpu": chips_per_host}
     told = [{"name": "LIBTPU_INIT_ARGS", "value": OVERLAP}] if topology.partition(":")[0] in OVERLAPPING else None
     assert pod["containers"][0].get("env") == told
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [MANIFEST_OF, ["--topology=v6e:8x16", "--image=i"]])
+def test_manifests_have_the_names_and_types_of_jobset_and_kubernetes(options):
+    """By models that are made from what both publish: these drop what they do not know, and add what they miss."""
+    models = pytest.importorskip("kubeflow_trainer_api.models")
+    printed = dry_run("gke_jobset.sh", *options, "--dry_run", *TRAIN)
+    manifest = yaml.safe_load("\n".join(printed.splitlines()[1:-1]))
+    assert models.JobsetV1alpha2JobSet.from_dict(manifest).to_dict() == manifest
+    manifest["spec"]["replicatedJobs"][0]["template"]["spec"]["backOffLimit"] = 0
+    assert models.JobsetV1alpha2JobSet.from_dict(manifest).to_dict() != manifest
 
 
 def test_pods_by_their_number_are_those_of_the_plan():
@@ -447,16 +459,17 @@ def test_slurm_job(tmp_path, codes, returned, starts, requeued):
     assert calls(tmp_path) == [srun] * starts + ["scontrol requeue Incomplete 12"] * requeued
 
 
-def test_report_waits_for_what_a_notice_ends(tmp_path):
-    """SLURM signals every process of a task: the one that reports must outlive the one that saves."""
-    program = f"trap 'sleep 0.2; echo saved; exit 75' TERM; touch {tmp_path}/ready; while :; do sleep 0.05; done"
+@pytest.mark.parametrize(("answer", "said"), [("trap 'sleep 0.2; echo saved; exit 75' TERM", "saved\n"), (":", "")])
+def test_report_waits_for_what_a_notice_ends(tmp_path, answer, said):
+    """SLURM signals every process of a task: the one that reports must outlive the one that saves, or is too young to."""
+    program = f"{answer}; touch {tmp_path}/ready; while :; do sleep 0.05; done"
     command = [ROOT / "launch/report.sh", "bash", "-c", program]
     with running(command) as process:
         wait_for((tmp_path / "ready").exists)
         os.killpg(process.pid, signal.SIGTERM)
         stdout, _ = process.communicate(timeout=60)
     assert process.returncode == 75
-    assert stdout == "saved\nprocess ended with exit code 75\n"
+    assert stdout == f"{said}process ended with exit code 75\n"
 
 
 GCLOUD = """\
