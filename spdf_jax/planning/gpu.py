@@ -2,11 +2,12 @@
 
 A GPU that is not there is described to XLA by a `GpuTargetConfigProto` in text (openxla/xla,
 ``xla/stream_executor/device_description.proto``), written here from `KINDS`. What is not here is tuning: on a GPU, XLA tries
-which tiles and libraries are fastest, and takes them. So memory may differ a little, and of the compiler's times only those
-count that ask for no tiles. The estimate of time is a model, and this and `spdf_jax.planning.pod` are all of it:
+which tiles and libraries are fastest, and takes them. So memory may differ a little, and XLA's own times of matrix products,
+which are those of its first tiles, do not count. The estimate of time is a model, and this and `spdf_jax.planning.pod` are all
+of it:
 
-- what computes takes the time in XLA's statistics named "sol": bytes over the memory's bandwidth; matrix products by a table in
-  XLA of measured ones, which has nothing of an A100. To start a kernel takes no time;
+- what computes takes the time in XLA's statistics, mostly that of the bytes that it moves; matrix products run at
+  `PRODUCT_SHARE` of the peak, if moving their bytes takes no longer. To start a kernel takes no time;
 - cuDNN's attention runs at `CUDNN_SHARE` of the peak on the positions that it visits;
 - a collective takes `START_SECONDS`, and sends as NCCL's rings do: within a host at the links' full speed, between hosts at
   that of one network card for each of a host's GPUs that takes part.
@@ -29,6 +30,8 @@ from spdf_jax.ops.attention_patterns import pattern_mask
 from spdf_jax.planning.hlo import Collective, Instruction
 from spdf_jax.planning.pod import Kind, Pod
 
+#: Of the peak that matrix products are taken to reach: an assumption. It is of bfloat16; those in float32 are slower.
+PRODUCT_SHARE = 0.6
 #: Of the peak that cuDNN's attention is taken to reach, forward and backward: an assumption.
 CUDNN_SHARE = 0.4
 START_SECONDS = 20e-6
@@ -145,17 +148,17 @@ class GpuPod(Pod):
 
     @property
     def timed(self) -> bool:
-        """See `Pod.timed`. XLA has no table of an A100's products, and refuses to compile where one is asked for."""
+        """See `Pod.timed`. XLA's statistics ask for a table that it does not have of an A100."""
         return self.kind.capability >= 9
 
     @property
     def about_times(self) -> str:
         """See `Pod.about_times`."""
         if not self.timed:
-            return "none: XLA has no table of this GPU's matrix products"
+            return "none: XLA makes no statistics for this GPU"
         return (
-            f"by XLA's tables, attention at {CUDNN_SHARE:.0%} of the peak, links at their full speed: held against no GPU, "
-            "accuracy unknown"
+            f"by XLA's statistics, products at {PRODUCT_SHARE:.0%} of the peak, attention at {CUDNN_SHARE:.0%}, links at "
+            "their full speed: held against no GPU yet, how far off is unknown"
         )
 
     @property
@@ -208,7 +211,7 @@ class GpuPod(Pod):
 
     def compute_seconds(self, instruction: Instruction) -> float:
         """See `Pod.compute_seconds`."""
-        return instruction.seconds
+        return max(instruction.seconds, instruction.flops / (PRODUCT_SHARE * self.kind.peak_flops))
 
     def attention_flops(self, kernel: Instruction, pattern: str, width: int) -> int:
         """See `Pod.attention_flops`."""

@@ -19,8 +19,9 @@ _ARRAY = re.compile(r"\b(pred|bf16|[suf](?:4|8|16|32|64)|f8e\w+)\[([\d,]*)\]")
 _INSTRUCTION = re.compile(r"^\s*(ROOT )?%?([\w.\-]+) = (.*)$")
 _CALLED = re.compile(r"(?:calls|to_apply|body|true_computation|false_computation)=%?([\w.\-]+)")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
-# Of several estimates the one by measured speeds. The others are of tiles that would be tuned on a GPU, and are not here.
+# Of several estimates, the one of what could be reached, and the first one's time to move data.
 _MICROSECONDS = re.compile(r'"exec_time_us":([\d.e+\-]+)[^}]*"name":"sol"')
+_MOVING_MICROSECONDS = re.compile(r'"memory_access_time_us":([\d.e+\-]+)')
 # Kernels that the compiler puts nothing down for; what it calls by other names only moves data, or is timed.
 _TARGET = re.compile(r'custom_call_target="(tpu_custom_call|__cudnn\$\w+|__cub\$\w+)"')
 
@@ -50,7 +51,8 @@ class Instruction(NamedTuple):
       collectives: that it takes part in.
       kernel: name of a Pallas kernel, or what a GPU's program calls of a library; "" of neither.
       operands: shapes of the kernel's operands.
-      seconds: the estimate of the compiler for GPUs, asked for its statistics; 0 where it makes none.
+      seconds: the estimate of the compiler for GPUs, asked for its statistics; 0 where it makes none. Of matrix products the
+        time to move data alone: the rest is a matter of tiles, which are tuned on a GPU and any here.
     """
 
     cycles: int = 0
@@ -167,14 +169,16 @@ class _Reader:
                 for name in called or re.findall(r"%?([\w.\-]+)", branches[1] if branches else ""):
                     yield from self._items(name)
             else:
-                cycles, microseconds = _CYCLES.search(line.rest), _MICROSECONDS.search(line.rest)
+                cycles = _CYCLES.search(line.rest)
                 parts = list(self._parts(computation, line))
                 waited_for = (
                     self._parts(computation, self._start(computation, line)) if line.opcode == "call-done" else ()
                 )
+                flops = sum(self._flops(where, part) for where, part in parts if part.opcode in ("convolution", "dot"))
+                microseconds = (_MOVING_MICROSECONDS if flops else _MICROSECONDS).search(line.rest)
                 found = Instruction(
                     int(cycles[1]) if cycles else 0,
-                    sum(self._flops(where, part) for where, part in parts if part.opcode in ("convolution", "dot")),
+                    flops,
                     tuple(self._collective(w, part, line) for w, part in (*parts, *waited_for) if _kind(part.opcode)),
                     *_kernel(line),
                     float(microseconds[1]) * 1e-6 if microseconds else 0.0,
