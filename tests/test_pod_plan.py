@@ -379,12 +379,12 @@ print(json.dumps(said))
 
 def plans(*pods: tuple[str, dict[str, object]]) -> list[str]:
     """What is said of `tiny` with changes on each pod."""
-    # Its own process: libtpu stays. Simulated CPU devices are not what it compiles for.
+    # Its own process: the compiler stays. Simulated CPU devices are not what it compiles for.
     environment = as_users() | {"JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", JOB, json.dumps(pods)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stderr == "", "libtpu stays silent"
+    assert done.stderr == "", "the compiler stays silent"
     return json.loads(done.stdout)
 
 
