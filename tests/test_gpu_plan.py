@@ -193,11 +193,12 @@ def test_a_small_model_is_planned_for_gpus_that_are_not_there():
         assert "4 devices of" in said
         assert re.search(r"memory a device +0\.\d+ GiB of 55\.88 GiB: fits", said)
     weights, head = 3 * 12 * 256**2, 512 * 256
-    attention = 3 * 9 * 2 * 8 * 256 * (256 * 257 // 2)  # two products, again in the backward pass, and five there
+    # Two products, again in the backward pass, and five there; each GPU has its share, with documents kept apart or without.
+    attention = 3 * 9 * 2 * 8 * 256 * (256 * 257 // 2)
     for said, active in ((masked, 1), (plain, 1), (stored, 0.5), (hosts, 1), (old, 1)):
         flops = float(re.search(r"matrix FLOPs a device +(\S+)", said)[1])
         products = 6 * 8 * 256 * (active * weights + head) + attention
-        assert flops == pytest.approx(products / 4, rel=0.1)
+        assert flops == pytest.approx(products / 4, rel=0.05)
     assert len(re.findall(r"time, estimated +\d+\.\d ms: computing \d+\.\d, cuDNN's attention 0\.", masked)) == 3
     assert "held against no GPU yet" in masked
     assert "time, estimated" not in old
