@@ -147,6 +147,11 @@ class GpuPod(Pod):
         return KINDS[self.name.partition(":")[0]]
 
     @property
+    def about_memory(self) -> str:
+        """See `Pod.about_memory`."""
+        return f" ({MEMORY_SHARE:.0%} of a GPU's, as JAX takes by itself)"
+
+    @property
     def timed(self) -> bool:
         """See `Pod.timed`. XLA's statistics ask for a table that it does not have of an A100."""
         return self.kind.capability >= 9

@@ -76,6 +76,11 @@ class Pod(ABC):
         """What they come from."""
 
     @property
+    def about_memory(self) -> str:
+        """What a device's bytes are, where they are not all it has."""
+        return ""
+
+    @property
     def timed(self) -> bool:
         """Whether the compiler puts times down."""
         return True

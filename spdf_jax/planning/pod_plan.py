@@ -78,8 +78,8 @@ def describe_pod(config: RunConfig, name: str) -> str:
         table = describe(config, mesh.shape["fsdp"] * mesh.shape["tensor"])
     lines = [
         table,
-        f"{pod.name:<24}{mesh.size} devices of {kind.peak_flops / 1e12:.0f} TFLOP/s and {kind.hbm_bytes / GIB:.2f} GiB, mesh "
-        f"{axes}, remat {config.model.remat}",
+        f"{pod.name:<24}{mesh.size} devices of {kind.peak_flops / 1e12:.0f} TFLOP/s and {kind.hbm_bytes / GIB:.2f} GiB"
+        f"{pod.about_memory}, mesh {axes}, remat {config.model.remat}",
         f"  times                 {pod.about_times}",
     ]
     for plan in make_plan(config):
