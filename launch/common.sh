@@ -105,7 +105,7 @@ read_topology() {
     tpu7x:*) gcloud_type='' gcloud_runtime='' gke_accelerator=tpu7x ;;
     *) die "--topology $1: v4, v5e, v5p, v6e or tpu7x, a colon and a shape are needed, for example v5e:16x16" ;;
   esac
-  # Collectives of these run beside what computes only if it is said; spdf_jax/planning/pod_plan.py plans with the same.
+  # Collectives of these run beside what computes only if it is said; spdf_jax/planning/tpu.py plans with the same.
   if [[ $1 == v5p:* || $1 == v6e:* ]]; then
     for flag in tpu_enable_async_collective_fusion tpu_enable_async_collective_fusion_fuse_all_gather \
       tpu_enable_async_collective_fusion_multiple_steps tpu_overlap_compute_collective_tc enable_async_all_gather; do

@@ -31,7 +31,7 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run leaves everything; default runs/<experiment>-<variant>.")
 _JOB = flags.DEFINE_enum("job", "train", JOBS, "What to do.")
 _TOPOLOGY = flags.DEFINE_string(
-    "plan_topology", "", "TPU pod for which --job plan compiles the steps: v5e:16x16, v6e-256."
+    "plan_topology", "", "TPUs or GPUs for which --job plan compiles the steps: v5e:16x16, v6e-256, h100:8, h200:2x8."
 )
 _PROMPT = flags.DEFINE_string("prompt", "", "What --job generate continues.")
 _OUTPUT = flags.DEFINE_string("output", "", "Where --job evaluate and export write, in place of the workdir.")

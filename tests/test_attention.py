@@ -298,7 +298,7 @@ def test_cudnn_gets_the_causal_window(monkeypatch):
     q, k, v, _ = inputs(4, dtype="bfloat16")
     attention(q, k, v, width=3)
     attention(q, k, v, pattern="local", width=3)
-    common = {"is_causal": True, "implementation": "cudnn"}
+    common = {"is_causal": True, "implementation": "cudnn", "mask": None}
     assert calls == [{**common, "local_window_size": None}, {**common, "local_window_size": (2, 0)}]
 
 

@@ -15,8 +15,7 @@ import pytest
 import yaml
 from tiny import NO_WINDOW_FLAGS, write_text
 
-from spdf_jax.planning.pod import GENERATIONS, pod_name
-from spdf_jax.planning.pod_plan import OVERLAP, OVERLAPPING
+from spdf_jax.planning.tpu import GENERATIONS, OVERLAP, OVERLAPPING, tpu_name
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
@@ -336,7 +335,7 @@ def test_pods_by_their_number_are_those_of_the_plan():
     # A subshell each, since what is no pod ends it.
     script = '. launch/common.sh; for name; do (read_topology "$name" && echo "$shape") 2>/dev/null || echo none; done'
     printed = subprocess.run(["bash", "-c", script, "-", *names], cwd=ROOT, capture_output=True, text=True, check=True)
-    planned = [(pod_name(name) or "v:none").partition(":")[2] for name in names]
+    planned = [(tpu_name(name) or "v:none").partition(":")[2] for name in names]
     assert dict(zip(names, printed.stdout.split(), strict=True)) == dict(zip(names, planned, strict=True))
     assert len(set(planned)) == 18  # ten blocks, seven squares, and none
 

@@ -24,8 +24,9 @@ from spdf_jax.planning.hlo import (
     matrix_flops,
     read_program,
 )
-from spdf_jax.planning.pod import GENERATIONS, GIB, Need, Pod, estimate, pod_name, splash_flops, splash_seconds, suggest
+from spdf_jax.planning.pod import GIB, Need, estimate, suggest
 from spdf_jax.planning.pod_plan import collective_table, describe_pod, lower_steps
+from spdf_jax.planning.tpu import GENERATIONS, TpuPod, splash_flops, splash_seconds, tpu_name
 from spdf_jax.sharding import MeshConfig, batch_sharding, make_mesh, replicated
 from spdf_jax.training.phases import make_plan
 
@@ -160,8 +161,8 @@ def test_a_collective_of_a_sparse_core_runs_beside_what_computes_until_it_is_wai
     assert between == Instruction(cycles=70)
 
 
-SQUARE = Pod("v5e:4x4", tuple((x, y, 0) for x in range(4) for y in range(4)))
-TORUS = Pod("v5e:16x16", tuple((x, y, 0) for x in range(16) for y in range(16)))
+SQUARE = TpuPod("v5e:4x4", tuple((x, y, 0) for x in range(4) for y in range(4)))
+TORUS = TpuPod("v5e:16x16", tuple((x, y, 0) for x in range(16) for y in range(16)))
 
 
 def test_a_closed_ring_has_twice_the_bandwidth_of_a_line():
@@ -177,10 +178,10 @@ def test_a_closed_ring_has_twice_the_bandwidth_of_a_line():
     assert TORUS.seconds(Collective("all-to-all", 45_000_000, tuple(range(16)), "")) == pytest.approx(2e-3 + 16 * hops)
 
 
-def block(generation: str, sizes: tuple[int, int, int], devices_per_chip: int = 1) -> Pod:
+def block(generation: str, sizes: tuple[int, int, int], devices_per_chip: int = 1) -> TpuPod:
     places = [(x, y, z) for x in range(sizes[0]) for y in range(sizes[1]) for z in range(sizes[2])]
     name = f"{generation}:{'x'.join(map(str, sizes))}"
-    return Pod(name, tuple(place for place in places for _ in range(devices_per_chip)))
+    return TpuPod(name, tuple(place for place in places for _ in range(devices_per_chip)))
 
 
 def test_only_blocks_of_whole_cubes_have_links_around():
@@ -213,7 +214,7 @@ def test_two_devices_of_a_chip_share_its_links():
     ],
 )
 def test_a_pod_by_its_number(name, known_as):
-    assert pod_name(name) == known_as
+    assert tpu_name(name) == known_as
 
 
 def test_asynchronous_collectives_run_beside_what_computes_until_they_are_waited_for():
@@ -241,7 +242,7 @@ def test_splash_attention_counts_the_blocks_that_it_visits():
     assert splash_seconds(narrow, "causal", 128, g) == pytest.approx(splash_seconds(kernel, "causal", 128, g))
 
 
-FITS = Need("v5e:4x4", 1, 16, 1, 64, 1, 1024, 8 * GIB, 12 * GIB)
+FITS = Need(SQUARE, 1, 16, 1, 64, 1, 1024, 8 * GIB, 12 * GIB)
 
 
 @pytest.mark.parametrize(
@@ -268,7 +269,7 @@ FITS = Need("v5e:4x4", 1, 16, 1, 64, 1, 1024, 8 * GIB, 12 * GIB)
             "no v5e pod should do: set --config.model.remat=block, or a larger --config.mesh.tensor",
         ),
         (
-            {"pod": "tpu7x:2x2x2", "split_bytes": 60 * GIB, "device_bytes": 100 * GIB},  # two devices a chip
+            {"pod": TpuPod("tpu7x:2x2x2"), "split_bytes": 60 * GIB, "device_bytes": 100 * GIB},  # two devices a chip
             "it should fit with --config.mesh.data=1 --config.mesh.fsdp=16 --config.mesh.tensor=1 "
             "--config.pretrain.grad_accumulation_steps=2 (about 80.0 GiB a device)",
         ),
@@ -378,12 +379,12 @@ print(json.dumps(said))
 
 def plans(*pods: tuple[str, dict[str, object]]) -> list[str]:
     """What is said of `tiny` with changes on each pod."""
-    # Its own process: libtpu stays. Simulated CPU devices are not what it compiles for.
+    # Its own process: the compiler stays. Simulated CPU devices are not what it compiles for.
     environment = as_users() | {"JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", JOB, json.dumps(pods)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stderr == "", "libtpu stays silent"
+    assert done.stderr == "", "the compiler stays silent"
     return json.loads(done.stdout)
 
 

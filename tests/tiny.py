@@ -119,6 +119,11 @@ needs_mount = pytest.mark.skipif(not _can_mount(), reason="needs user namespaces
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="compiling for a TPU needs libtpu: pip install -e '.[tpu]'"
 )
+#: Of tests that compile for GPUs that are not there, likewise: no extra of CI's brings two gigabytes of CUDA.
+needs_plan_gpu = pytest.mark.skipif(
+    importlib.util.find_spec("jax_cuda13_plugin") is None,
+    reason="compiling for a GPU needs NVIDIA's compiler: pip install -e '.[plan_gpu]'",
+)
 
 
 def die() -> None:

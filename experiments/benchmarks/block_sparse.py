@@ -10,7 +10,7 @@ processor time, which other work on the machine touches less.
 layer 1 / density; for a step, the dense one's processor time less that of the zeros in its linear layers, timed in its turn.
 
 ``--tpu v5e:4x4`` compiles the steps of a 12 x 1024 model in blocks of 128 for that TPU topology, without a TPU (``pip install
--e '.[tpu]'``), and prints the estimate of ``spdf_jax.planning.pod``, in which our kernels, like splash attention, run at half
+-e '.[tpu]'``), and prints the estimate of ``spdf_jax.planning.tpu``, in which our kernels, like splash attention, run at half
 the peak.
 
 Command: ``python experiments/benchmarks/block_sparse.py --layer --step --json block_sparse.json``
@@ -36,8 +36,9 @@ from spdf_jax.config.run import RunConfig
 from spdf_jax.data import Batch
 from spdf_jax.ops.block_linear import block_linear, live_inputs
 from spdf_jax.planning.hlo import Instruction, executed, matrix_flops, read_program
-from spdf_jax.planning.pod import SPLASH_SHARE, Generation, estimate, splash_seconds
+from spdf_jax.planning.pod import estimate
 from spdf_jax.planning.pod_plan import lower_steps, make_pod
+from spdf_jax.planning.tpu import SPLASH_SHARE, Generation, TpuPod, splash_seconds
 from spdf_jax.sharding import MeshConfig, make_mesh
 from spdf_jax.sparsity.block_topology import BlockGrid, random_topology
 from spdf_jax.training.phases import make_plan
@@ -194,7 +195,7 @@ def kernel_seconds(kernel: Instruction, side: int, generation: Generation) -> fl
 
 
 def tpu_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Prints what the compiler and `spdf_jax.planning.pod` say of the steps on a TPU topology."""
+    """Prints what the compiler and `spdf_jax.planning.tpu` say of the steps on a TPU topology."""
     model = spdf.GPTConfig(n_layer=12, n_head=16, d_model=1024, vocab_size=50304, context=1024, dtype="bfloat16")
     rows: list[dict[str, Any]] = []
     columns = ["ms, estimated", "of it our kernels", "times faster", "matrix FLOPs", "MB of state"]
@@ -202,12 +203,14 @@ def tpu_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
     for name, (sparsity, side) in TPU_STEPS.items():
         config = step_config(model, 64, sparsity, side)
         (plan,), (pod, mesh) = make_plan(config), make_pod(config, args.tpu)
+        if not isinstance(pod, TpuPod):
+            raise spdf.InputError(f"--tpu {args.tpu} is no TPU topology; for example v5e:4x4")
         (_, lowered), *_ = lower_steps(config, plan, mesh)
         items = read_program(lowered.compile().as_text())
 
-        peak = SPLASH_SHARE * pod.generation.peak_flops
+        peak = SPLASH_SHARE * pod.kind.peak_flops
         flops = sum(times * kernel_flops(kernel, side) for times, kernel in executed(items))
-        total = estimate(items, pod, partial(kernel_seconds, side=side, generation=pod.generation)).total
+        total = estimate(items, pod, partial(kernel_seconds, side=side, generation=pod.kind)).total
         row = {
             "name": name,
             "ms": 1e3 * total,

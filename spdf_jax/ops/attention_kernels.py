@@ -42,16 +42,19 @@ def cudnn_attention(
     attend = functools.partial(
         jax.nn.dot_product_attention, is_causal=True, local_window_size=window, implementation="cudnn"
     )
-    if segments_BT is None:
-        return attend(q_BTHD, k_BTHD, v_BTHD)
 
-    def within(q_BTHD: jax.Array, k_BTHD: jax.Array, v_BTHD: jax.Array, segments_BT: jax.Array) -> jax.Array:
-        return attend(q_BTHD, k_BTHD, v_BTHD, mask=(segments_BT[:, :, None] == segments_BT[:, None])[:, None])
+    def within(
+        q_BTHD: jax.Array, k_BTHD: jax.Array, v_BTHD: jax.Array, segments_BT: jax.Array | None = None
+    ) -> jax.Array:
+        mask = None if segments_BT is None else (segments_BT[:, :, None] == segments_BT[:, None])[:, None]
+        return attend(q_BTHD, k_BTHD, v_BTHD, mask=mask)
 
-    # By itself, the compiler would not split the mask, which all heads share, as it does the queries.
+    # By itself, the compiler would not split the mask, which all heads share, as it does the queries; and where weights are
+    # split, too, not even the batch: every device would compute all of it.
     batch_axes, head_axis = split_over_mesh(jax.sharding.get_abstract_mesh(), *q_BTHD.shape[::2])
     spec = PartitionSpec(batch_axes or None, None, head_axis)
-    return _split(within, spec, segments=True)(q_BTHD, k_BTHD, v_BTHD, segments_BT)
+    args = [q_BTHD, k_BTHD, v_BTHD] + ([] if segments_BT is None else [segments_BT])
+    return _split(within, spec, segments=segments_BT is not None)(*args)
 
 
 def splash_attention(

@@ -1,7 +1,7 @@
-"""What a program compiled for TPUs does on one chip, read from its text, every instruction as often as it runs.
+"""What a program compiled for TPUs or GPUs does on one device, read from its text, every instruction as often as it runs.
 
 `compiled.as_text()` lists the body of a loop once, and `compiled.cost_analysis()` counts it once, so with layers in a scan both
-see one layer. The times that a loop runs stand in its condition; here they multiply everything inside.
+see one layer. The times that a loop runs stand beside it, or in its condition; here they multiply everything inside.
 """
 
 import math
@@ -18,6 +18,12 @@ _BITS = {"pred": 8, "bf16": 16, "s4": 4, "u4": 4}  # of other types the name end
 _ARRAY = re.compile(r"\b(pred|bf16|[suf](?:4|8|16|32|64)|f8e\w+)\[([\d,]*)\]")
 _INSTRUCTION = re.compile(r"^\s*(ROOT )?%?([\w.\-]+) = (.*)$")
 _CALLED = re.compile(r"(?:calls|to_apply|body|true_computation|false_computation)=%?([\w.\-]+)")
+_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+# Of several estimates, the one of what could be reached, and the first one's time to move data.
+_MICROSECONDS = re.compile(r'"exec_time_us":([\d.e+\-]+)[^}]*"name":"sol"')
+_MOVING_MICROSECONDS = re.compile(r'"memory_access_time_us":([\d.e+\-]+)')
+# Kernels that the compiler puts nothing down for; what it calls by other names only moves data, or is timed.
+_TARGET = re.compile(r'custom_call_target="(tpu_custom_call|__cudnn\$\w+|__cub\$\w+)"')
 
 
 class Collective(NamedTuple):
@@ -40,11 +46,13 @@ class Instruction(NamedTuple):
     """An instruction that costs something.
 
     Attributes:
-      cycles: the compiler's estimate; 0 where it makes none.
+      cycles: the estimate of the compiler for TPUs; 0 where it makes none.
       flops: of its matrix products.
       collectives: that it takes part in.
-      kernel: name of a Pallas kernel, or "".
+      kernel: name of a Pallas kernel, or what a GPU's program calls of a library; "" of neither.
       operands: shapes of the kernel's operands.
+      seconds: the estimate of the compiler for GPUs, asked for its statistics; 0 where it makes none. Of matrix products the
+        time to move data alone: the rest is a matter of tiles, which are tuned on a GPU and any here.
     """
 
     cycles: int = 0
@@ -52,6 +60,7 @@ class Instruction(NamedTuple):
     collectives: tuple[Collective, ...] = ()
     kernel: str = ""
     operands: tuple[tuple[int, ...], ...] = ()
+    seconds: float = 0.0
 
 
 class Loop(NamedTuple):
@@ -68,7 +77,7 @@ def read_program(text: str) -> tuple[Instruction | Loop, ...]:
     """Everything that costs something, in the order in which it runs.
 
     Args:
-      text: `as_text()` of a program compiled for TPUs.
+      text: `as_text()` of a program compiled for TPUs or GPUs.
 
     Returns:
       Instructions and loops.
@@ -154,23 +163,25 @@ class _Reader:
         for line in self.computations[computation]:
             called = _CALLED.findall(line.rest)
             if line.opcode == "while":
-                condition = re.search(r"condition=%?([\w.\-]+)", line.rest)
-                yield Loop(self._trips(condition[1]) if condition else 1, tuple(self._items(called[0])))
+                yield Loop(self._trips(line), tuple(self._items(called[0])))
             elif line.opcode in ("call", "conditional"):
                 branches = re.search(r"branch_computations=\{([^}]*)\}", line.rest)
                 for name in called or re.findall(r"%?([\w.\-]+)", branches[1] if branches else ""):
                     yield from self._items(name)
             else:
-                cycles = re.search(r'"estimated_cycles":"(\d+)"', line.rest)
+                cycles = _CYCLES.search(line.rest)
                 parts = list(self._parts(computation, line))
                 waited_for = (
                     self._parts(computation, self._start(computation, line)) if line.opcode == "call-done" else ()
                 )
+                flops = sum(self._flops(where, part) for where, part in parts if part.opcode in ("convolution", "dot"))
+                microseconds = (_MOVING_MICROSECONDS if flops else _MICROSECONDS).search(line.rest)
                 found = Instruction(
                     int(cycles[1]) if cycles else 0,
-                    sum(self._flops(where, part) for where, part in parts if part.opcode == "convolution"),
+                    flops,
                     tuple(self._collective(w, part, line) for w, part in (*parts, *waited_for) if _kind(part.opcode)),
                     *_kernel(line),
+                    float(microseconds[1]) * 1e-6 if microseconds else 0.0,
                 )
                 if found != Instruction():
                     yield found
@@ -190,9 +201,13 @@ class _Reader:
     def _start(self, computation: str, done: _Line) -> _Line:
         return next(line for line in self.computations[computation] if line.name == done.operands[0])
 
-    def _trips(self, condition: str) -> int:
-        """JAX counts its loops from 0 by 1, up to the one constant of the condition."""
-        lines = [part for line in self.computations[condition] for _, part in self._parts(condition, line)]
+    def _trips(self, loop: _Line) -> int:
+        """As the compiler says; else JAX counts from 0 by 1, up to the one constant of the condition."""
+        known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest)
+        condition = re.search(r"condition=%?([\w.\-]+)", loop.rest)
+        if known or not condition:
+            return int(known[1]) if known else 1
+        lines = [part for line in self.computations[condition[1]] for _, part in self._parts(condition[1], line)]
         found = [line.rest for line in lines if line.opcode == "constant" and re.match(r"[su]32\[\]", line.shape)]
         return int(re.sub(r"\D*(\d+)\).*", r"\1", found[0])) if len(found) == 1 else 1
 
@@ -216,7 +231,15 @@ class _Reader:
         return Collective(kind, size, _group(part.rest), key)
 
     def _flops(self, computation: str, line: _Line) -> int:
-        """Of a convolution, which is what every matrix product becomes on a TPU."""
+        """Of a product, or of a convolution, which is what every product becomes on a TPU."""
+        if line.opcode == "dot":
+            factor = _dimensions(self._shape(computation, line.operands[0]))
+            summed = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", line.rest)
+            return (
+                2
+                * math.prod(_dimensions(line.shape))
+                * math.prod(factor[d] for d in _sizes(summed[1] if summed else ""))
+            )
         labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", line.rest)
         assert labels, "a convolution has dim_labels"
         given, kernel, result = (
@@ -267,10 +290,12 @@ def _kind(opcode: str) -> str:
 
 
 def _kernel(line: _Line) -> tuple[str, tuple[tuple[int, ...], ...]]:
-    if 'custom_call_target="tpu_custom_call"' not in line.rest:
+    target = _TARGET.search(line.rest)
+    if not target:
         return "", ()
+    name = re.sub(r"\.\d+$", "", line.name) if target[1] == "tpu_custom_call" else target[1]
     given = line.rest.partition("operand_layout_constraints={")[2]
-    return re.sub(r"\.\d+$", "", line.name), tuple(_sizes(dims) for _, dims in _ARRAY.findall(given[: _closing(given)]))
+    return name, tuple(_sizes(dims) for _, dims in _ARRAY.findall(given[: _closing(given)]))
 
 
 def _sizes(dims: str) -> tuple[int, ...]:

@@ -1,13 +1,11 @@
-"""``--job plan --plan_topology v5e:16x16``: the real steps, compiled for a TPU pod that is not there.
+"""``--job plan --plan_topology v5e:16x16`` or ``h100:2x8``: the real steps, compiled for a pod that is not there.
 
-It needs libtpu, the extra ``tpu``, and no TPU. ``cost_analysis()["optimal_seconds"]`` would be the compiler's own time, but a
-loop's body is in it once, and every instruction without an estimate as -1 second; so `spdf_jax.planning.hlo` reads the
-program, and `spdf_jax.planning.pod` times it from the cycles in it.
+It needs the pod's compiler, the extra ``tpu`` or ``plan_gpu``, and no device. ``cost_analysis()["optimal_seconds"]`` would be
+libtpu's own time, but a loop's body is in it once, and every instruction without an estimate as -1 second; for GPUs it is None.
+So `spdf_jax.planning.hlo` reads the program, and `spdf_jax.planning.pod` times it from what the compiler put down in it.
 """
 
-import importlib.util
 import math
-import os
 import re
 import time
 from collections import Counter, defaultdict
@@ -26,33 +24,16 @@ from spdf_jax.errors import InputError
 from spdf_jax.model.flops import step_flops
 from spdf_jax.model.gpt import GPT
 from spdf_jax.planning.describe import describe
+from spdf_jax.planning.gpu import gpu_pod
 from spdf_jax.planning.hlo import Items, executed, executed_collectives, matrix_flops, read_program
-from spdf_jax.planning.pod import GIB, Need, Pod, Times, estimate, pod_name, splash_flops, splash_seconds, suggest
+from spdf_jax.planning.pod import GIB, Need, Pod, Times, estimate, suggest
+from spdf_jax.planning.tpu import tpu_pod
 from spdf_jax.sharding import batch_devices, batch_sharding, make_mesh, parameter_shardings, replicated
 from spdf_jax.training.phases import PhasePlan, make_plan
 from spdf_jax.training.state import TrainState, abstract_params, abstract_state, state_shardings
 from spdf_jax.training.step import make_steps, move_topology
 
-EXAMPLES = "v5e:4x4, v5e-256, v6e:16x16, v4:4x4x4, v5p:4x4x4, tpu7x:2x2x1"
-# libtpu is to look for no TPU, to say nothing of finding none, and to let other processes compile, too.
-_ONLY_COMPILING = {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}
-#: Generations whose collectives run beside what computes only if libtpu is told so, and how: as `launch/common.sh` tells it.
-OVERLAPPING = ("v5p", "v6e")
-OVERLAP = " ".join(
-    f"--xla_{name}=true"
-    for name in (
-        "tpu_enable_async_collective_fusion",
-        "tpu_enable_async_collective_fusion_fuse_all_gather",
-        "tpu_enable_async_collective_fusion_multiple_steps",
-        "tpu_overlap_compute_collective_tc",
-        "enable_async_all_gather",
-    )
-)
+EXAMPLES = "v5e:4x4, v5e-256, v6e:16x16, v4:4x4x4, v5p:4x4x4, tpu7x:2x2x1, h100:8, h200:2x8"
 # What libtpu says of memory, by its version; what it calls temporaries are arguments too.
 _WANTED = re.compile(r"(?:total memory required[^(]*\(|Used )([\d.]+)([KMGT])")
 
@@ -66,8 +47,8 @@ class Program:
       device_bytes: memory on each device; where that was too much for the compiler, what it wanted.
       compile_seconds: on this machine.
       items: from `spdf_jax.planning.hlo.read_program`; () where the compiler gave up.
-      times: from `spdf_jax.planning.pod.estimate`.
-      flops: of matrix products on each device, splash attention's included.
+      times: from `spdf_jax.planning.pod.estimate`; None where the compiler put nothing down.
+      flops: of matrix products on each device, those of attention's kernels included.
       left_out: kernels that `times` and `flops` leave out, and how often they run.
     """
 
@@ -85,20 +66,21 @@ def describe_pod(config: RunConfig, name: str) -> str:
 
     Args:
       config: the run; its mesh must take every device.
-      name: the pod's, as `pod_name` knows it.
+      name: the pod's, as `spdf_jax.planning.tpu` or `spdf_jax.planning.gpu` knows it.
 
     Raises:
-      InputError: libtpu is not there; no such pod; a mesh or batch that does not fit it.
+      InputError: the compiler is not there; no such pod; a mesh or batch that does not fit it.
     """
     pod, mesh = make_pod(config, name)
-    g, axes = pod.generation, " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    kind, axes = pod.kind, " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     # Attention is chosen for the pod; what `describe` computes is computed here.
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         table = describe(config, mesh.shape["fsdp"] * mesh.shape["tensor"])
     lines = [
         table,
-        f"{pod.name:<24}{mesh.size} devices of {g.peak_flops / 1e12:.0f} TFLOP/s and {g.hbm_bytes / GIB:.2f} GiB, mesh {axes}, "
-        f"remat {config.model.remat}",
+        f"{pod.name:<24}{mesh.size} devices of {kind.peak_flops / 1e12:.0f} TFLOP/s and {kind.hbm_bytes / GIB:.2f} GiB"
+        f"{pod.about_memory}, mesh {axes}, remat {config.model.remat}",
+        f"  times                 {pod.about_times}",
     ]
     for plan in make_plan(config):
         state = phase_state(config, plan, mesh)
@@ -110,7 +92,7 @@ def describe_pod(config: RunConfig, name: str) -> str:
         gradient_bytes = sum(map(_device_bytes, jax.tree.leaves(state.params)))
         lines.append(f"  state                 {state_bytes / GIB:.3g} GiB a device")
         need = Need(
-            pod.name,
+            pod,
             **mesh.shape,
             batch_size=plan.config.batch_size,
             accumulate=plan.config.grad_accumulation_steps,
@@ -124,28 +106,16 @@ def describe_pod(config: RunConfig, name: str) -> str:
 
 def make_pod(config: RunConfig, name: str) -> tuple[Pod, Mesh]:
     """The pod, and the config's mesh over it. Raises as `describe_pod` does."""
-    known_as = pod_name(name)
-    if known_as is None:
+    pod: Pod | None = tpu_pod(name) or gpu_pod(name)
+    if pod is None:
         raise InputError(f"--plan_topology: {name!r} is no pod; for example {EXAMPLES}")
-    if importlib.util.find_spec("libtpu") is None:
-        raise InputError(
-            "--plan_topology: to compile for a TPU takes libtpu (and no TPU), which is not installed: "
-            "pip install -c requirements.lock -e '.[tpu]'"
-        )
-    for variable, value in _ONLY_COMPILING.items():
-        os.environ.setdefault(variable, value)
-    if known_as.partition(":")[0] in OVERLAPPING:  # as launch/ starts them
-        os.environ.setdefault("LIBTPU_INIT_ARGS", OVERLAP)
-    from jax.experimental import topologies  # brings libtpu
     from jax.experimental.compilation_cache import compilation_cache
 
     jax.config.update("jax_enable_compilation_cache", False)  # what is for devices elsewhere cannot be read back
     compilation_cache.reset_cache()  # which has been asked for, and remembers
 
-    # The two cores of a v4 chip are one device on a pod; those of a v5p chip are without asking.
-    one_device = {"chip_config_name": "megacore"} if known_as.startswith("v4:") else {}
     try:
-        devices = topologies.get_topology_desc(known_as, "tpu", **one_device).devices
+        devices = pod.devices()
     except jax.errors.JaxRuntimeError as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"--plan_topology: {name!r} is no pod ({reason}); for example {EXAMPLES}") from None
@@ -153,7 +123,7 @@ def make_pod(config: RunConfig, name: str) -> tuple[Pod, Mesh]:
     if mesh.size < len(devices):
         raise InputError(f"config.mesh: {config.mesh} takes {mesh.size} of {len(devices)} devices; set a size to -1")
     check_devices(config, batch_devices(mesh))
-    return Pod(known_as, tuple(tuple(device.coords) for device in mesh.devices.flat)), mesh
+    return pod.over(mesh), mesh
 
 
 def phase_state(config: RunConfig, plan: PhasePlan, mesh: Mesh) -> TrainState:
@@ -211,7 +181,7 @@ def _whole_gradients(config: RunConfig, plan: PhasePlan, mesh: Mesh) -> Any:
 def _compile(name: str, lowered: Any, pod: Pod, pattern: str, width: int) -> Program:
     started = time.perf_counter()
     try:
-        compiled = lowered.compile()
+        compiled = lowered.compile(dict(pod.compiler_options) or None)
     except jax.errors.JaxRuntimeError as error:
         wanted = _WANTED.search(str(error))
         if "RESOURCE_EXHAUSTED" not in str(error) or not wanted:
@@ -219,7 +189,7 @@ def _compile(name: str, lowered: Any, pod: Pod, pattern: str, width: int) -> Pro
         return Program(name, float(wanted[1]) * 1024 ** (1 + "KMGT".index(wanted[2])), time.perf_counter() - started)
     seconds, memory = time.perf_counter() - started, compiled.memory_analysis()
     items = read_program(compiled.as_text())
-    kernels = [(times, i, splash_flops(i, pattern, width)) for times, i in executed(items) if i.kernel]
+    kernels = [(times, i, pod.attention_flops(i, pattern, width)) for times, i in executed(items) if i.kernel]
     left_out: Counter[str] = Counter()
     for times, kernel, flops in kernels:
         left_out[kernel.kernel] += 0 if flops else times
@@ -232,41 +202,47 @@ def _compile(name: str, lowered: Any, pod: Pod, pattern: str, width: int) -> Pro
         + memory.generated_code_size_in_bytes,
         seconds,
         items,
-        estimate(items, pod, partial(splash_seconds, pattern=pattern, width=width, generation=pod.generation)),
+        estimate(items, pod, partial(pod.attention_seconds, pattern=pattern, width=width)) if pod.timed else None,
         matrix_flops(items) + sum(times * flops for times, _, flops in kernels),
         tuple((+left_out).items()),
     )
 
 
 def _describe_program(program: Program, config: RunConfig, plan: PhasePlan, pod: Pod) -> list[str]:
-    g, t = pod.generation, program.times
-    missing = (program.device_bytes - g.hbm_bytes) / GIB
+    holds = pod.kind.hbm_bytes
+    missing = (program.device_bytes - holds) / GIB
     fits = "fits" if missing <= 0 else f"DOES NOT FIT, by {missing:.2f} GiB"
     lines = [
         f"{program.name}, compiled in {program.compile_seconds:.0f} s",
-        f"  memory a device       {program.device_bytes / GIB:.2f} GiB of {g.hbm_bytes / GIB:.2f} GiB: {fits}",
+        f"  memory a device       {program.device_bytes / GIB:.2f} GiB of {holds / GIB:.2f} GiB: {fits}",
     ]
-    if t is None:
+    if not program.items:
         return lines
+    lines.append(f"  matrix FLOPs a device {program.flops:.3g}")
+    if program.times:
+        lines += _describe_times(program.times, config, plan, pod, bool(program.flops))
+    lines += [f"  left out              kernel {name}, {times} times" for name, times in program.left_out]
+    return lines + collective_table(program.items)
+
+
+def _describe_times(t: Times, config: RunConfig, plan: PhasePlan, pod: Pod, multiplies: bool) -> list[str]:
     waiting = t.total - t.computing - t.kernels
-    lines += [
-        f"  matrix FLOPs a device {program.flops:.3g}",
+    lines = [
         f"  time, estimated       {1e3 * t.total:.1f} ms: computing {1e3 * t.computing:.1f}, "
-        f"splash attention {1e3 * t.kernels:.1f}, waiting for collectives {1e3 * waiting:.1f} of the "
+        f"{pod.attention} {1e3 * t.kernels:.1f}, waiting for collectives {1e3 * waiting:.1f} of the "
         f"{1e3 * t.collectives:.1f} that they take",
     ]
-    if program.flops:
+    if multiplies:
         sequences, length = plan.config.batch_size, plan.seq_len
         dense = step_flops(config.model, seq_len=length, sequences=sequences, active={})
         half = dense - 6 * sequences * length**2 * config.model.d_model * config.model.n_layer
-        peak, apart = len(pod.coordinates) * g.peak_flops, t.computing + t.kernels + t.collectives
+        peak, apart = pod.size * pod.kind.peak_flops, t.computing + t.kernels + t.collectives
         lines.append(
             f"  utilisation           {dense / peak / t.total:.1%} of the peak by the dense model's FLOPs; "
             f"{dense / peak / apart:.1%} with no collective beside anything, "
             f"{half / peak / t.total:.1%} with half of attention's FLOPs"
         )
-    lines += [f"  left out              kernel {name}, {times} times" for name, times in program.left_out]
-    return lines + collective_table(program.items)
+    return lines
 
 
 def collective_table(items: Items) -> list[str]:

@@ -1,0 +1,224 @@
+"""Plans for GPUs: names, the words of the compiler, times, refusals; slowly, real ones for a small model."""
+
+import importlib.metadata
+import re
+
+import pytest
+from test_pod_plan import plans, tiny
+from tiny import needs_plan_gpu
+
+import spdf_jax as spdf
+from spdf_jax.planning.gpu import CUDNN_SHARE, KINDS, PRODUCT_SHARE, START_SECONDS, GpuPod, gpu_pod, target_config
+from spdf_jax.planning.hlo import Collective, Instruction, executed, executed_collectives, matrix_flops, read_program
+from spdf_jax.planning.pod import GIB, Need, estimate, suggest
+from spdf_jax.planning.pod_plan import describe_pod
+
+HOST = GpuPod("h100:4", (0, 0, 0, 0))
+HOSTS = GpuPod("h100:2x4", (0, 0, 0, 0, 1, 1, 1, 1))
+
+PROGRAM = """HloModule jit_step, is_scheduled=true
+
+%product (p0: bf16[64,32], p1: bf16[8,16,32]) -> bf16[64,8,16] {
+  %p0 = bf16[64,32]{1,0} parameter(0)
+  %p1 = bf16[8,16,32]{2,1,0} parameter(1)
+  ROOT %dot.1 = bf16[64,8,16]{2,1,0} dot(%p0, %p1), lhs_contracting_dims={1}, rhs_contracting_dims={2}
+}
+
+%layer (t: (s32[], bf16[8,16])) -> (s32[], bf16[8,16]) {
+  %shard = bf16[8,16]{1,0} parameter(0)
+  %all-gather-start = (bf16[8,16]{1,0}, bf16[32,16]{1,0}) all-gather-start(%shard), channel_id=1, replica_groups=[1,4]<=[4]
+  %fusion.1 = bf16[64,8,16]{2,1,0} fusion(%a, %b), kind=kCustom, calls=%product, backend_config={"reification_cost":[\
+{"end_to_end_cycles":9,"exec_time_us":900.5,"compute_time_us":900,"memory_access_time_us":2.5,"name":""},\
+{"end_to_end_cycles":0,"exec_time_us":700,"compute_time_us":0,"memory_access_time_us":0,"name":"sol"}]}
+  %fusion.2 = f32[8]{0} fusion(%x), kind=kLoop, calls=%none, backend_config={"reification_cost":[\
+{"end_to_end_cycles":9,"exec_time_us":8,"compute_time_us":7,"memory_access_time_us":2,"name":""},\
+{"end_to_end_cycles":0,"exec_time_us":4e+01,"compute_time_us":0,"memory_access_time_us":0,"name":"sol"}]}
+  %all-gather-done = bf16[32,16]{1,0} all-gather-done(%all-gather-start)
+  %forward.3 = (bf16[2,2,256,128]{3,1,2,0}, u8[0]{0}) custom-call(%q, %q, %q), custom_call_target="__cudnn$fmhaSoftmax", \
+operand_layout_constraints={bf16[2,256,2,128]{3,2,1,0}, bf16[2,256,2,128]{3,2,1,0}}, backend_config={"fmha_scale": 0.1}
+}
+
+%none (x: f32[8]) -> f32[8] {
+  %x.2 = f32[8]{0} parameter(0)
+}
+
+%condition (t: (s32[], bf16[8,16])) -> pred[] {
+  %limit = s32[] constant(12)
+  ROOT %lt.2 = pred[] compare(%index, %limit), direction=LT
+}
+
+ENTRY %main (a: bf16[8,16]) -> bf16[8,16] {
+  %while.1 = (s32[], bf16[8,16]) while(%t1), condition=%condition, body=%layer, \
+backend_config={"known_trip_count":{"n":"6"},"known_init_step":{"init":"0","step":"2"}}
+}
+"""
+
+
+def test_a_program_for_gpus_is_read():
+    items = read_program(PROGRAM)
+    assert matrix_flops(items) == 6 * 2 * 64 * 32 * 8 * 16, (
+        "a loop unrolled in two runs half as often as its condition says"
+    )
+    assert [(times, c.kind, c.bytes) for times, c in executed_collectives(items)] == [(6, "all-gather", 2 * 32 * 16)]
+    assert [(times, i.kernel, i.operands[0]) for times, i in executed(items) if i.kernel] == [
+        (6, "__cudnn$fmhaSoftmax", (2, 256, 2, 128))
+    ]
+    # Of a product the time to move its data, of anything else the time that could be reached.
+    assert [i.seconds for _, i in executed(items) if i.seconds] == pytest.approx([2.5e-6, 40e-6])
+
+
+def test_times_of_a_program_for_gpus():
+    times = estimate(read_program(PROGRAM), HOST, lambda kernel: HOST.attention_seconds(kernel, "causal", 1))
+    attention = 2 * 2 * 2 * 2 * 128 * (256 * 257 // 2) / (CUDNN_SHARE * 989e12)
+    assert times.computing == pytest.approx(6 * 42.5e-6)
+    assert times.kernels == pytest.approx(6 * attention)
+    assert times.collectives == pytest.approx(6 * (START_SECONDS + 0.75 * 1024 / 450e9))
+    assert times.total == pytest.approx(times.computing + times.kernels), (
+        "the gather is done before what runs beside it"
+    )
+
+
+def test_large_products_take_as_long_as_their_flops():
+    flops = 10**12
+    assert HOST.compute_seconds(Instruction(flops=flops, seconds=1e-6)) == flops / (PRODUCT_SHARE * 989e12)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "pattern", "products", "positions"),
+    [
+        ("__cudnn$fmhaSoftmax", "causal", 2, 256 * 257 // 2),
+        ("__cudnn$fmhaScaleBiasSoftmaxBackward", "causal", 5, 256 * 257 // 2),
+        ("__cudnn$fmhaSoftmax", "local", 2, 256 * 257 // 2 - 192 * 193 // 2),
+        ("__cub$DeviceRadixSort", "causal", 0, 0),
+    ],
+)
+def test_flops_of_attention(kernel, pattern, products, positions):
+    found = HOST.attention_flops(Instruction(kernel=kernel, operands=((2, 256, 4, 64),)), pattern, 64)
+    assert found == products * 2 * 2 * 4 * 64 * positions
+
+
+@pytest.mark.parametrize(
+    ("kind", "devices", "seconds"),
+    [
+        ("all-gather", (0, 1, 2, 3), 0.75 / 450),
+        ("all-reduce", (0, 1), 2 * 0.5 / 450),
+        ("reduce-scatter", (), 7 / 8 / 200),  # all eight: four network cards a host
+        ("all-reduce", (0, 4), 2 * 0.5 / 50),
+        ("all-to-all", (0, 1, 4, 5), 0.75 / 100),
+        ("collective-permute", (0, 1), 1 / 450),
+        ("collective-permute", (0, 4), 1 / 50),
+    ],
+)
+def test_collectives_within_a_host_and_between_hosts(kind, devices, seconds):
+    assert HOSTS.seconds(Collective(kind, 10**9, devices, "")) == pytest.approx(seconds + START_SECONDS)
+
+
+@pytest.mark.parametrize(
+    "name", ["h100", "h100:", "h100:0", "h100:9", "h100:0x8", "h100:2x16", "h100:2x8x1", "k80:8", "h100-8"]
+)
+def test_an_unknown_pod_is_refused_with_examples(name):
+    with pytest.raises(spdf.InputError, match=re.escape(f"--plan_topology: {name!r} is no pod; for example v5e:4x4")):
+        describe_pod(spdf.resolve(tiny()), name)
+
+
+def test_without_the_compiler_the_message_says_what_to_install(monkeypatch):
+    def version(package):
+        if package == "jax-cuda13-plugin":
+            return "0.12"
+        raise importlib.metadata.PackageNotFoundError(package)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    message = (
+        "--plan_topology: to compile for a GPU takes jax-cuda13-pjrt, nvidia-cuda-nvcc, nvidia-cudnn-cu13 (and no GPU), "
+        "not installed: pip install -c requirements.lock -e '.[plan_gpu]'"
+    )
+    with pytest.raises(spdf.InputError, match=re.escape(message)):
+        describe_pod(spdf.resolve(tiny()), "h100:8")
+
+
+def fields(text: str) -> dict[str, str]:
+    """The scalars of a message in text format by their path; an assertion where the text is none."""
+    tokens = re.findall(r'\w+(?=\s*\{)|[{}]|\w+: (?:"[^"]*"|[\w.]+)', text)
+    assert "".join("".join(tokens).split()) == "".join(text.split()), "nothing else is in it"
+    found, inside = {}, []
+    for token in tokens:
+        name, colon, value = token.partition(": ")
+        if colon:
+            path = ".".join([part for part in inside if part != "{"] + [name])
+            assert path not in found, "no field is there twice"
+            found[path] = value.strip('"')
+        elif token == "}":
+            assert inside.pop() == "{"
+            inside.pop()
+        else:
+            inside.append(token)
+    assert not inside
+    return found
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_gpu_in_the_words_of_the_compiler(name):
+    found = fields(target_config(name, "9.28.1.4"))
+    info = "gpu_device_info."
+    assert found["dnn_version_info.minor"] == "28"
+    assert found[f"{info}dnn_version"] == "9.28.1"
+    # All that a GPU has, of which programs get three quarters.
+    assert 0.75 * int(found[f"{info}device_memory_size"]) == pytest.approx(KINDS[name].hbm_bytes)
+    # The peak again, from its parts.
+    clock, cores = float(found[f"{info}clock_rate_ghz"]), int(found[f"{info}core_count"])
+    assert clock * 1e9 * cores * KINDS[name].core_flops == pytest.approx(KINDS[name].peak_flops, rel=1e-3)
+    assert int(found[f"{info}shared_memory_per_block_optin"]) < int(found[f"{info}shared_memory_per_core"])
+
+
+def test_suggestions_are_hosts_of_eight():
+    pod = gpu_pod("h100:4")
+    need = Need(pod, 1, 4, 1, 64, 1, 1024, 200 * GIB, 202 * GIB)  # 800 GiB in all, and 2 GiB of one sequence
+    assert suggest(need, "pretrain", "dots") == (
+        "it takes --plan_topology=h100:2x8 --config.mesh.data=1 --config.mesh.fsdp=16 --config.mesh.tensor=1 "
+        "--config.pretrain.grad_accumulation_steps=1 (about 50.5 GiB a device)"
+    )
+
+
+@pytest.mark.slow
+@needs_plan_gpu
+def test_a_small_model_is_planned_for_gpus_that_are_not_there():
+    dense = {"pretrain.sparsity.rule": "dense", "pretrain.sparsity.sparsity": 0.0, "data.separate_documents": False}
+    blocks = {"pretrain.sparsity.pattern": "block64", "pretrain.sparsity.sparse_compute": "blocks"}
+    masked, plain, stored, hosts, old = plans(
+        ("h100:4", {}), ("h100:4", dense), ("h100:4", blocks | {"pretrain.sparsity.rule": "static"}),
+        ("h100:2x2", dense), ("a100:4", dense),
+    )  # fmt: skip
+    for said in (masked, plain, stored, hosts, old):
+        assert "attention             causal by cudnn" in said
+        assert re.search(
+            r"4 devices of \d+ TFLOP/s and 55\.88 GiB \(75% of a GPU's, as JAX takes by itself\), mesh", said
+        )
+        assert re.search(r"memory a device +0\.\d+ GiB of 55\.88 GiB: fits", said)
+    weights, head = 3 * 12 * 256**2, 512 * 256
+    # Two products, again in the backward pass, and five there; each GPU has its share, with documents kept apart or without.
+    attention = 3 * 9 * 2 * 8 * 256 * (256 * 257 // 2)
+    for said, active in ((masked, 1), (plain, 1), (stored, 0.5), (hosts, 1), (old, 1)):
+        flops = float(re.search(r"matrix FLOPs a device +(\S+)", said)[1])
+        products = 6 * 8 * 256 * (active * weights + head) + attention
+        assert flops == pytest.approx(products / 4, rel=0.05)
+    assert len(re.findall(r"time, estimated +\d+\.\d ms: computing \d+\.\d, cuDNN's attention 0\.", masked)) == 3
+    assert "held against no GPU yet" in masked
+    assert "time, estimated" not in old
+    assert "times                 none: XLA makes no statistics for this GPU" in old
+    waited = [float(re.search(r"of the (\S+) that they take", said)[1]) for said in (plain, hosts)]
+    assert waited[0] < waited[1], "between hosts it takes longer"
+
+
+@pytest.mark.slow
+@needs_plan_gpu
+def test_a_model_too_large_for_each_kind_is_refused_in_the_same_sentence():
+    large = {"pretrain.sparsity.rule": "static", "pretrain.batch_size": 2**20}
+    for kind, said in zip(KINDS, plans(*((f"{kind}:2", large) for kind in KINDS)), strict=True):
+        held = KINDS[kind].hbm_bytes / GIB
+        needed, missing = re.search(rf"([\d.]+) GiB of {held:.2f} GiB: DOES NOT FIT, by ([\d.]+) GiB", said).groups()
+        assert float(needed) - float(missing) == pytest.approx(held, abs=0.011)
+        assert re.search(
+            r"suggestion +it should fit with --config\.mesh\.data=1 --config\.mesh\.fsdp=2 --config\.mesh\.tensor=1 "
+            r"--config\.pretrain\.grad_accumulation_steps=\d+ \(about [\d.]+ GiB a device\)",
+            said,
+        )
