@@ -182,6 +182,9 @@ class GpuPod(Pod):
             )
         # Compiling takes fewer of NVIDIA's libraries than running; jax would miss the others where JAX_PLATFORMS is not cpu.
         os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+        if os.environ.get("TF_CPP_MIN_LOG_LEVEL", "1") == "1":  # as JAX sets it
+            # The compiler logs each computation that does not fit as an error, and goes on. What does not fit, the plan says.
+            os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
         from jax.experimental import topologies  # brings the compiler
 
         kind, _, size = self.name.partition(":")
