@@ -33,7 +33,7 @@ def mup_multipliers(config: GPTConfig, params: Any, filter: Filter = LINEAR_KERN
 
     >>> import jax, spdf_jax as spdf
     >>> config = spdf.GPTConfig(d_model=128, mup_base_width=64, mup_density=0.25)
-    >>> params = jax.eval_shape(spdf.GPT(config).init, jax.random.key(0), jax.ShapeDtypeStruct((1, 1), int))["params"]
+    >>> params = jax.eval_shape(spdf.GPT(config).init, jax.random.key(0), jax.ShapeDtypeStruct((1, 1), "int32"))["params"]
     >>> multipliers = mup_multipliers(config, params)
     >>> multipliers["blocks"]["mlp_up"], multipliers["wte"]
     ({'bias': 1.0, 'kernel': 2.0}, {'embedding': 1.0})
