@@ -134,13 +134,14 @@ def _parse(argv: Sequence[str]) -> None:
 def _of_its_run(argv: Sequence[str]) -> list[str]:
     """The arguments, and `spdf_jax.config.saved` as ``--config`` where the workdir of a run says it all."""
     given = flags.FlagValues()
-    workdir = flags.DEFINE_string("workdir", None, "", flag_values=given)
-    job = flags.DEFINE_string("job", _JOB.default, "", flag_values=given)
+    for name in ("workdir", "job"):
+        given[name] = flags.FLAGS[name]
     given(list(argv), known_only=True)
-    if not workdir.value or job.value in _NEEDS_EXPERIMENT or any(re.match("--?config(=|$)", text) for text in argv):
+    workdir, job = given["workdir"].value, given["job"].value
+    if not workdir or job in _NEEDS_EXPERIMENT or any(re.match("--?config(=|$)", text) for text in argv):
         return list(argv)
     saved = Path(__file__).parent / "config" / "saved.py"
-    return [*argv[:1], f"--config={saved}:{workdir.value}", *argv[1:]]
+    return [*argv[:1], f"--config={saved}:{workdir}", *argv[1:]]
 
 
 def _unknown_key(argv: Sequence[str]) -> InputError | None:

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from tiny import as_users, needs_libtpu
+from tiny import as_users, needs_libtpu, slow_but
 
 from spdf_jax.errors import InputError
 from spdf_jax.ops.attention import attention
@@ -27,7 +27,6 @@ MORE = [(7, 3), (128, 128), (512, 16)]
 # One of each kind of band: whole rows, window and residues, blocks and summaries.
 EVERY_BAND = ("causal", "local_strided", "fixed")
 SLOW = pytest.mark.slow
-EITHER_BAND = ["local_strided", *(pytest.param(pattern, marks=SLOW) for pattern in ("causal", "fixed"))]
 
 
 def inputs(length, *, batch=2, heads=2, head_dim=8, dtype=jnp.float32):
@@ -141,7 +140,7 @@ def test_random_lengths_widths_heads_and_boundaries(pattern, length, width, head
     assert_equals_reference(x, mask, pattern=pattern, width=width)
 
 
-@pytest.mark.parametrize("pattern", EITHER_BAND)
+@pytest.mark.parametrize("pattern", slow_but(["local_strided"], EVERY_BAND))
 def test_short_sequences_on_one_cpu_go_a_few_at_a_time(pattern, monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     x, segments = inputs(70, batch=18, heads=4), documents(70, 20).repeat(9, 0)  # three times 24 rows
@@ -209,7 +208,7 @@ def test_half_precision_softmax_is_float32():
     np.testing.assert_array_equal(np.asarray(out, np.float32), 1.0)
 
 
-@pytest.mark.parametrize("pattern", ["local_strided", pytest.param("causal", marks=SLOW)])
+@pytest.mark.parametrize("pattern", slow_but(["local_strided"], ["causal", "local_strided"]))
 def test_inside_scan_and_checkpoint(pattern):
     x, k, v, dout = inputs(70)
 

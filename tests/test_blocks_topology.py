@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from optimizers import OPTIMIZERS
+from tiny import slow_but
 
 from spdf_jax.errors import InputError
 from spdf_jax.sparsity.block_topology import BlockGrid, best_topology, block_grid, exchange, random_topology
@@ -40,11 +41,6 @@ to_blocks, to_masks = jax.jit(to_blocks, static_argnums=(0, 4)), jax.jit(to_mask
 GRIDS = [BlockGrid(2, *g) for g in ((4, 4, 1), (4, 8, 1), (8, 4, 2), (6, 4, 3), (3, 6, 2), (4, 6, 2), (5, 5, 5))]
 
 
-def some(values, quick):
-    """The first of them; all others are slow."""
-    return [value if i < quick else pytest.param(value, marks=pytest.mark.slow) for i, value in enumerate(values)]
-
-
 def has_counts(live_IJ, grid):
     columns, rows = np.asarray(live_IJ).sum(0), np.asarray(live_IJ).sum(1)
     return (columns == grid.live).all() and (rows == grid.outputs * grid.live // grid.inputs).all()
@@ -54,7 +50,7 @@ def normal(seed, *shape):
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
 
 
-@pytest.mark.parametrize("grid", some(GRIDS, 3), ids=str)
+@pytest.mark.parametrize("grid", slow_but(GRIDS[:3], GRIDS), ids=str)
 def test_random_topologies_have_exact_counts_and_differ(grid):
     lives = jax.vmap(lambda key: random_topology(key, grid))(jax.random.split(jax.random.key(0), 8))
     assert all(has_counts(live_IJ, grid) for live_IJ in lives)
@@ -109,7 +105,7 @@ def test_a_score_that_is_not_a_number_wins_no_place():
     assert (exchange(jnp.eye(2, dtype=bool), score_IJ, 1, jnp.ones((2, 1), bool), 9) == jnp.eye(2, dtype=bool)).all()
 
 
-@pytest.mark.parametrize("grid", some(GRIDS[:4], 2), ids=str)
+@pytest.mark.parametrize("grid", slow_but(GRIDS[:2], GRIDS[:4]), ids=str)
 def test_compressed_kernels_expand_to_the_same_bits_and_back(grid):
     live_LIJ = jnp.stack([random_topology(jax.random.key(i), grid) for i in range(2)])
     b = grid.side

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
-from tiny import drawn_params
+from tiny import drawn_params, slow_but
 
 import spdf_jax as spdf
 from spdf_jax.data import DataConfig, document_end, document_ids, prepare
@@ -109,7 +109,7 @@ def test_the_planned_program_is_the_one_that_runs(apart, tmp_path):
 
 
 # What each pattern does with documents is test_attention.py's: here the layers pass on which they are.
-@pytest.mark.parametrize("pattern", [p if p == "local_strided" else pytest.param(p, marks=SLOW) for p in PATTERNS])
+@pytest.mark.parametrize("pattern", slow_but(["local_strided"], PATTERNS))
 def test_no_gradient_crosses_from_one_document_to_another(pattern):
     model = spdf.GPT(
         spdf.GPTConfig(n_layer=2, n_head=2, d_model=16, vocab_size=24, context=12, init_std=0.3, dconv=True), pattern, 4

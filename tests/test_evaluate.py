@@ -29,7 +29,7 @@ from spdf_jax.training.feed import load_data
 from spdf_jax.training.restore import saved_run
 from spdf_jax.workdir import read_json, write_json
 
-pytestmark = pytest.mark.usefixtures("no_figures", "all_with_few_matrices")
+pytestmark = pytest.mark.usefixtures("no_figures")
 
 QUESTIONS = [
     ("Weigher", "physics", "Which is it?", ["weight", "mask"], "A"),

@@ -188,7 +188,7 @@ def a_step_that_hangs():
     time.sleep(100)
 processes.guard()
 processes.beat(6, 0)  # 0: as long as it likes
-time.sleep(1.5)
+time.sleep(2.5)
 a_step_that_hangs()
 """
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)

@@ -7,7 +7,7 @@ import math
 import jax
 import numpy as np
 import pytest
-from tiny import drawn_params
+from tiny import drawn_params, slow_but
 
 import spdf_jax as spdf
 from spdf_jax.data import validation_batches
@@ -101,7 +101,7 @@ def test_the_context_before_what_fits_has_no_say_and_the_rest_has():
     assert score([(TEXT[:-20], " the question")])[0][0] != pytest.approx(full, rel=1e-3)
 
 
-@pytest.mark.parametrize("batch_size", [1, *(pytest.param(size, marks=SLOW) for size in (3, 64))])
+@pytest.mark.parametrize("batch_size", slow_but([1], [1, 3, 64]))
 def test_batch_size_changes_nothing(batch_size):
     np.testing.assert_allclose([f[0] for f in score(batch_size=batch_size)], [f[0] for f in score()], rtol=1e-5)
 

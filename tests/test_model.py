@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import drawn_params
+from tiny import drawn_params, slow_but
 
 import spdf_jax as spdf
 from spdf_jax.model import layer_norm
@@ -181,7 +181,7 @@ def in_steps(model, params, tokens_BT, prompt_tokens, length, **options):
 
 
 @pytest.mark.parametrize(  # the others are parts of the second
-    "pattern", [p if p in ("causal", "local_strided") else pytest.param(p, marks=SLOW) for p in PATTERNS]
+    "pattern", slow_but(["causal", "local_strided"], PATTERNS)
 )
 @pytest.mark.parametrize(
     "changes",

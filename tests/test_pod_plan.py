@@ -1,7 +1,7 @@
 """Plans for TPU pods: reading programs, timing them, suggestions and errors; slowly, a real one for a small model."""
 
 import dataclasses
-import importlib.util
+import importlib.metadata
 import json
 import re
 import subprocess
@@ -26,7 +26,7 @@ from spdf_jax.planning.hlo import (
 )
 from spdf_jax.planning.pod import GIB, Need, estimate, suggest
 from spdf_jax.planning.pod_plan import collective_table, describe_pod, lower_steps
-from spdf_jax.planning.tpu import GENERATIONS, TpuPod, splash_flops, splash_seconds, tpu_name
+from spdf_jax.planning.tpu import TpuPod, tpu_name
 from spdf_jax.sharding import MeshConfig, batch_sharding, make_mesh, replicated
 from spdf_jax.training.phases import make_plan
 
@@ -234,12 +234,17 @@ def test_asynchronous_collectives_run_beside_what_computes_until_they_are_waited
 
 def test_splash_attention_counts_the_blocks_that_it_visits():
     kernel = Instruction(kernel="splash_mha_dkv_no_residuals", operands=((1, 4, 4), (2, 16, 2048, 128)))
-    assert splash_flops(kernel, "causal", 128) == 4 * 2 * 2 * 16 * 128 * 512**2 * 10  # of 4 x 4 blocks, the lower half
-    assert splash_flops(kernel, "local", 128) == 4 * 2 * 2 * 16 * 128 * 512**2 * 7  # the diagonal and the one beside
-    assert splash_flops(kernel._replace(kernel="mine"), "causal", 1) == 0
+    assert (
+        SQUARE.attention_flops(kernel, "causal", 128) == 4 * 2 * 2 * 16 * 128 * 512**2 * 10
+    )  # of 4 x 4, the lower half
+    assert (
+        SQUARE.attention_flops(kernel, "local", 128) == 4 * 2 * 2 * 16 * 128 * 512**2 * 7
+    )  # the diagonal and the one beside
+    assert SQUARE.attention_flops(kernel._replace(kernel="mine"), "causal", 1) == 0
     narrow = kernel._replace(operands=((1, 4, 4), (2, 16, 2048, 64)))
-    g = GENERATIONS["v5e"]
-    assert splash_seconds(narrow, "causal", 128, g) == pytest.approx(splash_seconds(kernel, "causal", 128, g))
+    assert SQUARE.attention_seconds(narrow, "causal", 128) == pytest.approx(
+        SQUARE.attention_seconds(kernel, "causal", 128)
+    )
 
 
 FITS = Need(SQUARE, 1, 16, 1, 64, 1, 1024, 8 * GIB, 12 * GIB)
@@ -297,8 +302,11 @@ def test_an_unknown_pod_is_refused_with_examples(name):
 
 
 def test_without_libtpu_the_message_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(spdf.InputError, match=re.escape("libtpu (and no TPU), which is not installed: pip install -c")):
+    def version(package):
+        raise importlib.metadata.PackageNotFoundError(package)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    with pytest.raises(spdf.InputError, match=re.escape("libtpu (and no TPU), not installed: pip install -c")):
         describe_pod(spdf.resolve(tiny()), "v5e:4x4")
 
 

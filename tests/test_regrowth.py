@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from optimizers import OPTIMIZERS, compiled, problem
+from tiny import slow_but
 
 from spdf_jax.errors import InputError
 from spdf_jax.sharding import MeshConfig, make_mesh, optimizer_shardings, parameter_shardings
@@ -41,8 +42,7 @@ WAYS = (
     "prodigy",
     "smet",
 )
-EVERY_OPTIMIZER = [name if name in WAYS else pytest.param(name, marks=pytest.mark.slow) for name in WITH_SMET]
-every_optimizer = pytest.mark.parametrize("name", EVERY_OPTIMIZER)
+every_optimizer = pytest.mark.parametrize("name", slow_but(WAYS, WITH_SMET))
 # Tensors of the weight's shape in the state, where they are not two.
 PER_WEIGHT = {
     "sgd_momentum": 1,
@@ -185,17 +185,7 @@ def test_state_laid_out_otherwise_than_the_parameters_is_refused_by_name(tx):
 FACTORED = {"adafactor_factored": lambda: optax.adafactor(0.1, min_dim_size_to_factor=2)}
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        *("adamw", "multi_steps", "smet", *FACTORED),
-        *[
-            pytest.param(name, marks=pytest.mark.slow)
-            for name in WITH_SMET
-            if name not in ("adamw", "multi_steps", "smet")
-        ],
-    ],
-)
+@pytest.mark.parametrize("name", slow_but(["adamw", "multi_steps", "smet", *FACTORED], [*WITH_SMET, *FACTORED]))
 def test_state_is_laid_out_like_its_weights_on_eight_devices(name):
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     tx = sparse((WITH_SMET | FACTORED)[name](), moving=name not in FACTORED)

@@ -30,7 +30,7 @@ from spdf_jax.training.metrics import read_metrics
 from spdf_jax.training.phases import make_plan
 from spdf_jax.workdir import lock, read_json
 
-pytestmark = pytest.mark.usefixtures("no_figures", "all_with_few_matrices")
+pytestmark = pytest.mark.usefixtures("no_figures")
 
 
 @pytest.fixture(scope="module")

@@ -72,6 +72,11 @@ def tiny_config(text: Path, cache: Path):
     return c
 
 
+def slow_but(quick, values):
+    """All values of a parameter: those that take a way of their own are quick, what goes the same ways is slow."""
+    return [value if value in quick else pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
 def drawn_params(config: spdf.GPTConfig, seed: int = 0):
     """Parameters such as `spdf_jax.GPT` starts from, drawn by NumPy, where any will do: initialising compiles for longer than
     what most tests then ask of them."""

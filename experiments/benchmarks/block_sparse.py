@@ -38,7 +38,7 @@ from spdf_jax.ops.block_linear import block_linear, live_inputs
 from spdf_jax.planning.hlo import Instruction, executed, matrix_flops, read_program
 from spdf_jax.planning.pod import estimate
 from spdf_jax.planning.pod_plan import lower_steps, make_pod
-from spdf_jax.planning.tpu import SPLASH_SHARE, Generation, TpuPod, splash_seconds
+from spdf_jax.planning.tpu import SPLASH_SHARE, TpuPod
 from spdf_jax.sharding import MeshConfig, make_mesh
 from spdf_jax.sparsity.block_topology import BlockGrid, random_topology
 from spdf_jax.training.phases import make_plan
@@ -188,10 +188,10 @@ def kernel_flops(kernel: Instruction, side: int) -> int:
     return 2 * tokens * blocks * side**2
 
 
-def kernel_seconds(kernel: Instruction, side: int, generation: Generation) -> float:
+def kernel_seconds(kernel: Instruction, side: int, pod: TpuPod) -> float:
     """Of our kernels and of splash attention's, at the same share of the peak."""
-    splash = splash_seconds(kernel, "causal", 128, generation)
-    return splash + kernel_flops(kernel, side) / (SPLASH_SHARE * generation.peak_flops)
+    splash = pod.attention_seconds(kernel, "causal", 128)
+    return splash + kernel_flops(kernel, side) / (SPLASH_SHARE * pod.kind.peak_flops)
 
 
 def tpu_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -210,7 +210,7 @@ def tpu_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
 
         peak = SPLASH_SHARE * pod.kind.peak_flops
         flops = sum(times * kernel_flops(kernel, side) for times, kernel in executed(items))
-        total = estimate(items, pod, partial(kernel_seconds, side=side, generation=pod.kind)).total
+        total = estimate(items, pod, partial(kernel_seconds, side=side, pod=pod)).total
         row = {
             "name": name,
             "ms": 1e3 * total,

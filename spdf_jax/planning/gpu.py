@@ -15,7 +15,6 @@ of it:
 Nothing of this has been held against a GPU: how far off a time is, is not known. It is more likely too short than too long.
 """
 
-import importlib.metadata
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -25,10 +24,9 @@ from typing import Any, ClassVar
 import jax
 from jax.sharding import Mesh
 
-from spdf_jax.errors import InputError
 from spdf_jax.ops.attention_patterns import pattern_mask
 from spdf_jax.planning.hlo import Collective, Instruction
-from spdf_jax.planning.pod import Kind, Pod
+from spdf_jax.planning.pod import Kind, Pod, installed
 
 #: Of the peak that matrix products are taken to reach: an assumption. It is of bfloat16; those in float32 are slower.
 PRODUCT_SHARE = 0.6
@@ -173,13 +171,7 @@ class GpuPod(Pod):
 
     def devices(self) -> Sequence[jax.Device]:
         """See `Pod.devices`."""
-        versions = {name: _version(name) for name in _PACKAGES}
-        missing = [name for name, version in versions.items() if not version]
-        if missing:
-            raise InputError(
-                f"--plan_topology: to compile for a GPU takes {', '.join(missing)} (and no GPU), not installed: "
-                "pip install -c requirements.lock -e '.[plan_gpu]'"
-            )
+        versions = installed("GPU", "plan_gpu", *_PACKAGES)
         # Compiling takes fewer of NVIDIA's libraries than running; jax would miss the others where JAX_PLATFORMS is not cpu.
         os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
         if os.environ.get("TF_CPP_MIN_LOG_LEVEL", "1") == "1":  # as JAX sets it
@@ -245,10 +237,3 @@ def gpu_pod(name: str) -> GpuPod | None:
         return None
     kind, hosts, each = found.groups()
     return GpuPod(f"{kind}:{each}" if hosts in (None, "1") else name)
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return ""

@@ -9,6 +9,7 @@ its devices hold, and how long they take for what a program does. The model of t
   a time.
 """
 
+import importlib.metadata
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +19,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 import jax
 from jax.sharding import Mesh
 
+from spdf_jax.errors import InputError
 from spdf_jax.planning.hlo import Collective, Instruction, Items, Loop
 
 GIB = 1024**3
@@ -117,6 +119,26 @@ class Pod(ABC):
     @abstractmethod
     def attention_seconds(self, kernel: Instruction, pattern: str, width: int) -> float:
         """Time of one call of an attention kernel; 0 of another kernel."""
+
+
+def installed(device: str, extra: str, *packages: str) -> dict[str, str]:
+    """Versions of what compiles for a device.
+
+    Raises:
+      InputError: some of the packages are missing, which the extra brings.
+    """
+    versions, missing = {}, []
+    for name in packages:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            missing.append(name)
+    if missing:
+        raise InputError(
+            f"--plan_topology: to compile for a {device} takes {', '.join(missing)} (and no {device}), not installed: "
+            f"pip install -c requirements.lock -e '.[{extra}]'"
+        )
+    return versions
 
 
 class Times(NamedTuple):

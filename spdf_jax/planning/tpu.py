@@ -9,7 +9,6 @@ The estimate of time is a model, and this and `spdf_jax.planning.pod` are all of
   one to the other it is as fast as over one.
 """
 
-import importlib.util
 import math
 import os
 import re
@@ -20,10 +19,9 @@ from typing import ClassVar
 import jax
 from jax.sharding import Mesh
 
-from spdf_jax.errors import InputError
 from spdf_jax.ops.attention_patterns import pattern_mask
 from spdf_jax.planning.hlo import Collective, Instruction
-from spdf_jax.planning.pod import GIB, Kind, Pod
+from spdf_jax.planning.pod import GIB, Kind, Pod, installed
 
 #: Of the peak that splash attention is taken to reach: an assumption. Heads narrower than the matrix unit reach less of it.
 SPLASH_SHARE = 0.5
@@ -138,11 +136,7 @@ class TpuPod(Pod):
 
     def devices(self) -> Sequence[jax.Device]:
         """See `Pod.devices`."""
-        if importlib.util.find_spec("libtpu") is None:
-            raise InputError(
-                "--plan_topology: to compile for a TPU takes libtpu (and no TPU), which is not installed: "
-                "pip install -c requirements.lock -e '.[tpu]'"
-            )
+        installed("TPU", "tpu", "libtpu")
         generation, _, _ = self.name.partition(":")
         for variable, value in _ONLY_COMPILING.items():
             os.environ.setdefault(variable, value)
@@ -189,41 +183,28 @@ class TpuPod(Pod):
         return instruction.cycles / self.kind.clock_hertz
 
     def attention_flops(self, kernel: Instruction, pattern: str, width: int) -> int:
-        """See `Pod.attention_flops`."""
-        return splash_flops(kernel, pattern, width)
+        """See `Pod.attention_flops`: on the blocks that it visits."""
+        products = next((n for name, n in _SPLASH.items() if kernel.kernel.startswith(name)), 0)
+        if not products:
+            return 0
+        *batch, heads, length, head_size = _queries(kernel)
+        # Of the table that says which blocks to visit.
+        rows = next(shape[1] for shape in kernel.operands if len(shape) == 3)
+        block = length // rows
+        visited = pattern_mask(pattern, length, width).reshape(rows, block, -1, block).any((1, 3))
+        return products * 2 * math.prod(batch) * heads * head_size * block**2 * int(visited.sum())
 
     def attention_seconds(self, kernel: Instruction, pattern: str, width: int) -> float:
         """See `Pod.attention_seconds`."""
-        return splash_seconds(kernel, pattern, width, self.kind)
+        flops = self.attention_flops(kernel, pattern, width)
+        share = SPLASH_SHARE * min(1.0, _queries(kernel)[-1] / self.kind.unit_width) if flops else 1.0
+        return flops / (share * self.kind.peak_flops)
 
 
 def tpu_pod(name: str) -> TpuPod | None:
     """The slice of this name, as `tpu_name` knows it; None of what is no name of one."""
     known_as = tpu_name(name)
     return TpuPod(known_as) if known_as else None
-
-
-def splash_flops(kernel: Instruction, pattern: str, width: int) -> int:
-    """FLOPs of a splash attention kernel's matrix products on the blocks that it visits; 0 of another kernel."""
-    products = next((n for name, n in _SPLASH.items() if kernel.kernel.startswith(name)), 0)
-    if not products:
-        return 0
-    *batch, heads, length, head_size = _queries(kernel)
-    rows = next(
-        shape[1] for shape in kernel.operands if len(shape) == 3
-    )  # of the table that says which blocks to visit
-    block = length // rows
-    visited = pattern_mask(pattern, length, width).reshape(rows, block, -1, block).any((1, 3))
-    return products * 2 * math.prod(batch) * heads * head_size * block**2 * int(visited.sum())
-
-
-def splash_seconds(kernel: Instruction, pattern: str, width: int, generation: Generation) -> float:
-    """Time of one call, at `SPLASH_SHARE` of the peak."""
-    flops = splash_flops(kernel, pattern, width)
-    if not flops:
-        return 0.0
-    head_size = _queries(kernel)[-1]
-    return flops / (SPLASH_SHARE * min(1.0, head_size / generation.unit_width) * generation.peak_flops)
 
 
 def _queries(kernel: Instruction) -> tuple[int, ...]:
