@@ -14,12 +14,14 @@ from spdf_jax.training.step import loss_and_grads
 from spdf_jax.tree import named_leaves
 
 # Every kind of leaf: embeddings, kernels, biases, norms, taps.
-WHOLE = spdf.GPTConfig(n_layer=1, n_head=1, d_model=16, d_ff=32, vocab_size=32, context=1024, dconv=True)
-SEQUENCES, MICRO_BATCHES = 16, 2
+WHOLE = spdf.GPTConfig(n_layer=1, n_head=1, d_model=16, d_ff=32, vocab_size=32, context=128, dconv=True)
+# Short ones: the keys' bias moves nothing but through the convolution, at the first positions, and of long ones too little is
+# left of its gradient to tell a wrong sum from rounding.
+SEQUENCES, MICRO_BATCHES = 128, 2
 
 
 def gradients(config, dtype, params, tokens_BT):
-    """Of the mean loss over 16 x 1024 tokens, by leaf, as a training step computes them."""
+    """Of the mean loss over 128 x 128 tokens, by leaf, as a training step computes them."""
     config = dataclasses.replace(config)
     object.__setattr__(config, "dtype", dtype)  # float64 is no choice of a run
     micro_ABT = tokens_BT.reshape(MICRO_BATCHES, -1, tokens_BT.shape[1])
@@ -57,13 +59,9 @@ def test_gradients_in_bfloat16_are_those_in_float64_whatever_number_of_tokens_th
     with jax.enable_x64(True):
         wanted = gradients(config, "float64", params, tokens_BT)
 
-    # What the keys' bias adds to the scores of a query is the same for all keys but through the convolution: its shares are as
-    # large as the queries' and cancel to a fiftieth, whatever they are rounded to.
-    measures = wanted | {"blocks/attn_k/bias": wanted.get("blocks/attn_q/bias", wanted["blocks/attn_k/bias"])}
-
     def error(of_one, axis=None):
-        size = np.linalg.norm(measures[of_one], axis=axis)
-        return np.max(np.linalg.norm(found[of_one] - wanted[of_one], axis=axis) / size)
+        found_, wanted_ = found[of_one], wanted[of_one]
+        return np.max(np.linalg.norm(found_ - wanted_, axis=axis) / np.linalg.norm(wanted_, axis=axis))
 
     # Rounding each token's own share costs less than 1 %. The sum of a frequent token's, in bfloat16, would cost 10 to 50.
     errors = {name: error(name) for name in wanted} | {"frequent tokens": error("wte/embedding", -1)}
@@ -75,7 +73,7 @@ def test_gradients_in_bfloat16_are_those_in_float64_whatever_number_of_tokens_th
 )
 def test_gradients_of_live_blocks_in_bfloat16_are_sums_in_float32(backend, side):
     rng = np.random.default_rng(0)
-    x_BTP, dy_BTQ = (jnp.asarray(rng.normal(1, 1, (SEQUENCES, 1024, 2 * side)), jnp.bfloat16) for _ in range(2))
+    x_BTP, dy_BTQ = (jnp.asarray(rng.normal(1, 1, (16, 1024, 2 * side)), jnp.bfloat16) for _ in range(2))
     data_JKbb, idx_JK = jnp.zeros((2, 1, side, side), jnp.bfloat16), jnp.array([[1], [0]])
     _, backward = jax.vjp(lambda data_JKbb: block_linear(x_BTP, data_JKbb, idx_JK, backend=backend), data_JKbb)
     (found_JKbb,) = backward(dy_BTQ)
