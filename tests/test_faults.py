@@ -23,7 +23,6 @@
 | an exception in one process of several | `test_processes.py::test_an_exception_in_one_process_ends_the_others` |
 """
 
-import gc
 import json
 import os
 import shutil
@@ -284,8 +283,6 @@ def interrupted(whole, tmp_path):
     return tmp_path
 
 
-# Reads that were under way when one failed end later, in nobody's hands; pytest makes an error of each.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("damage", [*DAMAGES, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE_DAMAGES)])
 def test_a_damaged_checkpoint_is_noticed_set_aside_and_the_one_before_it_gone_on_from(
     damage, whole, interrupted, text, capfd
@@ -308,7 +305,6 @@ def test_a_damaged_checkpoint_is_noticed_set_aside_and_the_one_before_it_gone_on
     assert resuming == f"{interrupted}: resuming after step 8 of 12."
     assert aside.name.startswith("12.")
     assert "Traceback" not in said.err
-    gc.collect()  # here, and not in the next test, where they would be errors
     shutil.rmtree(aside)
     assert_ends_as(interrupted, whole)
 

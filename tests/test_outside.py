@@ -5,7 +5,6 @@ What is refused is an `InputError` (exit 2), and no file is touched by it.
 
 import contextlib
 import errno
-import gc
 import json
 import os
 import random
@@ -42,10 +41,6 @@ from spdf_jax.workdir import write_json
 pytestmark = pytest.mark.usefixtures("no_figures", "all_with_few_matrices")
 
 HUGE_BYTES = 1 << 40
-
-# What orbax had under way when a read or a save failed ends later, in nobody's hands, and pytest makes an error of each. Such a
-# test collects them itself: in the next one they would fail it.
-left_under_way = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
 def flipped(content: bytes, foreign: bytes) -> bytes:
@@ -200,7 +195,6 @@ def resumed(config: RunConfig, folder: Path, monkeypatch: pytest.MonkeyPatch) ->
     return int(state.step), digest(state.replace(key=jax.random.key_data(state.key)))
 
 
-@left_under_way
 @pytest.mark.parametrize("hows", [("cut",), pytest.param(tuple(HARMS), marks=pytest.mark.slow)])
 def test_a_run_starts_again_from_a_state_that_it_was_in_or_is_refused(hows, runs, text, tmp_path, monkeypatch):
     """Every file that a start reads. A damaged checkpoint makes way for the one before it, and is kept."""
@@ -246,7 +240,6 @@ def test_a_run_starts_again_from_a_state_that_it_was_in_or_is_refused(hows, runs
                 assert rows.startswith(found_rows), what
                 assert found_rows == rows or step == 6 or how == "gone", what
             shutil.rmtree(folder)
-    gc.collect()  # see `left_under_way`
 
 
 # --- files of others --------------------------------------------------------------------------------------------------
@@ -475,7 +468,6 @@ def test_checkpoints_that_turn_read_only_end_the_run_with_one_line(text, tmp_pat
 
 
 @pytest.mark.slow
-@left_under_way
 def test_a_clock_that_jumps_changes_nothing(runs, text, tmp_path, monkeypatch):
     """Years ahead and back, now and then. orbax fails a save under way, which ends the run; the same command goes on."""
     import time
@@ -497,4 +489,3 @@ def test_a_clock_that_jumps_changes_nothing(runs, text, tmp_path, monkeypatch):
             break
     ours, theirs = (digest(saved_run(folder).state.params) for folder in (tmp_path, runs[0]))
     assert ours == theirs
-    gc.collect()  # see `left_under_way`
