@@ -12,6 +12,7 @@ mini    2 layers x 512 (the narrowest that 75 % in blocks of 128 fits: one input
 """
 
 import spdf_jax as spdf
+from spdf_jax.config import recipes
 
 VARIANTS = ("mini",)
 PATTERNS = {
@@ -58,3 +59,7 @@ def run(pattern, seed):
         sparsity.pattern = pattern
         sparsity.sparse_compute = "blocks" if pattern.startswith("block") else "masked"
     return c
+
+
+if __name__ == "__main__":
+    recipes.how_to_run(__file__)

@@ -23,6 +23,7 @@ import dataclasses
 import itertools
 
 import spdf_jax as spdf
+from spdf_jax.config import recipes
 
 SEEDS = {"mini": 2, "seeds": 5}  # of each variant
 STEPS, BATCH, SPARSITY = 300, 16, 0.75
@@ -120,3 +121,7 @@ def steps_for(method, budget):
     for _ in range(2):  # what a step costs may depend on their number
         steps = round(steps * budget / flops(method, steps))
     return steps
+
+
+if __name__ == "__main__":
+    recipes.how_to_run(__file__)

@@ -47,3 +47,7 @@ def get_config(variant="restaurant"):
     if mini:
         recipes.mini_finetuning(c)
     return c
+
+
+if __name__ == "__main__":
+    recipes.how_to_run(__file__)

@@ -18,3 +18,7 @@ def get_config(variant="mini"):
     recipes.gpt2_pretraining(c)
     c.pretrain.sparsity.rule = "dense"
     return c
+
+
+if __name__ == "__main__":
+    recipes.how_to_run(__file__)

@@ -63,3 +63,7 @@ def mini_blocks():
     sparsity.update_every_steps = 10
     sparsity.attention_pattern, sparsity.attention_width, sparsity.attention_end = "local_strided", 32, 1.0
     return c
+
+
+if __name__ == "__main__":
+    recipes.how_to_run(__file__)

@@ -23,3 +23,7 @@ def get_config(variant="mini"):
     c.pretrain.sparsity.rule = "dense"
     c.model.activation, c.model.dconv = "squared_relu", True
     return c
+
+
+if __name__ == "__main__":
+    recipes.how_to_run(__file__)

@@ -22,3 +22,7 @@ def get_config(variant="mini"):
     if c.variant == "mini":
         sparsity.update_every_steps = 20
     return c
+
+
+if __name__ == "__main__":
+    recipes.how_to_run(__file__)

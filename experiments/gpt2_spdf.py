@@ -46,3 +46,7 @@ def get_config(variant="mini"):
     c.pretrain.batch_size = 256
     c.pretrain.optimizer.warmup_steps = 715  # 375M tokens
     return c
+
+
+if __name__ == "__main__":
+    recipes.how_to_run(__file__)

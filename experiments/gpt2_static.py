@@ -19,3 +19,7 @@ def get_config(variant="mini"):
     recipes.gpt2_pretraining(c)
     c.pretrain.sparsity.rule, c.pretrain.sparsity.sparsity = "static", 0.8
     return c
+
+
+if __name__ == "__main__":
+    recipes.how_to_run(__file__)

@@ -10,6 +10,7 @@ Command python -m spdf_jax.main --config experiments/gpt3_xl_spdf.py:75     (GPT
 """
 
 import spdf_jax as spdf
+from spdf_jax.config import recipes
 
 SPARSITY = {"75": 0.75, "50": 0.5, "dense": 0.0}
 
@@ -30,3 +31,7 @@ def get_config(variant="75"):
     c.pretrain.optimizer.warmup_steps = 358  # 375M tokens
     c.loop.eval_every_steps, c.loop.checkpoint_every_steps, c.loop.eval_batch_size = 1000, 500, 512
     return c
+
+
+if __name__ == "__main__":
+    recipes.how_to_run(__file__)

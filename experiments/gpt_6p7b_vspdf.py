@@ -12,6 +12,7 @@ Needs a pod; not run here.
 """
 
 import spdf_jax as spdf
+from spdf_jax.config import recipes
 
 
 def get_config(variant="90"):
@@ -36,3 +37,7 @@ def get_config(variant="90"):
         phase.optimizer.eps = 1e-9
     c.loop.eval_every_steps, c.loop.checkpoint_every_steps, c.loop.eval_batch_size = 1000, 500, 512
     return c
+
+
+if __name__ == "__main__":
+    recipes.how_to_run(__file__)

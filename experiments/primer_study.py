@@ -13,6 +13,7 @@ FLOPs are equal to within a step. Seconds are another matter: three taps a chann
 """
 
 import spdf_jax as spdf
+from spdf_jax.config import recipes
 
 VARIANTS = ("mini", "full")
 STEPS = 1200
@@ -57,3 +58,7 @@ def get_config(variant="mini"):
         rows=rows,
         columns=COLUMNS,
     )
+
+
+if __name__ == "__main__":
+    recipes.how_to_run(__file__)

@@ -92,3 +92,7 @@ def get_config(variant="mini"):
     )
     sweep.task_path, sweep.pretrained = path, pretrained
     return sweep
+
+
+if __name__ == "__main__":
+    recipes.how_to_run(__file__)

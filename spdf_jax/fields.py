@@ -33,6 +33,10 @@ class Requirement(Protocol):
     """What a field's values must be."""
 
     def holds(self, value: Any) -> bool: ...
+    def allowed(self) -> str:
+        """For which values `holds` is True, in words."""
+        ...
+
     def said_of(self, value: Any) -> str:
         """What is wrong with a value for which `holds` is False, to be read after the value."""
         ...
@@ -57,14 +61,24 @@ class Range:
     def holds(self, value: Any) -> bool:
         return value == self.special or (self.least <= value <= self.most and self.above < value < self.below)
 
+    def allowed(self) -> str:
+        return self._with_special(self._limits(0) or "a number")
+
     def said_of(self, value: Any) -> str:
+        words = self._limits(value)
+        kind = "" if words and abs(value) < math.inf else "a number " if words else "a finite number"
+        return f"must be {self._with_special(kind + words)}"
+
+    def _limits(self, value: float) -> str:
+        """In words; the largest number that a device's integers hold only where `value` is over it."""
         limits = {"at least": self.least, "above": self.above, "at most": self.most, "below": self.below}
         said = {
             word: limit for word, limit in limits.items() if math.isfinite(limit) and (limit < LARGEST or value > limit)
         }
-        words = " and ".join(f"{word} {limit}" for word, limit in said.items())
-        kind = "" if words and abs(value) < math.inf else "a number " if words else "a finite number"
-        return f"must be {'' if self.special is None else f'{self.special}, or '}{kind}{words}"
+        return " and ".join(f"{word} {limit}" for word, limit in said.items())
+
+    def _with_special(self, others: str) -> str:
+        return others if self.special is None else f"{self.special}, or {others}"
 
 
 @dataclass(frozen=True)
@@ -82,6 +96,9 @@ class OneOf:
     def holds(self, value: Any) -> bool:
         return value in self.more or value in self.words
 
+    def allowed(self) -> str:
+        return ", ".join(f"`{word}`" for word in (*self.more, *self.words))
+
     def said_of(self, value: Any) -> str:
         known = [*self.more, *self.words]
         close = closest(value, known)
@@ -94,6 +111,9 @@ class Text:
 
     def holds(self, value: Any) -> bool:
         return not any(ord(character) < 32 or ord(character) == 127 for character in value)
+
+    def allowed(self) -> str:
+        return ""
 
     def said_of(self, value: Any) -> str:
         return "must hold no control characters"

@@ -10,7 +10,8 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+import traceback
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +34,19 @@ _JOB = flags.DEFINE_enum("job", "train", JOBS, "What to do.")
 _TOPOLOGY = flags.DEFINE_string(
     "plan_topology", "", "TPUs or GPUs for which --job plan compiles the steps: v5e:16x16, v6e-256, h100:8, h200:2x8."
 )
+_SEARCH = flags.DEFINE_bool("plan_search", False, "Compile for --plan_topology in every mesh, micro-batch and remat.")
 _PROMPT = flags.DEFINE_string("prompt", "", "What --job generate continues.")
 _OUTPUT = flags.DEFINE_string("output", "", "Where --job evaluate and export write, in place of the workdir.")
 _QUIET = flags.DEFINE_bool("quiet", False, "Print errors only, and what jobs other than train are for.")
 _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Be one of many processes; see spdf_jax/processes.py.")
 _PROFILE_STEPS = flags.DEFINE_string("profile_steps", "", "A:B leaves a profile of the steps after A up to B.")
-_TO_DO = (_CONFIG, _WORKDIR, _JOB, _TOPOLOGY, _PROMPT, _OUTPUT, _QUIET, _DISTRIBUTED, _PROFILE_STEPS)
+_TO_DO = (_CONFIG, _WORKDIR, _JOB, _TOPOLOGY, _SEARCH, _PROMPT, _OUTPUT, _QUIET, _DISTRIBUTED, _PROFILE_STEPS)
 # Answered whatever else is said, right or wrong, and so read by themselves.
 _QUESTIONS = flags.FlagValues()
 _HELP = flags.DEFINE_bool("help", False, "Print this.", short_name="h", flag_values=_QUESTIONS)
+_HELP_CONFIG = flags.DEFINE_string(
+    "help_config", None, "Print every key of a config, or of its section (model, phase, sparsity, ...).", flag_values=_QUESTIONS
+)
 _VERSION = flags.DEFINE_bool("version", False, "Print versions: ours, JAX's, Python's.", flag_values=_QUESTIONS)
 
 
@@ -78,12 +83,16 @@ def _fail(message: str) -> int:
 
 
 def _asked(argv: Sequence[str]) -> str:
-    """What ``--help`` or ``--version`` prints; "" where neither is asked for."""
+    """What ``--help``, ``--help_config`` or ``--version`` prints; "" where none is asked for."""
+    for i, argument in enumerate(argv[1:], 1):
+        if found := re.fullmatch(r"--?help_config(?:=(.*))?", argument):
+            section = found[1] if found[1] is not None else next((a for a in argv[i + 1 : i + 2] if a[:1] != "-"), "")
+            return importlib.import_module("spdf_jax.config.reference").reference(section)
     _QUESTIONS(list(argv), known_only=True)
     if _HELP.value:
         usage = "python -m spdf_jax.main --config FILE[:VARIANT] [flags] [--config.section.key=value ...]"
         told = {flag.name: flags.FLAGS[flag.name].help for flag in _TO_DO}
-        told |= {flag.name: _QUESTIONS[flag.name].help for flag in (_HELP, _VERSION)}
+        told |= {flag.name: _QUESTIONS[flag.name].help for flag in (_HELP, _HELP_CONFIG, _VERSION)}
         told["config.A.B=value"] = "sets B in section A; a key that is not there is answered with the nearest one"
         example = (
             "python -m spdf_jax.main --config experiments/gpt2_mst.py --config.pretrain.steps=100 --workdir runs/short"
@@ -104,12 +113,13 @@ def _parse(argv: Sequence[str]) -> None:
         argv = _of_its_run(argv)
         rest = flags.FLAGS(argv)[1:]
     except (InputError, flags.Error) as error:
-        refused = _said_by_the_file(error) or _no_whole_number(str(error))
+        refused = _said_by_the_file(error) or _in_the_file(error, argv) or _no_whole_number(str(error))
         raise refused or InputError(f"command line: {_one_line(error)}") from error
     except (KeyError, AttributeError) as error:  # ml_collections: an override of a key that is not there
-        raise _unknown_key(argv) or InputError(f"--config: unknown key {_one_line(error)}") from error
-    except (TypeError, ValueError, IndexError) as error:
-        raise InputError(f"--config: {_one_line(error)}") from error
+        refused = _in_the_file(error, argv) or _unknown_key(argv)
+        raise refused or InputError(f"--config: unknown key {_one_line(error)}") from error
+    except Exception as error:
+        raise _in_the_file(error, argv) or InputError(f"--config: {_one_line(error)}") from error
     if rest:
         raise InputError(f"command line: {rest[0]!r} is no flag; overrides are spelled --config.section.key=value")
     if _CONFIG.value is None:
@@ -182,7 +192,32 @@ def _said_by_the_file(error: BaseException | None) -> InputError | None:
     return inner or (error if isinstance(error, InputError) else None)
 
 
-def _one_line(error: Exception) -> str:
+def _in_the_file(error: BaseException, argv: Sequence[str]) -> InputError | None:
+    """An error of the experiment file's own code, as that line of it and what is wrong there."""
+    given = " ".join(argv)
+    for cause in reversed(list(_causes(error))):
+        if isinstance(cause, SyntaxError) and cause.filename:
+            lines = [(cause.filename, cause.lineno or 0, (cause.text or "").strip())]
+            said = cause.msg
+        else:
+            frames = traceback.extract_tb(cause.__traceback__)
+            lines = [(frame.filename, frame.lineno or 0, frame.line or "") for frame in frames]
+            said = f"{type(cause).__name__}: {_one_line(cause)}"
+        for path, number, line in reversed(lines):
+            file = os.path.relpath(path)
+            if file in given or path in given:
+                return InputError(f"{file}:{number}: {line}: {said}")
+    return None
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and what it came of, the innermost last."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _one_line(error: BaseException) -> str:
     said = error.args[0] if error.args else error
     if isinstance(said, Exception):  # ml_collections wraps a KeyError in another, whose own text is quoted and escaped
         return _one_line(said)
@@ -203,6 +238,8 @@ def _run(argv: Sequence[str]) -> int:
     sweep = "cells" in _CONFIG.value
     if _OUTPUT.value and _JOB.value not in ("evaluate", "export"):
         raise InputError(f"--output: --job {_JOB.value} writes into the --workdir; leave --output out")
+    if _SEARCH.value and not _TOPOLOGY.value:
+        raise InputError("--plan_search: searches for a pod; name it by --plan_topology")
     if sweep and _JOB.value not in SWEEP_JOBS:
         raise InputError(f"--job {_JOB.value}: a sweep has many runs; its jobs are {', '.join(SWEEP_JOBS)}")
     if sweep and _PROFILE_STEPS.value:
@@ -222,6 +259,7 @@ def _run(argv: Sequence[str]) -> int:
         prompt=_PROMPT.value,
         output=Path(_OUTPUT.value) if _OUTPUT.value else None,
         plan_topology=_TOPOLOGY.value,
+        plan_search=_SEARCH.value,
     )
     if sweep:
         job = importlib.import_module(f"spdf_jax.jobs.{SWEEP_JOBS[_JOB.value]}")

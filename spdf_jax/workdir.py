@@ -26,12 +26,14 @@ CONFIG_FILE = "config.json"
 METRICS_FILE = "metrics.jsonl"
 SUMMARY_FILE = "summary.json"
 EVALUATION_FILE = "evaluation.json"
+PROVENANCE_FILE = "provenance.json"
 GENERATIONS_FILE = "generations.jsonl"
 #: The newest checkpoints, and the best one of a phase that may stop early.
 CHECKPOINTS, BEST = "checkpoints", "best"
 TENSORBOARD_FOLDER = "tensorboard"
 PICTURES_FOLDER = "mask_pictures"
 PROFILE_FOLDER = "profile"
+CODE_FOLDER = "code"
 
 #: No JSON that is read whole is as large: a file that is has been replaced, and would not fit into memory.
 MAX_JSON_BYTES = 1 << 28

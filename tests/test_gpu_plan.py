@@ -10,7 +10,7 @@ from tiny import needs_plan_gpu
 import spdf_jax as spdf
 from spdf_jax.planning.gpu import CUDNN_SHARE, KINDS, PRODUCT_SHARE, START_SECONDS, GpuPod, gpu_pod, target_config
 from spdf_jax.planning.hlo import Collective, Instruction, executed, executed_collectives, matrix_flops, read_program
-from spdf_jax.planning.pod import GIB, Need, estimate, suggest
+from spdf_jax.planning.pod import GIB, Layout, Need, estimate, suggest
 from spdf_jax.planning.pod_plan import describe_pod
 
 HOST = GpuPod("h100:4", (0, 0, 0, 0))
@@ -172,11 +172,9 @@ def test_a_gpu_in_the_words_of_the_compiler(name):
 
 def test_suggestions_are_hosts_of_eight():
     pod = gpu_pod("h100:4")
-    need = Need(pod, 1, 4, 1, 64, 1, 1024, 200 * GIB, 202 * GIB)  # 800 GiB in all, and 2 GiB of one sequence
-    assert suggest(need, "pretrain", "dots") == (
-        "it takes --plan_topology=h100:2x8 --config.mesh.data=1 --config.mesh.fsdp=16 --config.mesh.tensor=1 "
-        "--config.pretrain.grad_accumulation_steps=1 (about 50.5 GiB a device)"
-    )
+    # 800 GiB in all, and 2 GiB of one sequence.
+    need = Need(pod, Layout("h100:4", 1, 4, 1, 64, "dots"), 64, 1024, 200 * GIB, 202 * GIB)
+    assert suggest(need) == Layout("h100:2x8", 1, 16, 1, 1, "dots")
 
 
 @pytest.mark.slow

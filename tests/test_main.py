@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,8 @@ from tiny import NO_WINDOW_FLAGS, needs_mount, set_sparsity, tiny_config, write_
 
 import spdf_jax as spdf
 from spdf_jax import processes
+from spdf_jax.config.reference import END, START, table
+from spdf_jax.config.run import flat
 from spdf_jax.data import DataConfig
 from spdf_jax.errors import Restart
 from spdf_jax.jobs import keep_compiled
@@ -56,6 +59,7 @@ SHORT = (
     *NO_WINDOW_FLAGS,
 )
 BAD_COMMANDS = {
+    "a search for no pod": (["--config", MST, "--job", "plan", "--plan_search"], "name it by --plan_topology"),
     "no config": ([], "--config FILE[:VARIANT] is needed"),
     "missing file": (["--config", "experiments/nope.py"], "experiments/nope.py is not there\n"),
     "misspelt file": (
@@ -140,6 +144,82 @@ def test_help_names_every_flag_and_does_nothing_else(flag):
     lines = {line.split()[0]: line.split()[1:] for line in told if line.startswith("  --")}
     assert lines.keys() == {*(f"--{name}" for name in names), "--config.A.B=value"}
     assert all(lines.values())
+
+
+def test_every_key_of_a_config_is_told_with_default_values_and_meaning():
+    whole = command("--help_config")
+    assert (whole.returncode, whole.stderr) == (0, "")
+    config = spdf.default_config("mine", "mini", variants=("mini",), phases=("PHASE",)).to_dict()
+    told = dict(re.findall(r"^config\.(\S+) = (.*?)(?:  \(.+\))?$", whole.stdout, re.MULTILINE))
+    ours = flat(json.loads(json.dumps(config)))
+    assert set(told) == set(ours) - {"phases"}
+    assert told["model.n_layer"] == "4"
+    assert "config.PHASE.optimizer.clip_norm = 1.0  (at least 0)\n    global gradient norm" in whole.stdout
+    for section in ("optimizer", "config.pretrain.optimizer"):
+        for arguments in ([f"--help_config={section}"], ["--help_config", section, "--config", "experiments/nope.py"]):
+            part = command(*arguments)
+            assert part.stdout.startswith("config.PHASE.optimizer.peak_learning_rate = 0.0006  (above 0)\n")
+            assert "model" not in part.stdout
+    wrong = command("--help_config", "modle")
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+    assert "--help_config: no section 'modle'; did you mean 'model'?" in wrong.stderr
+
+
+def test_the_table_of_keys_in_the_docs_is_of_today():
+    """``python -m spdf_jax.config.reference`` writes it."""
+    text = (ROOT / "experiments" / "README.md").read_text()
+    assert text.partition(START)[2].partition(END)[0] == table() + "\n"
+
+
+def test_the_package_itself_is_the_command():
+    said = subprocess.run(
+        [sys.executable, "-m", "spdf_jax", "--version"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert said.stdout.startswith(f"spdf_jax {spdf.__version__} ")
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "experiments").glob("*.py")), ids=lambda file: file.stem)
+def test_an_experiment_that_is_run_as_a_program_says_how_it_is_run(file, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [str(file), "--help"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(file), run_name="__main__")
+    said = capsys.readouterr()
+    if file.stem == "cold_start":  # a program
+        assert ended.value.code == 0
+    else:
+        assert ended.value.code == 2
+        assert said.err.endswith(f"python -m spdf_jax.main --config {file}\n")
+
+
+#: What stands in an experiment file, the line that is shown of it, and what is said.
+MISTAKES = {
+    "a name that is not there": ("c.model.n_layer = n", "c.model.n_layer = n: NameError: name 'n' is not defined"),
+    "a key that is not there": ("c.model.n_layers = 3", "c.model.n_layers = 3: AttributeError: "),
+    "a section that is not there": ("c.modle.n_layer = 3", "c.modle.n_layer = 3: AttributeError: "),
+    "a list that is too short": ("c.seed = [][1]", "c.seed = [][1]: IndexError: list index out of range"),
+    "a module that is not there": ("import nothing_of_it", "import nothing_of_it: ModuleNotFoundError: No module named"),
+    "a value of another type": ("c.seed = 'one'", "c.seed = 'one': TypeError: "),
+    "a division by zero": ("c.seed = 1 // 0", "c.seed = 1 // 0: ZeroDivisionError: "),
+    "a missing bracket": ("c.seed = (1", "'(' was never closed"),
+    "a function of the file": ("helper()", "return {}['a']: KeyError: "),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_in_an_experiment_file_is_shown_with_its_line(mistake, tmp_path):
+    line, said = MISTAKES[mistake]
+    file = tmp_path / "mine.py"
+    lines = (
+        "import spdf_jax as spdf", "", "", "def helper():", "    return {}['a']", "", "", "def get_config(variant='mini'):",
+        "    c = spdf.default_config('mine', 'mini', variants=('mini',))", f"    {line}", "    return c", "",
+    )  # fmt: skip
+    file.write_text("\n".join(lines))
+    result = command("--config", str(file))
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
+    number = 5 if "function" in mistake else 10
+    assert result.stderr.startswith(f"error: {os.path.relpath(file, ROOT)}:{number}: "), result.stderr
+    assert said in result.stderr
+    assert len(result.stderr) < 400
 
 
 def test_the_version_is_said_with_those_it_runs_on():

@@ -9,15 +9,18 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from many import FINETUNE_RATE, finish, start, wait_for_step
-from tiny import NO_WINDOW, NO_WINDOW_FLAGS, few_matrices, tiny_config, write_text
+from tiny import NO_WINDOW, NO_WINDOW_FLAGS, few_matrices, set_sparsity, tiny_config, write_text
 
 import spdf_jax as spdf
 from spdf_jax.jobs import train as jobs
+from spdf_jax.planning.pod_plan import lower_steps
 from spdf_jax.processes import RESTART_CODE
 from spdf_jax.sharding import MeshConfig, make_mesh, parameter_shardings
 from spdf_jax.sparsity.mask_files import pack_masks, unpack_masks
 from spdf_jax.sparsity.topology import move_masks
+from spdf_jax.training import loop
 from spdf_jax.training.checkpoint import Checkpoints
+from spdf_jax.training.loop import make_phase_steps
 from spdf_jax.training.metrics import read_metrics
 from spdf_jax.training.phases import make_plan
 from spdf_jax.training.restore import saved_run
@@ -108,6 +111,46 @@ def test_a_topology_step_gives_the_same_bits_on_every_mesh(sizes, before_a_topol
     found = topology_step(sizes, *before_a_topology_step)
     for (name, ours), (_, theirs) in zip(named_leaves(found), named_leaves(after_it), strict=True):
         np.testing.assert_array_equal(ours, theirs, err_msg=name)
+
+
+# --- a plan -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "kernels", [{}, {"rule": "rigl", "sparsity": 0.5, "pattern": "block8", "sparse_compute": "blocks"}]
+)
+def test_what_is_planned_is_what_runs(kernels, text, tmp_path, monkeypatch):
+    """The compiler gets the same text, the layout of every argument with it."""
+    c = tiny_config(text, text.parent / "cache")
+    c.model.n_head, c.model.d_model, c.model.vocab_size = 8, 32, 304
+    c.mesh.data, c.mesh.fsdp, c.mesh.tensor = 2, 2, 2
+    c.pretrain.steps, c.pretrain.batch_size, c.pretrain.grad_accumulation_steps, c.phases = 8, 8, 2, ("pretrain",)
+    c.pretrain.sparsity.update(NO_WINDOW | {"update_every_steps": 2})
+    if kernels:
+        set_sparsity(c.pretrain, **kernels, update_every_steps=2)
+    run, ran = spdf.resolve(c), {}
+
+    def recorded(name, step):
+        def call(*args, **kwargs):
+            if name not in ran:
+                ran[name] = step.lower(*args, **kwargs).as_text()
+            return step(*args, **kwargs)
+
+        return call
+
+    def recording(*args):
+        steps = make_phase_steps(*args)
+        return steps._replace(
+            train=recorded("train step", steps.train), topology=recorded("topology step", steps.topology)
+        )
+
+    monkeypatch.setattr(loop, "make_phase_steps", recording)
+    with few_matrices():
+        jobs.train(run, tmp_path, progress=False)
+        (plan,) = make_plan(run)
+    planned = {name: lowered.as_text() for name, lowered in lower_steps(run, plan, make_mesh(run.mesh))}
+    assert {name: planned[name] for name in ("train step", "topology step")} == ran
 
 
 # --- a whole run ------------------------------------------------------------------------------------------------------

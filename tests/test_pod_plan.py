@@ -24,8 +24,8 @@ from spdf_jax.planning.hlo import (
     matrix_flops,
     read_program,
 )
-from spdf_jax.planning.pod import GIB, Need, estimate, suggest
-from spdf_jax.planning.pod_plan import collective_table, describe_pod, lower_steps
+from spdf_jax.planning.pod import GIB, Layout, Need, estimate, suggest
+from spdf_jax.planning.pod_plan import collective_table, describe_pod, flags, lower_steps
 from spdf_jax.planning.tpu import TpuPod, tpu_name
 from spdf_jax.sharding import MeshConfig, batch_sharding, make_mesh, replicated
 from spdf_jax.training.phases import make_plan
@@ -247,41 +247,51 @@ def test_splash_attention_counts_the_blocks_that_it_visits():
     )
 
 
-FITS = Need(SQUARE, 1, 16, 1, 64, 1, 1024, 8 * GIB, 12 * GIB)
+FITS = Need(SQUARE, Layout("v5e:4x4", 1, 16, 1, 1, "dots"), 64, 1024, 8 * GIB, 12 * GIB)
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "suggested"),
     [
-        ({}, "no smaller pod should do"),
+        ({}, None),
+        ({"split_bytes": 4 * GIB, "device_bytes": 7.75 * GIB}, ("v5e:2x4", 1, 8, 1, 1)),  # 8 + 7.5 GiB on 8 devices
+        ({"device_bytes": 17 * GIB}, ("v5e:4x4", 1, 16, 1, 2)),  # 8 + 9 GiB, in two micro-batches 8 + 4.5
+        ({"split_bytes": 30 * GIB, "device_bytes": 31 * GIB}, ("v5e:4x8", 1, 32, 1, 1)),  # 15 + 0.5 GiB on 32 devices
+        ({"d_model": 16, "split_bytes": 30 * GIB, "device_bytes": 31 * GIB}, None),  # nothing more to split
         (
-            {"split_bytes": 4 * GIB, "device_bytes": 7.75 * GIB},  # 8 + 7.5 GiB on 8 devices
-            "the smallest that should do is --plan_topology=v5e:2x4 --config.mesh.data=1 --config.mesh.fsdp=8 "
-            "--config.mesh.tensor=1 --config.pretrain.grad_accumulation_steps=1 (about 15.5 GiB a device)",
-        ),
-        (
-            {"device_bytes": 17 * GIB},  # 8 + 9 GiB, in two micro-batches 8 + 4.5
-            "it should fit with --config.mesh.data=1 --config.mesh.fsdp=16 --config.mesh.tensor=1 "
-            "--config.pretrain.grad_accumulation_steps=2 (about 12.5 GiB a device)",
-        ),
-        (
-            {"split_bytes": 30 * GIB, "device_bytes": 31 * GIB},  # 15 + 0.5 GiB on 32 devices
-            "it takes --plan_topology=v5e:4x8 --config.mesh.data=1 --config.mesh.fsdp=32 --config.mesh.tensor=1 "
-            "--config.pretrain.grad_accumulation_steps=1 (about 15.5 GiB a device)",
-        ),
-        (
-            {"d_model": 16, "split_bytes": 30 * GIB, "device_bytes": 31 * GIB},  # nothing more to split
-            "no v5e pod should do: set --config.model.remat=block, or a larger --config.mesh.tensor",
-        ),
-        (
-            {"pod": TpuPod("tpu7x:2x2x2"), "split_bytes": 60 * GIB, "device_bytes": 100 * GIB},  # two devices a chip
-            "it should fit with --config.mesh.data=1 --config.mesh.fsdp=16 --config.mesh.tensor=1 "
-            "--config.pretrain.grad_accumulation_steps=2 (about 80.0 GiB a device)",
+            {"pod": TpuPod("tpu7x:2x2x2"), "split_bytes": 60 * GIB, "device_bytes": 100 * GIB},
+            ("tpu7x:2x2x2", 1, 16, 1, 2),  # two devices a chip
         ),
     ],
 )
-def test_suggestions(changes, said):
-    assert suggest(dataclasses.replace(FITS, **changes), "pretrain", "dots") == said
+def test_suggestions(changes, suggested):
+    assert suggest(dataclasses.replace(FITS, **changes)) == (suggested and Layout(*suggested, "dots"))
+
+
+@pytest.mark.parametrize(
+    ("size", "fsdp", "mesh"),
+    [
+        ("4x4", 4, (4, 4, 4)),  # 32 + 4 GiB do not fit, nor would they in more micro-batches
+        ("4x4", 8, (2, 8, 1)),
+        ("4x4", 3, None),
+        ("4x8", 16, (2, 16, 1)),
+    ],
+)
+def test_the_fewest_micro_batches_that_should_fit_a_mesh(size, fsdp, mesh):
+    need = dataclasses.replace(FITS, split_bytes=4 * GIB, device_bytes=8 * GIB)
+    found = need.on(size, fsdp)
+    if fsdp == 4:
+        assert found is None, "the state alone is more than a device has"
+    else:
+        assert found == (mesh and Layout(f"v5e:{size}", *mesh, "dots"))
+
+
+def test_flags_of_a_layout_say_all_that_must_change_with_the_mesh():
+    config = spdf.resolve(tiny())
+    layout = Layout("v5e:8x8", 8, 8, 1, 1, "mlp")
+    said = flags(config, "pretrain", layout)
+    assert said == f"{layout.flags('pretrain')} --config.loop.eval_batch_size=64", "32 sequences are not for 64 devices"
+    assert flags(config, "pretrain", layout._replace(data=1)) == layout._replace(data=1).flags("pretrain")
 
 
 def tiny():
@@ -373,12 +383,14 @@ sys.path.insert(0, str(Path("tests").resolve()))
 from test_pod_plan import tiny
 import spdf_jax as spdf
 from spdf_jax.planning.pod_plan import describe_pod
+from spdf_jax.planning.search import search
 said = []
 for pod, changes in json.loads(sys.argv[1]):
     c = tiny()
+    searched = changes.pop("search", False)
     c.update_from_flattened_dict(changes)
     try:
-        said.append(describe_pod(spdf.resolve(c), pod))
+        said.append("\\n".join(search(spdf.resolve(c), pod)) if searched else describe_pod(spdf.resolve(c), pod))
     except spdf.InputError as error:
         said.append(f"refused: {error}")
 print(json.dumps(said))
@@ -415,7 +427,7 @@ def test_a_small_model_is_planned_for_a_pod_that_is_not_there():
     assert "matrix FLOPs a device 0" in alone
     largest = re.search(r"all-gather .* at most (\S+) (bytes|kB)", alone)
     assert largest is None or float(largest[1]) * {"bytes": 1, "kB": 1000}[largest[2]] < 256**2, "no matrix is gathered"
-    assert "suggestion            no smaller pod should do" in alone
+    assert "suggestion            no smaller pod does" in alone
 
 
 @pytest.mark.slow
@@ -438,13 +450,37 @@ def test_what_libtpu_does_not_know_and_what_does_not_fit_is_said_and_following_s
     needed, missing = re.search(r"([\d.]+) GiB of 15\.75 GiB: DOES NOT FIT, by ([\d.]+) GiB", too_large).groups()
     assert float(needed) - float(missing) == pytest.approx(15.75, abs=0.011)
     assert re.search(
-        r"suggestion +it should fit with --config\.mesh\.data=1 --config\.mesh\.fsdp=4 --config\.mesh\.tensor=1 "
-        r"--config\.pretrain\.grad_accumulation_steps=8 \(about [\d.]+ GiB a device\)",
+        # What the compiler gave up at is less than it takes where it need not recompute: 8 were tried and are too few.
+        r"suggestion +it fits with --config\.mesh\.data=1 --config\.mesh\.fsdp=4 --config\.mesh\.tensor=1 "
+        r"--config\.model\.remat=dots --config\.pretrain\.grad_accumulation_steps=16 \([\d.]+ GiB a device\)",
         too_large,
     )
-    # What the compiler gave up at is less than it takes where it need not recompute.
     assert re.search(
         r"DOES NOT FIT, by 0\.\d+ GiB.* --config\.pretrain\.grad_accumulation_steps=16 ", nearly, re.DOTALL
     )
     assert " of 15.75 GiB: fits" in split
     assert "splash attention 0." in one_sequence
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_a_search_compiles_every_layout_and_its_frontier_is_what_a_plan_says_of_it():
+    (said,) = plans(("v5e:2x2", {"search": True, "pretrain.sparsity.rule": "static"}))
+    rows = re.findall(r"^  (\d) x (\d) x 1 +(block|mlp|dots|none) +1 +([\d.]+) +([\d.]+) +[\d.]+%$", said, re.MULTILINE)
+    assert [row[:2] for row in rows[::4]] == [("4", "1"), ("2", "2"), ("1", "4")]
+    assert [row[2] for row in rows] == ["block", "mlp", "dots", "none"] * 3
+    best = re.findall(r"^  ([\d.]+) ms, ([\d.]+) GiB: --config.mesh.data=(\d) --config.mesh.fsdp=(\d)", said, re.MULTILINE)
+    milliseconds = [float(row[0]) for row in best]
+    assert milliseconds[0] == min(float(row[4]) for row in rows)
+    assert milliseconds == sorted(milliseconds)
+    assert [float(row[1]) for row in best] == sorted((float(row[1]) for row in best), reverse=True)
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_a_search_takes_more_micro_batches_where_a_layout_does_not_fit():
+    (said,) = plans(("v5e:2x2", {"search": True, "pretrain.sparsity.rule": "static", "pretrain.batch_size": 65536}))
+    for mesh in ("4 x 1 x 1", "2 x 2 x 1", "1 x 4 x 1"):
+        tried = re.findall(rf"^  {mesh} +block +(\d+) +[\d.]+ +(DOES NOT FIT|[\d.]+) ", said + " ", re.MULTILINE)
+        assert tried[0] == ("1", "DOES NOT FIT")
+        assert tried[-1][1] != "DOES NOT FIT"

@@ -202,7 +202,7 @@ def tpu_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
     print_head(f"training step on {args.tpu}", *columns)
     for name, (sparsity, side) in TPU_STEPS.items():
         config = step_config(model, 64, sparsity, side)
-        (plan,), (pod, mesh) = make_plan(config), make_pod(config, args.tpu)
+        (plan,), (pod, mesh) = make_plan(config), make_pod(config.mesh, args.tpu)
         if not isinstance(pod, TpuPod):
             raise spdf.InputError(f"--tpu {args.tpu} is no TPU topology; for example v5e:4x4")
         (_, lowered), *_ = lower_steps(config, plan, mesh)

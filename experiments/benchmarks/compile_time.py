@@ -39,7 +39,7 @@ def config_of(layers: int, args: argparse.Namespace) -> RunConfig:
 def measure(layers: int, args: argparse.Namespace) -> dict[str, tuple[float, float]]:
     """(wall-clock, processor) seconds: to trace and lower all steps, and to compile each."""
     config = config_of(layers, args)
-    mesh = make_pod(config, args.topology)[1] if args.topology else make_mesh(config.mesh)
+    mesh = make_pod(config.mesh, args.topology)[1] if args.topology else make_mesh(config.mesh)
     (plan,) = make_plan(config)
     jax.clear_caches()
     seconds = {}

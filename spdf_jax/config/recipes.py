@@ -4,11 +4,24 @@ They are part of the package, since an experiment file is loaded by its path, fr
 """
 
 import dataclasses
+import sys
+from typing import NoReturn
 
 from ml_collections import ConfigDict
 
 from spdf_jax.config.read import model_section
 from spdf_jax.model.config import GPT_SIZES
+
+
+def how_to_run(file: str) -> NoReturn:
+    """What ``python experiments/FILE.py`` says, in which an experiment only sets values: how it is run; exit code 2.
+
+    Args:
+      file: its ``__file__``.
+    """
+    print(f"error: an experiment is settings; run it by: python -m spdf_jax.main --config {file}", file=sys.stderr)
+    sys.exit(2)
+
 
 #: Decoding of each task: length penalty as in LoRA (Hu et al. 2022, table 11), whose decoding SPDF follows.
 LENGTH_PENALTY = {"restaurant": 0.9, "e2e": 0.9, "webnlg": 0.8, "dart": 0.8, "curation": 1.0}

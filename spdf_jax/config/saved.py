@@ -6,7 +6,7 @@ from ml_collections import ConfigDict
 
 from spdf_jax.config.read import load_config
 from spdf_jax.errors import InputError
-from spdf_jax.workdir import CONFIG_FILE
+from spdf_jax.workdir import CODE_FOLDER, CONFIG_FILE
 
 
 def get_config(workdir: str) -> ConfigDict:
@@ -21,4 +21,10 @@ def get_config(workdir: str) -> ConfigDict:
     file = Path(workdir) / CONFIG_FILE
     if not file.exists():
         raise InputError(f"--workdir {workdir}: no run is there; give the folder of one, or --config FILE[:VARIANT]")
-    return ConfigDict(load_config(file).as_dict())
+    try:
+        return ConfigDict(load_config(file).as_dict())
+    except InputError as error:
+        code = Path(workdir) / CODE_FOLDER
+        if not any(code.glob("*.py")):
+            raise
+        raise InputError(f"{error}; if an experiment file defines it ({code}), name that by --config, too") from None

@@ -26,6 +26,7 @@ class Request(NamedTuple):
       prompt: what ``generate`` continues.
       output: where ``evaluate`` and ``export`` write in place of the workdir.
       plan_topology: the pod for which ``plan`` compiles.
+      plan_search: compile for it in every layout.
     """
 
     workdir: Path
@@ -35,6 +36,7 @@ class Request(NamedTuple):
     prompt: str = ""
     output: Path | None = None
     plan_topology: str = ""
+    plan_search: bool = False
 
     @contextlib.contextmanager
     def training(self, config: RunConfig | SweepConfig) -> Iterator[None]:

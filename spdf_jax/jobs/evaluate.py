@@ -115,7 +115,7 @@ def _run_suites(saved: SavedRun, mesh: Mesh, tokenizer: Tokenizer | None) -> dic
         return {}
     if tokenizer is None:
         raise InputError(
-            "config.data.tokenizer: token files came without one; name the one that config.evaluation needs"
+            f"config.evaluation: needs the tokenizer, and token files came without one; {NAME_TOKENIZER}"
         )
     scored = saved.model, saved.state.params, tokenizer
     how: dict[str, Any] = {"batch_size": saved.config.loop.eval_batch_size, "mesh": mesh}

@@ -1,15 +1,14 @@
 """``--job export``: a run's result as a folder for ``transformers``."""
 
+import sys
 from pathlib import Path
 
 from spdf_jax.config.run import RunConfig
-from spdf_jax.data import (
-    load_tokenizer,
-)
 from spdf_jax.errors import InputError
 from spdf_jax.huggingface import save_gpt2
 from spdf_jax.jobs import Request
 from spdf_jax.sharding import make_mesh
+from spdf_jax.training.feed import NAME_TOKENIZER, run_tokenizer
 from spdf_jax.training.restore import saved_run
 from spdf_jax.workdir import check_writable, sweep
 
@@ -45,7 +44,9 @@ def export(config: RunConfig, workdir: Path, output: Path | None = None) -> Path
             f"--job export: the run ends in {saved.model.pattern!r} attention of width {saved.model.width}, which GPT-2 cannot "
             f"express; train a further phase, or a run with init_from={str(workdir)!r}, whose attention is causal at its end"
         )
-    tokenizer = load_tokenizer(workdir / "tokenizer.json") if (workdir / "tokenizer.json").is_file() else None
+    tokenizer = run_tokenizer(config, workdir)
     save_gpt2(folder, config.model, saved.state.params, masks=saved.state.masks, tokenizer=tokenizer)
+    if tokenizer is None:
+        print(f"{folder}: without a tokenizer, since token files came without one; {NAME_TOKENIZER}", file=sys.stderr)
     print(folder)
     return folder

@@ -11,12 +11,13 @@ from spdf_jax.data import (
     decode_texts,
     encode_prompts,
     end_of_text_id,
-    load_tokenizer,
 )
 from spdf_jax.data.tokenizer import Tokenizer
+from spdf_jax.errors import InputError
 from spdf_jax.jobs import Request, keep_compiled
 from spdf_jax.model.generate import generate
 from spdf_jax.sharding import make_mesh
+from spdf_jax.training.feed import NAME_TOKENIZER, run_tokenizer
 from spdf_jax.training.restore import SavedRun, saved_run
 
 
@@ -44,7 +45,9 @@ def generate_text(config: RunConfig, workdir: Path, prompt: str) -> str:
     """
     mesh = make_mesh(config.mesh)
     saved = saved_run(workdir, mesh, config)
-    tokenizer = load_tokenizer(workdir / "tokenizer.json")
+    tokenizer = run_tokenizer(config, workdir)
+    if tokenizer is None:
+        raise InputError(f"{workdir}: has no tokenizer, since token files came without one; {NAME_TOKENIZER}")
     if saved.plan.config.task.name:
         (text,) = decode_examples(saved, mesh, tokenizer, [Example(prompt, ())])
         print(text)

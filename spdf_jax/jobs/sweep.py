@@ -45,16 +45,21 @@ def run_sweep(config: SweepConfig, request: Request) -> None:
     with request.training(config):
         keep_compiled(next(iter(config.cells.values())).data)
         processes.guard()
-        train_cells(config, request.workdir, command=request.command, progress=not request.quiet)
+        train_cells(
+            config, request.workdir, command=request.command, file=request.file, progress=not request.quiet
+        )
 
 
-def train_cells(config: SweepConfig, workdir: Path, *, command: str = "", progress: bool = True) -> dict[str, Any]:
+def train_cells(
+    config: SweepConfig, workdir: Path, *, command: str = "", file: str = "", progress: bool = True
+) -> dict[str, Any]:
     """Runs, or resumes, all cells, evaluates those that were chosen, and writes ``table.json``, ``table.md``, ``report.html``.
 
     Args:
       config: the sweep.
       workdir: where everything is left.
       command: how it was started, for the reports.
+      file: of the experiment, which every cell keeps.
       progress: show progress.
 
     Returns:
@@ -68,7 +73,9 @@ def train_cells(config: SweepConfig, workdir: Path, *, command: str = "", progre
         summaries = {}
         for i, (name, cell) in enumerate(config.cells.items(), 1):
             print(f"[{i}/{len(config.cells)}] {name}", flush=True)
-            summaries[name] = train(cell, workdir / CELLS / name, command=command, progress=progress)
+            summaries[name] = train(
+                cell, workdir / CELLS / name, command=command, file=file, progress=progress
+            )
         write_table(config, workdir, [_row(config, workdir, row, summaries) for row in config.rows])
         return read_json(workdir / "table.json", "run the sweep again")
 

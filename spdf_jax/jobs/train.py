@@ -28,6 +28,7 @@ from spdf_jax.training.feed import Feed, load_data, make_feed
 from spdf_jax.training.loop import Run, run_phase
 from spdf_jax.training.metrics import Tracker, read_metrics
 from spdf_jax.training.phases import PhasePlan, make_plan, recorded_cost
+from spdf_jax.training.provenance import check_same_code, record_start
 from spdf_jax.training.restore import (
     check_same_data,
     check_same_origin,
@@ -61,16 +62,25 @@ def run(config: RunConfig, request: Request) -> None:
     with request.training(config):
         print(describe(config), flush=True)
         processes.guard()
-        train(config, request.workdir, command=request.command, progress=not request.quiet)
+        train(
+            config,
+            request.workdir,
+            command=request.command,
+            file=request.file,
+            progress=not request.quiet,
+        )
 
 
-def train(config: AnyConfig, workdir: Path | str, *, command: str = "", progress: bool = True) -> dict[str, Any]:
+def train(
+    config: AnyConfig, workdir: Path | str, *, command: str = "", file: Path | str = "", progress: bool = True
+) -> dict[str, Any]:
     """Runs, or resumes, all phases of a config, as ``--job train`` does.
 
     Args:
       config: the run: what `spdf_jax.resolve` returns, or what it takes.
       workdir: the folder in which everything is left: ``report.html``, ``metrics.jsonl``, ``summary.json``, ``checkpoints/``.
       command: how it was started, for the report.
+      file: of the experiment, which the workdir keeps.
       progress: show progress.
 
     Returns:
@@ -89,7 +99,7 @@ def train(config: AnyConfig, workdir: Path | str, *, command: str = "", progress
     Traceback (most recent call last):
     spdf_jax.errors.InputError: config.pretrain.sparsity.sparsity: 1.0 must be at least 0 and below 1; the default is 0.0
     """
-    config, workdir = resolve(config), Path(workdir)
+    config, workdir, experiment = resolve(config), Path(workdir), Path(file) if file else None
     mesh = make_mesh(config.mesh)
     check_devices(config, batch_devices(mesh))
     processes.agree("config", json.dumps(config.as_dict()), "start all of them with the same command and files")
@@ -98,6 +108,7 @@ def train(config: AnyConfig, workdir: Path | str, *, command: str = "", progress
     with lock(workdir), jax.set_mesh(mesh):
         begun = _has_begun(workdir)
         moved = check_same_run(config, workdir)
+        check_same_code(config, workdir, experiment)
         finished = _finished(config, workdir, mesh)
         if finished and not moved:
             return _nothing_to_do(workdir, finished)
@@ -114,6 +125,7 @@ def train(config: AnyConfig, workdir: Path | str, *, command: str = "", progress
             if step:
                 print(f"{workdir}: resuming after step {step} of {plans[-1].end}.{_elsewhere(record)}")
             _keep_identity(config, workdir, command, tokenizer, new=step == 0)
+            record_start(config, workdir, experiment, command, step)
             rows = record.get("rows")
             tracker = Tracker(workdir, resume_step=step, total_steps=plans[-1].end, progress=progress, durable=rows)
             run = Run(

@@ -41,7 +41,9 @@ _PACKAGES = ("jax-cuda13-plugin", "jax-cuda13-pjrt", "nvidia-cuda-nvcc", "nvidia
 
 @dataclass(frozen=True)
 class Gpu(Kind):
-    """A kind of GPU, eight to a host, by NVIDIA's data sheets of the SXM form and of the DGX that has it.
+    """A kind of GPU, eight to a host: the peak, links and network cards by NVIDIA's data sheets of the SXM form and of the DGX that
+    has it, memory and caches as its driver reports them (openxla/xla, ``xla/backends/gpu/target_config/specs``): the data
+    sheets' 80 GB are 84.94e9 bytes of an H100.
 
     Attributes:
       memory_bytes_per_second: to its own memory.
@@ -65,10 +67,10 @@ class Gpu(Kind):
 
 
 KINDS = {
-    "a100": Gpu(MEMORY_SHARE * 80e9, 312e12, 1, _SIZES, 2.039e12, 300e9, 25e9, 8, 108, 2048, 40 * 2**20, 12),
-    "h100": Gpu(MEMORY_SHARE * 80e9, 989e12, 1, _SIZES, 3.35e12, 450e9, 50e9, 9, 132, 4096, 50 * 2**20, 18),
-    "h200": Gpu(MEMORY_SHARE * 141e9, 989e12, 1, _SIZES, 4.8e12, 450e9, 50e9, 9, 132, 4096, 50 * 2**20, 18),
-    "b200": Gpu(MEMORY_SHARE * 180e9, 2250e12, 1, _SIZES, 8e12, 900e9, 50e9, 10, 148, 8192, 126 * 2**20, 18),
+    "a100": Gpu(MEMORY_SHARE * 85.1e9, 312e12, 1, _SIZES, 2.039e12, 300e9, 25e9, 8, 108, 2048, 40 * 2**20, 12),
+    "h100": Gpu(MEMORY_SHARE * 84.94e9, 989e12, 1, _SIZES, 3.352e12, 450e9, 50e9, 9, 132, 4096, 50 * 2**20, 18),
+    "h200": Gpu(MEMORY_SHARE * 151.4e9, 989e12, 1, _SIZES, 4.8e12, 450e9, 50e9, 9, 132, 4096, 50 * 2**20, 18),
+    "b200": Gpu(MEMORY_SHARE * 191.5e9, 2250e12, 1, _SIZES, 7.672e12, 900e9, 50e9, 10, 148, 8192, 126 * 2**20, 18),
 }
 # By compute capability: shared memory of a multiprocessor and of a block of threads that asks for more than 48 KiB, and
 # arithmetic units in float32 (CUDA C++ Programming Guide, "Compute Capabilities").

@@ -185,25 +185,55 @@ def estimate(items: Items, pod: Pod, kernel_seconds: Callable[[Instruction], flo
     return Times(computing, kernels, collectives, max(clock, links_free))
 
 
+class Layout(NamedTuple):
+    """How a phase is laid out on a pod: all that its settings can choose without changing what is computed.
+
+    Attributes:
+      pod: its name.
+      data, fsdp, tensor: sizes of the mesh.
+      accumulate: micro-batches a step.
+      remat: see `spdf_jax.model.config.GPTConfig`.
+    """
+
+    pod: str
+    data: int
+    fsdp: int
+    tensor: int
+    accumulate: int
+    remat: str
+
+    @property
+    def devices(self) -> int:
+        """How many it takes."""
+        return self.data * self.fsdp * self.tensor
+
+    def flags(self, phase: str) -> str:
+        """To ask for it on the command line, the pod left out.
+
+        >>> Layout("v5e:2x2", 1, 4, 1, 2, "block").flags("pretrain")
+        '--config.mesh.data=1 --config.mesh.fsdp=4 --config.mesh.tensor=1 --config.model.remat=block \
+--config.pretrain.grad_accumulation_steps=2'
+        """
+        mesh = " ".join(f"--config.mesh.{axis}={getattr(self, axis)}" for axis in ("data", "fsdp", "tensor"))
+        return f"{mesh} --config.model.remat={self.remat} --config.{phase}.grad_accumulation_steps={self.accumulate}"
+
+
 @dataclass(frozen=True)
 class Need:
-    """What a step takes on a device of a pod, and how it is split there.
+    """What a step takes on a device of a pod.
 
     Attributes:
       pod: where.
-      data, fsdp, tensor: sizes of the mesh.
-      batch_size, accumulate: sequences a step, micro-batches a step.
+      layout: on it.
+      batch_size: sequences a step.
       d_model: what `fsdp` must divide to split anything.
       split_bytes: on a device, of state and gradients, which are split by fsdp and tensor.
       device_bytes: on a device, of everything.
     """
 
     pod: Pod
-    data: int
-    fsdp: int
-    tensor: int
+    layout: Layout
     batch_size: int
-    accumulate: int
     d_model: int
     split_bytes: float
     device_bytes: float
@@ -213,53 +243,41 @@ class Need:
         """As it is."""
         return self.device_bytes <= self.pod.kind.hbm_bytes
 
-    def on(self, size: str) -> tuple[int, float] | None:
-        """Fewest micro-batches with which it should fit a pod of this size, everything split over all devices, and the bytes
-        a device then.
+    def on(self, size: str, fsdp: int = 0) -> Layout | None:
+        """With the fewest micro-batches with which it should fit a pod of this size and kind.
 
         What is not split is taken to grow with the sequences of a micro-batch on a device, and to shrink with them where it
         must.
+
+        Args:
+          size: as the names of pods have it.
+          fsdp: 0 splits everything over all devices.
         """
-        devices = self.pod.kind.devices(size)
-        share = devices // self.tensor
-        if devices % self.tensor or self.d_model % share:
+        was = self.layout
+        share, rest = divmod(self.pod.kind.devices(size), was.tensor)
+        fsdp = fsdp or share
+        if rest or share % fsdp or self.d_model % fsdp:
             return None
-        split = self.split_bytes * self.fsdp * self.tensor / devices
-        sequences = self.batch_size / (self.accumulate * self.data * self.fsdp)
+        split = self.split_bytes * was.fsdp / fsdp
+        sequences = self.batch_size / (was.accumulate * was.data * was.fsdp)
         for accumulate in range(1, self.batch_size // share + 1):
             if self.batch_size % (accumulate * share) == 0:
                 growth = self.batch_size / (accumulate * share) / sequences
                 needed = split + (self.device_bytes - self.split_bytes) * (max(1.0, growth) if self.fits else growth)
                 if needed <= self.pod.kind.hbm_bytes:
-                    return accumulate, needed
+                    pod = f"{self.pod.name.partition(':')[0]}:{size}"
+                    return was._replace(pod=pod, data=share // fsdp, fsdp=fsdp, accumulate=accumulate)
         return None
 
 
-def suggest(need: Need, phase: str, remat: str) -> str:
-    """The smallest pod of the kind that should do; where this one does not, the settings with which it should.
+def suggest(need: Need) -> Layout | None:
+    """On the smallest pod of the kind that should do; where this one does not, on this one, if that should do.
 
     >>> from spdf_jax.planning.tpu import TpuPod
-    >>> suggest(Need(TpuPod("v5e:4x4"), 16, 1, 1, 32, 1, 512, 12e9, 20e9), "pretrain", "block")
-    'it should fit with --config.mesh.data=1 --config.mesh.fsdp=16 --config.mesh.tensor=1 \
---config.pretrain.grad_accumulation_steps=1 (about 8.1 GiB a device)'
+    >>> suggest(Need(TpuPod("v5e:4x4"), Layout("v5e:4x4", 16, 1, 1, 1, "block"), 32, 512, 12e9, 20e9))
+    Layout(pod='v5e:4x4', data=1, fsdp=16, tensor=1, accumulate=1, remat='block')
     """
-    kind, here, name = need.pod.kind, need.pod.size, need.pod.name.partition(":")[0]
-    found = {
-        size: best
-        for size in kind.sizes
-        if (not need.fits or kind.devices(size) < here) and (best := need.on(size)) is not None
-    }
-    if not found:
-        less = "--config.model.remat=block, or " if remat != "block" else ""
-        more = f"no {name} pod should do: set {less}a larger --config.mesh.tensor"
-        return "no smaller pod should do" if need.fits else more
-    same = next((size for size in found if kind.devices(size) == here), None)
-    chosen = same or next(iter(found))
-    accumulate, device_bytes = found[chosen]
-    flags = (
-        f"--config.mesh.data=1 --config.mesh.fsdp={kind.devices(chosen) // need.tensor} --config.mesh.tensor={need.tensor} "
-        f"--config.{phase}.grad_accumulation_steps={accumulate} (about {device_bytes / GIB:.1f} GiB a device)"
-    )
-    if same:
-        return f"it should fit with {flags}"
-    return f"{'the smallest that should do is' if need.fits else 'it takes'} --plan_topology={name}:{chosen} {flags}"
+    kind, here = need.pod.kind, need.pod.size
+    sizes = [size for size in kind.sizes if not need.fits or kind.devices(size) < here]
+    sizes.sort(key=lambda size: kind.devices(size) != here)  # this one first
+    return next((layout for size in sizes if (layout := need.on(size)) is not None), None)

@@ -9,7 +9,7 @@ import math
 import re
 import time
 from collections import Counter, defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -26,12 +26,13 @@ from spdf_jax.model.gpt import GPT
 from spdf_jax.planning.describe import describe
 from spdf_jax.planning.gpu import gpu_pod
 from spdf_jax.planning.hlo import Items, executed, executed_collectives, matrix_flops, read_program
-from spdf_jax.planning.pod import GIB, Need, Pod, Times, estimate, suggest
+from spdf_jax.planning.pod import GIB, Layout, Need, Pod, Times, estimate, suggest
 from spdf_jax.planning.tpu import tpu_pod
-from spdf_jax.sharding import batch_devices, batch_sharding, make_mesh, parameter_shardings, replicated
+from spdf_jax.sharding import MeshConfig, batch_devices, batch_sharding, make_mesh, parameter_shardings, replicated
+from spdf_jax.training.loop import make_phase_steps
 from spdf_jax.training.phases import PhasePlan, make_plan
 from spdf_jax.training.state import TrainState, abstract_params, abstract_state, state_shardings
-from spdf_jax.training.step import make_steps, move_topology
+from spdf_jax.training.step import move_topology
 
 EXAMPLES = "v5e:4x4, v5e-256, v6e:16x16, v4:4x4x4, v5p:4x4x4, tpu7x:2x2x1, h100:8, h200:2x8"
 # What libtpu says of memory, by its version; what it calls temporaries are arguments too.
@@ -71,7 +72,8 @@ def describe_pod(config: RunConfig, name: str) -> str:
     Raises:
       InputError: the compiler is not there; no such pod; a mesh or batch that does not fit it.
     """
-    pod, mesh = make_pod(config, name)
+    pod, mesh = make_pod(config.mesh, name)
+    check_devices(config, batch_devices(mesh))
     kind, axes = pod.kind, " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     # Attention is chosen for the pod; what `describe` computes is computed here.
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
@@ -83,29 +85,69 @@ def describe_pod(config: RunConfig, name: str) -> str:
         f"  times                 {pod.about_times}",
     ]
     for plan in make_plan(config):
-        state = phase_state(config, plan, mesh)
-        how = plan.programme.attention(0)
-        programs = [_compile(f"{plan.name}: {name}", step, pod, *how) for name, step in lower_steps(config, plan, mesh)]
+        programs, need = compile_phase(config, plan, pod, mesh)
         for program in programs:
             lines += _describe_program(program, config, plan, pod)
-        state_bytes = sum(map(_device_bytes, jax.tree.leaves((state.params, state.masks, state.opt_state))))
-        gradient_bytes = sum(map(_device_bytes, jax.tree.leaves(state.params)))
-        lines.append(f"  state                 {state_bytes / GIB:.3g} GiB a device")
-        need = Need(
-            pod,
-            **mesh.shape,
-            batch_size=plan.config.batch_size,
-            accumulate=plan.config.grad_accumulation_steps,
-            d_model=config.model.d_model,
-            split_bytes=state_bytes + gradient_bytes,
-            device_bytes=max(program.device_bytes for program in programs),
-        )
-        lines.append(f"  suggestion            {suggest(need, plan.name, config.model.remat)}")
+        lines += [
+            f"  state                 {state_bytes(config, plan, mesh) / GIB:.3g} GiB a device",
+            f"  suggestion            {_smallest(need, config, plan)}",
+        ]
     return "\n".join(lines)
 
 
-def make_pod(config: RunConfig, name: str) -> tuple[Pod, Mesh]:
-    """The pod, and the config's mesh over it. Raises as `describe_pod` does."""
+def compile_phase(config: RunConfig, plan: PhasePlan, pod: Pod, mesh: Mesh) -> tuple[list[Program], Need]:
+    """The phase's steps as `lower_steps` has them, compiled for the pod, and what they need there."""
+    how = plan.programme.attention(0)
+    programs = [_compile(f"{plan.name}: {name}", step, pod, *how) for name, step in lower_steps(config, plan, mesh)]
+    gradient_bytes = sum(map(_device_bytes, jax.tree.leaves(phase_state(config, plan, mesh).params)))
+    need = Need(
+        pod,
+        Layout(pod.name, **mesh.shape, accumulate=plan.config.grad_accumulation_steps, remat=config.model.remat),
+        batch_size=plan.config.batch_size,
+        d_model=config.model.d_model,
+        split_bytes=state_bytes(config, plan, mesh) + gradient_bytes,
+        device_bytes=max(program.device_bytes for program in programs),
+    )
+    return programs, need
+
+
+def compile_layout(config: RunConfig, phase: str, layout: Layout) -> tuple[list[Program], Need]:
+    """`compile_phase` of a phase that is laid out so."""
+    laid_out = replace(config.phases[phase], grad_accumulation_steps=layout.accumulate)
+    config = replace(
+        config,
+        model=replace(config.model, remat=layout.remat),
+        mesh=MeshConfig(layout.data, layout.fsdp, layout.tensor),
+        phases={**config.phases, phase: laid_out},
+    )
+    plan = next(plan for plan in make_plan(config) if plan.name == phase)
+    return compile_phase(config, plan, *make_pod(config.mesh, layout.pod))
+
+
+def flags(config: RunConfig, phase: str, layout: Layout) -> str:
+    """`Layout.flags`, and what else must change with the mesh."""
+    share, at_once = layout.data * layout.fsdp, config.loop.eval_batch_size
+    evaluated = f" --config.loop.eval_batch_size={-(-at_once // share) * share}" if at_once % share else ""
+    return layout.flags(phase) + evaluated
+
+
+def _smallest(need: Need, config: RunConfig, plan: PhasePlan) -> str:
+    """What `suggest` says, compiled, and again from there until it fits."""
+    first = need
+    while (layout := suggest(need)) is not None and not (first.fits and layout.devices >= first.pod.size):
+        _, need = compile_layout(config, plan.name, layout)
+        if need.fits:
+            pod = "" if layout.pod == first.pod.name else f"--plan_topology={layout.pod} "
+            found = "the smallest that does is" if first.fits else "it takes" if pod else "it fits with"
+            return f"{found} {pod}{flags(config, plan.name, layout)} ({need.device_bytes / GIB:.2f} GiB a device)"
+    if first.fits:
+        return "no smaller pod does"
+    less = "--config.model.remat=block, or " if config.model.remat != "block" else ""
+    return f"no {first.layout.pod.partition(':')[0]} pod does: set {less}a larger --config.mesh.tensor"
+
+
+def make_pod(config: MeshConfig, name: str) -> tuple[Pod, Mesh]:
+    """The pod, and the mesh over it. Raises as `describe_pod` does."""
     pod: Pod | None = tpu_pod(name) or gpu_pod(name)
     if pod is None:
         raise InputError(f"--plan_topology: {name!r} is no pod; for example {EXAMPLES}")
@@ -119,10 +161,9 @@ def make_pod(config: RunConfig, name: str) -> tuple[Pod, Mesh]:
     except jax.errors.JaxRuntimeError as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"--plan_topology: {name!r} is no pod ({reason}); for example {EXAMPLES}") from None
-    mesh = make_mesh(config.mesh, devices)
+    mesh = make_mesh(config, devices)
     if mesh.size < len(devices):
-        raise InputError(f"config.mesh: {config.mesh} takes {mesh.size} of {len(devices)} devices; set a size to -1")
-    check_devices(config, batch_devices(mesh))
+        raise InputError(f"config.mesh: {config} takes {mesh.size} of {len(devices)} devices; set a size to -1")
     return pod.over(mesh), mesh
 
 
@@ -131,6 +172,12 @@ def phase_state(config: RunConfig, plan: PhasePlan, mesh: Mesh) -> TrainState:
     state = abstract_state(GPT(config.model), plan.tx, plan.config.sparsity, plan.filter)
     shardings = state_shardings(mesh, plan.tx, state)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
+
+
+def state_bytes(config: RunConfig, plan: PhasePlan, mesh: Mesh) -> int:
+    """Of a phase's parameters, masks and optimiser state on a device."""
+    state = phase_state(config, plan, mesh)
+    return sum(map(_device_bytes, jax.tree.leaves((state.params, state.masks, state.opt_state))))
 
 
 def _device_bytes(leaf: Any) -> int:
@@ -150,7 +197,6 @@ def lower_steps(config: RunConfig, plan: PhasePlan, mesh: Mesh) -> list[tuple[st
     """
     phase, rule, regrowth = plan.config, plan.programme.config.topology_rule, plan.config.optimizer.regrowth
     state, whole = phase_state(config, plan, mesh), replicated(mesh)
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     shape_ABT = (phase.grad_accumulation_steps, phase.batch_size // phase.grad_accumulation_steps, plan.seq_len)
     array_ABT = partial(jax.ShapeDtypeStruct, shape_ABT, sharding=batch_sharding(mesh, 3))
     segments_ABT = array_ABT(jnp.int32) if config.separates_documents(phase) else None
@@ -158,7 +204,7 @@ def lower_steps(config: RunConfig, plan: PhasePlan, mesh: Mesh) -> list[tuple[st
     groups = plan.programme.groups
     target_nnz = {name: jax.ShapeDtypeStruct((g.count,), jnp.int32, sharding=whole) for name, g in groups.items()}
     targets = (target_nnz, jax.ShapeDtypeStruct((), jnp.float32, sharding=whole))
-    steps = make_steps(GPT(config.model), plan.tx, plan.learning_rate, rule, shardings, regrowth)
+    steps = make_phase_steps(GPT(config.model), plan, mesh, state)
     pattern, width = plan.programme.attention(0)
 
     with jax.set_mesh(mesh):
@@ -166,7 +212,7 @@ def lower_steps(config: RunConfig, plan: PhasePlan, mesh: Mesh) -> list[tuple[st
         if not rule.moves:
             return [("train step", train)]
         topology = steps.topology.lower(state, batch_ABT, *targets, pattern=pattern, width=width)
-        alone = jax.jit(partial(move_topology, plan.tx, rule, regrowth), out_shardings=shardings)
+        alone = jax.jit(partial(move_topology, plan.tx, rule, regrowth), out_shardings=state_shardings(mesh, plan.tx, state))
         moved = alone.lower(state, _whole_gradients(config, plan, mesh), *targets)
         return [("train step", train), ("topology step", topology), ("prune and grow alone", moved)]
 
@@ -225,6 +271,13 @@ def _describe_program(program: Program, config: RunConfig, plan: PhasePlan, pod:
     return lines + collective_table(program.items)
 
 
+def dense_flops(config: RunConfig, plan: PhasePlan) -> tuple[int, int]:
+    """FLOPs of a step of the dense model, all of attention's square counted, and half of it: what causal attention takes."""
+    sequences, length = plan.config.batch_size, plan.seq_len
+    dense = step_flops(config.model, seq_len=length, sequences=sequences, active={})
+    return dense, dense - 6 * sequences * length**2 * config.model.d_model * config.model.n_layer
+
+
 def _describe_times(t: Times, config: RunConfig, plan: PhasePlan, pod: Pod, multiplies: bool) -> list[str]:
     waiting = t.total - t.computing - t.kernels
     lines = [
@@ -233,9 +286,7 @@ def _describe_times(t: Times, config: RunConfig, plan: PhasePlan, pod: Pod, mult
         f"{1e3 * t.collectives:.1f} that they take",
     ]
     if multiplies:
-        sequences, length = plan.config.batch_size, plan.seq_len
-        dense = step_flops(config.model, seq_len=length, sequences=sequences, active={})
-        half = dense - 6 * sequences * length**2 * config.model.d_model * config.model.n_layer
+        dense, half = dense_flops(config, plan)
         peak, apart = pod.size * pod.kind.peak_flops, t.computing + t.kernels + t.collectives
         lines.append(
             f"  utilisation           {dense / peak / t.total:.1%} of the peak by the dense model's FLOPs; "

@@ -21,6 +21,7 @@ from spdf_jax.workdir import (
     GENERATIONS_FILE,
     METRICS_FILE,
     PICTURES_FOLDER,
+    PROVENANCE_FILE,
     SUMMARY_FILE,
     read_json,
 )
@@ -37,13 +38,14 @@ class Run:
     """What a run recorded.
 
     `numbers` is `summary.json`, and before there is one, what the rows say so far; `scores` is `evaluation.json`.
-    `pictures` (images of densities) and `degrees` are by step, then by leaf path.
+    `starts` is of `provenance.json`; `pictures` (images of densities) and `degrees` are by step, then by leaf path.
     """
 
     config: Mapping[str, Any]
     numbers: Mapping[str, Any]
     scores: Mapping[str, Any]
     generations: Sequence[Mapping[str, Any]]
+    starts: Sequence[Mapping[str, Any]]
     train_rows: Sequence[Row]
     evaluation_rows: Sequence[Row]
     topology_rows: Sequence[Row]
@@ -181,6 +183,7 @@ def read_run(workdir: Path) -> Run:
         numbers={key: number for key, number in numbers.items() if number is not None},
         scores=_read_json(workdir / EVALUATION_FILE) or {},
         generations=_read_generations(workdir / GENERATIONS_FILE),
+        starts=(_read_json(workdir / PROVENANCE_FILE) or {}).get("starts", ()),
         train_rows=[row for row in rows if "loss" in row],
         evaluation_rows=[row for row in rows if "val_loss" in row],
         topology_rows=[row for row in rows if row.get("density")],

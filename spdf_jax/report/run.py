@@ -1,8 +1,9 @@
 """The page about a run: its verdict, numbers, command and settings, and the order of all panels."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 from markupsafe import Markup
@@ -132,10 +133,31 @@ def _number_lines(run: Run) -> Iterator[tuple[str, str, str]]:
     for key, (label, render, remark) in formats.items():
         if key in run.numbers and key not in hidden:
             yield label, render(run.numbers[key]), remark
+    yield from _start_lines(run)
     if before := run.numbers.get("before"):
         yield "Counted FLOPs of the run before", flops(before["train_flops"]), "that this one started from"
         if "train_flops" in run.numbers:
             yield "Both together", flops(before["train_flops"] + run.numbers["train_flops"]), ""
+
+
+def _start_lines(run: Run) -> Iterator[tuple[str, str, str]]:
+    """When the run was begun and resumed, with which versions."""
+
+    def made_with(start: Mapping[str, Any]) -> str:
+        packages, commit = start["packages"], start["commit"]
+        ours = f"spdf_jax {packages['spdf_jax']}" + (f" at commit {commit}" if commit else "")
+        return f"{ours}, JAX {packages['jax']}, Python {start['python']}"
+
+    def when(start: Mapping[str, Any]) -> str:
+        return start["time"].replace("T", " ").removesuffix("+00:00") + " UTC"
+
+    if run.starts:
+        first, last, again = run.starts[0], run.starts[-1], len(run.starts) - 1
+        yield "Begun", when(first), made_with(first)
+        if again:
+            times = "once" if again == 1 else f"{again} times"
+            same = "with the same versions" if made_with(first) == made_with(last) else made_with(last)
+            yield f"Resumed {times}", f"{when(last)}, after step {last['step']:,}", same
 
 
 def _padded(run: Run) -> bool:

@@ -32,6 +32,10 @@ from spdf_jax.training.phases import PhasePlan
 from spdf_jax.training.restore import holds_run, source_folder
 
 
+#: What to do about ids without a tokenizer.
+NAME_TOKENIZER = "name it by --config.data.tokenizer=FILE"
+
+
 class Feed(NamedTuple):
     """The batches of one phase, this process's rows of them.
 
@@ -118,9 +122,29 @@ def load_data(
         )
     if tokenizer is None and tasks:
         raise InputError(
-            "config.data.tokenizer: token files came without one, and a task needs one; name its tokenizer.json"
+            f"config.data.tokenizer: token files came without one, and a task needs one; {NAME_TOKENIZER}"
         )
     return tokens, tokenizer
+
+
+def run_tokenizer(config: RunConfig, workdir: Path) -> Tokenizer | None:
+    """The tokenizer of a run that was: its own, or, where token files came without one, what ``config.data.tokenizer`` names.
+
+    Raises:
+      InputError: it is not the run's, or has more tokens than the model.
+    """
+    place = _tokenizer_place(config, workdir, begun=True)
+    if not place and config.data.source != "token_files":
+        raise InputError(f"{workdir / 'tokenizer.json'}: missing; restore it")
+    if not place:
+        return None
+    tokenizer = load_tokenizer(place)
+    if (size := vocabulary_size(tokenizer)) > config.model.vocab_size:
+        raise InputError(
+            f"config.data.tokenizer: {place} has {size} tokens, more than the model's {config.model.vocab_size}: it is not what "
+            f"its token files were made with"
+        )
+    return tokenizer
 
 
 def _tokenizer_place(config: RunConfig, workdir: Path | None, begun: bool) -> str:
