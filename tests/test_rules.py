@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from spdf_jax.errors import InputError
 from spdf_jax.sparsity.masks import apply_masks
+from spdf_jax.sparsity.programme import SparsityConfig
 from spdf_jax.sparsity.rules import RULES
 from spdf_jax.sparsity.topology import Rule, prune_and_grow, prune_and_grow_tree
 
@@ -326,3 +327,23 @@ def test_eight_devices_give_the_same_bits_as_one(rule):
         for name in ("stack", "head"):
             assert len(placed[0][name].sharding.device_set) == 8
             np.testing.assert_array_equal(sharded[name], alone[name])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rule": "rigl"}, r"rule 'rigl' is no spdf\.Rule; give one, such as spdf\.RULES\['rigl'\]"),
+        ({"target_nnz": 3}, r"target_nnz 3 is no mapping from leaf names"),
+        ({"target_nnz": {"v": jnp.array([3])}}, r"target_nnz has no entry for 'w'"),
+    ],
+)
+def test_what_a_step_cannot_be_told_is_refused_in_a_line(change, message):
+    how = {"target_nnz": {"w": jnp.array([8])}, "drop_fraction": jnp.array(0.5), "rule": RULES["rigl"]}
+    with pytest.raises(InputError, match=message):
+        prune_and_grow_tree(KEY, {"w": W}, {"w": G}, {"w": W != 0}, **how | change)
+
+
+def test_what_is_registered_as_a_rule_and_is_none_is_refused_where_it_is_used(monkeypatch):
+    monkeypatch.setitem(RULES, "mine", lambda weights, grads: weights)
+    with pytest.raises(InputError, match=r"sparsity\.rule: RULES\['mine'\] is <function .*>, which is no spdf\.Rule"):
+        SparsityConfig(rule="mine", sparsity=0.5)

@@ -95,6 +95,8 @@ class SparsityConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, "sparsity")
+        if not self.dense and not isinstance(RULES[self.rule], Rule):
+            raise InputError(f"sparsity.rule: RULES[{self.rule!r}] is {RULES[self.rule]!r}, which is no spdf.Rule")
         follows = self.topology_rule.schedules
         if not self.dense and follows and self.schedule not in follows:
             raise InputError(

@@ -32,6 +32,8 @@ True
 >>> del RULES["mine"]
 """
 
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
 

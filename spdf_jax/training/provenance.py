@@ -8,7 +8,7 @@ import inspect
 import itertools
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -96,8 +96,8 @@ def code_files(config: RunConfig, file: Path | None) -> dict[str, Path]:
     functions = [
         function
         for name in own_rules(config)
-        for function in vars(RULES[name]).values()
-        if isinstance(function, Callable)  # type: ignore[arg-type]
+        for function in RULES[name]
+        if callable(function)
     ]
     defined = (getattr(inspect.unwrap(function), "__code__", None) for function in functions)
     sources = {Path(code.co_filename) for code in defined if code is not None}
