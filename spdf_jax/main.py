@@ -45,7 +45,10 @@ _TO_DO = (_CONFIG, _WORKDIR, _JOB, _TOPOLOGY, _SEARCH, _PROMPT, _OUTPUT, _QUIET,
 _QUESTIONS = flags.FlagValues()
 _HELP = flags.DEFINE_bool("help", False, "Print this.", short_name="h", flag_values=_QUESTIONS)
 _HELP_CONFIG = flags.DEFINE_string(
-    "help_config", None, "Print every key of a config, or of its section (model, phase, sparsity, ...).", flag_values=_QUESTIONS
+    "help_config",
+    None,
+    "Print every key of a config, or of its section (model, phase, sparsity, ...).",
+    flag_values=_QUESTIONS,
 )
 _VERSION = flags.DEFINE_bool("version", False, "Print versions: ours, JAX's, Python's.", flag_values=_QUESTIONS)
 

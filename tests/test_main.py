@@ -197,7 +197,10 @@ MISTAKES = {
     "a key that is not there": ("c.model.n_layers = 3", "c.model.n_layers = 3: AttributeError: "),
     "a section that is not there": ("c.modle.n_layer = 3", "c.modle.n_layer = 3: AttributeError: "),
     "a list that is too short": ("c.seed = [][1]", "c.seed = [][1]: IndexError: list index out of range"),
-    "a module that is not there": ("import nothing_of_it", "import nothing_of_it: ModuleNotFoundError: No module named"),
+    "a module that is not there": (
+        "import nothing_of_it",
+        "import nothing_of_it: ModuleNotFoundError: No module named",
+    ),
     "a value of another type": ("c.seed = 'one'", "c.seed = 'one': TypeError: "),
     "a division by zero": ("c.seed = 1 // 0", "c.seed = 1 // 0: ZeroDivisionError: "),
     "a missing bracket": ("c.seed = (1", "'(' was never closed"),

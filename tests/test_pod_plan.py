@@ -469,7 +469,9 @@ def test_a_search_compiles_every_layout_and_its_frontier_is_what_a_plan_says_of_
     rows = re.findall(r"^  (\d) x (\d) x 1 +(block|mlp|dots|none) +1 +([\d.]+) +([\d.]+) +[\d.]+%$", said, re.MULTILINE)
     assert [row[:2] for row in rows[::4]] == [("4", "1"), ("2", "2"), ("1", "4")]
     assert [row[2] for row in rows] == ["block", "mlp", "dots", "none"] * 3
-    best = re.findall(r"^  ([\d.]+) ms, ([\d.]+) GiB: --config.mesh.data=(\d) --config.mesh.fsdp=(\d)", said, re.MULTILINE)
+    best = re.findall(
+        r"^  ([\d.]+) ms, ([\d.]+) GiB: --config.mesh.data=(\d) --config.mesh.fsdp=(\d)", said, re.MULTILINE
+    )
     milliseconds = [float(row[0]) for row in best]
     assert milliseconds[0] == min(float(row[4]) for row in rows)
     assert milliseconds == sorted(milliseconds)

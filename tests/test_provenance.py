@@ -65,7 +65,9 @@ def short(text: Path) -> spdf.RunConfig:
     c = tiny_config(text, text.parent / "cache")
     c.pretrain.steps, c.phases = 8, ("pretrain",)
     del c.finetune
-    c.pretrain.sparsity.update({"rule": "dense", **dict.fromkeys(("sparsity", "attention_start", "attention_end"), 0.0)})
+    c.pretrain.sparsity.update(
+        {"rule": "dense", **dict.fromkeys(("sparsity", "attention_start", "attention_end"), 0.0)}
+    )
     c.pretrain.sparsity.update({"schedule": "constant", "attention_pattern": "causal", "attention_width": 128})
     c.pretrain.sparsity.update({"ramp_end": 0.1, "ultra_end": 0.75, "sparsify_head": False, "update_every_steps": 100})
     return spdf.resolve(c)
@@ -101,8 +103,8 @@ def test_code_is_the_same_whatever_its_comments_and_layout(tmp_path):
     files = [tmp_path / f"{i}.py" for i in range(5)]
     for file, code in zip(
         files,
-        ('def f(x):\n    """A."""\n    return x + 1\n', "def f(x):  # b\n\n    return (x + 1)\n", "def f(x):\n    return x + 2\n",
-         "def f(", "def f(x"),
+        ('def f(x):\n    """A."""\n    return x + 1\n', "def f(x):  # b\n\n    return (x + 1)\n",
+         "def f(x):\n    return x + 2\n", "def f(", "def f(x"),
         strict=True,
     ):  # fmt: skip
         file.write_text(code)
@@ -137,7 +139,10 @@ def test_a_run_does_not_go_on_with_another_rule_of_its_name(experiment, tmp_path
     experiment.write_text(experiment.read_text().replace("weights * grads", "weights + grads"))
     result = command(*run)
     assert (result.returncode, result.stderr.count("\n")) == (2, 1)
-    assert f"mine.py: has changed since this run began, and rule 'mine' of it is the run's; put it back as {kept}" in result.stderr
+    assert (
+        f"mine.py: has changed since this run began, and rule 'mine' of it is the run's; put it back as {kept}"
+        in result.stderr
+    )
 
     # What needs no rule's code is told how to get the settings.
     result = command("--job", "evaluate", "--workdir", str(tmp_path / "run"))

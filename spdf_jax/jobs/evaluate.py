@@ -27,7 +27,7 @@ from spdf_jax.jobs.generate import decode_examples
 from spdf_jax.model.gpt import GPT
 from spdf_jax.report import write_report
 from spdf_jax.sharding import batch_devices, make_mesh
-from spdf_jax.training.feed import load_data, make_feed
+from spdf_jax.training.feed import NAME_TOKENIZER, load_data, make_feed
 from spdf_jax.training.loop import evaluate
 from spdf_jax.training.restore import SavedRun, saved_run_and_record
 from spdf_jax.training.step import make_steps
@@ -114,9 +114,7 @@ def _run_suites(saved: SavedRun, mesh: Mesh, tokenizer: Tokenizer | None) -> dic
     if not config.tasks and not config.exams:
         return {}
     if tokenizer is None:
-        raise InputError(
-            f"config.evaluation: needs the tokenizer, and token files came without one; {NAME_TOKENIZER}"
-        )
+        raise InputError(f"config.evaluation: needs the tokenizer, and token files came without one; {NAME_TOKENIZER}")
     scored = saved.model, saved.state.params, tokenizer
     how: dict[str, Any] = {"batch_size": saved.config.loop.eval_batch_size, "mesh": mesh}
     found: dict[str, Any] = {}

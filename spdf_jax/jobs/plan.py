@@ -19,7 +19,7 @@ def run(config: RunConfig, request: Request) -> None:
 def run_sweep(config: SweepConfig, request: Request) -> None:
     """Prints the same of each cell."""
     for i, (name, cell) in enumerate(config.cells.items()):
-        print(f"{'\n' if i else ''}== {name}")
+        print(f"== {name}" if i == 0 else f"\n== {name}")
         run(cell, request)
 
 

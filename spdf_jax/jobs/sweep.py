@@ -45,9 +45,7 @@ def run_sweep(config: SweepConfig, request: Request) -> None:
     with request.training(config):
         keep_compiled(next(iter(config.cells.values())).data)
         processes.guard()
-        train_cells(
-            config, request.workdir, command=request.command, file=request.file, progress=not request.quiet
-        )
+        train_cells(config, request.workdir, command=request.command, file=request.file, progress=not request.quiet)
 
 
 def train_cells(
@@ -73,9 +71,7 @@ def train_cells(
         summaries = {}
         for i, (name, cell) in enumerate(config.cells.items(), 1):
             print(f"[{i}/{len(config.cells)}] {name}", flush=True)
-            summaries[name] = train(
-                cell, workdir / CELLS / name, command=command, file=file, progress=progress
-            )
+            summaries[name] = train(cell, workdir / CELLS / name, command=command, file=file, progress=progress)
         write_table(config, workdir, [_row(config, workdir, row, summaries) for row in config.rows])
         return read_json(workdir / "table.json", "run the sweep again")
 

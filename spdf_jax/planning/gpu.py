@@ -41,9 +41,9 @@ _PACKAGES = ("jax-cuda13-plugin", "jax-cuda13-pjrt", "nvidia-cuda-nvcc", "nvidia
 
 @dataclass(frozen=True)
 class Gpu(Kind):
-    """A kind of GPU, eight to a host: the peak, links and network cards by NVIDIA's data sheets of the SXM form and of the DGX that
-    has it, memory and caches as its driver reports them (openxla/xla, ``xla/backends/gpu/target_config/specs``): the data
-    sheets' 80 GB are 84.94e9 bytes of an H100.
+    """A kind of GPU, eight to a host: the peak, links and network cards by NVIDIA's data sheets of the SXM form and of the DGX
+    that has it, memory and caches as its driver reports them (openxla/xla, ``xla/backends/gpu/target_config/specs``): an
+    H100's 80 GB are 84.94e9 bytes.
 
     Attributes:
       memory_bytes_per_second: to its own memory.

@@ -212,7 +212,9 @@ def lower_steps(config: RunConfig, plan: PhasePlan, mesh: Mesh) -> list[tuple[st
         if not rule.moves:
             return [("train step", train)]
         topology = steps.topology.lower(state, batch_ABT, *targets, pattern=pattern, width=width)
-        alone = jax.jit(partial(move_topology, plan.tx, rule, regrowth), out_shardings=state_shardings(mesh, plan.tx, state))
+        alone = jax.jit(
+            partial(move_topology, plan.tx, rule, regrowth), out_shardings=state_shardings(mesh, plan.tx, state)
+        )
         moved = alone.lower(state, _whole_gradients(config, plan, mesh), *targets)
         return [("train step", train), ("topology step", topology), ("prune and grow alone", moved)]
 

@@ -187,7 +187,9 @@ def prune_and_grow_tree(
     if not isinstance(rule, Rule):
         raise InputError(f"prune_and_grow_tree: rule {rule!r} is no spdf.Rule; give one, such as spdf.RULES['rigl']")
     if not isinstance(target_nnz, Mapping):
-        raise InputError(f"prune_and_grow_tree: target_nnz {target_nnz!r} is no mapping from leaf names to int32 [matrices]")
+        raise InputError(
+            f"prune_and_grow_tree: target_nnz {target_nnz!r} is no mapping from leaf names to int32 [matrices]"
+        )
 
     def update(name: str, w: jax.Array, g: jax.Array, mask: jax.Array) -> jax.Array:
         if name not in target_nnz:

@@ -31,7 +31,6 @@ from spdf_jax.processes import data_share
 from spdf_jax.training.phases import PhasePlan
 from spdf_jax.training.restore import holds_run, source_folder
 
-
 #: What to do about ids without a tokenizer.
 NAME_TOKENIZER = "name it by --config.data.tokenizer=FILE"
 
@@ -121,9 +120,7 @@ def load_data(
             f"set config.model.vocab_size to at least {size}{read_as if config.data.source == 'token_files' else ''}"
         )
     if tokenizer is None and tasks:
-        raise InputError(
-            f"config.data.tokenizer: token files came without one, and a task needs one; {NAME_TOKENIZER}"
-        )
+        raise InputError(f"config.data.tokenizer: token files came without one, and a task needs one; {NAME_TOKENIZER}")
     return tokens, tokenizer
 
 
@@ -141,8 +138,8 @@ def run_tokenizer(config: RunConfig, workdir: Path) -> Tokenizer | None:
     tokenizer = load_tokenizer(place)
     if (size := vocabulary_size(tokenizer)) > config.model.vocab_size:
         raise InputError(
-            f"config.data.tokenizer: {place} has {size} tokens, more than the model's {config.model.vocab_size}: it is not what "
-            f"its token files were made with"
+            f"config.data.tokenizer: {place} has {size} tokens, more than the model's {config.model.vocab_size}: it is not the "
+            f"one that its token files were made with"
         )
     return tokenizer
 

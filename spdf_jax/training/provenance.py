@@ -93,12 +93,7 @@ def own_rules(config: RunConfig) -> Iterator[str]:
 
 def code_files(config: RunConfig, file: Path | None) -> dict[str, Path]:
     """The experiment file, and those in which the rules of its own are, by name."""
-    functions = [
-        function
-        for name in own_rules(config)
-        for function in RULES[name]
-        if callable(function)
-    ]
+    functions = [function for name in own_rules(config) for function in RULES[name] if callable(function)]
     defined = (getattr(inspect.unwrap(function), "__code__", None) for function in functions)
     sources = {Path(code.co_filename) for code in defined if code is not None}
     package = Path(__file__).parents[1]
