@@ -139,6 +139,11 @@ def used_with(field: str, *values: Any) -> Used:
     return Used(lambda section: getattr(section, field) in values, f"{field} {' or '.join(map(repr, values))}")
 
 
+@dataclass(frozen=True)
+class Place(Text):
+    """A path, or "" for none; where a config is read, ``~`` becomes the user's folder."""
+
+
 # What an optimiser has for sparse phases.
 REGROWTH = Used(
     lambda phase: phase.sparsity.topology_rule.moves or phase.optimizer.regrowth == "smet",
@@ -150,6 +155,7 @@ Count = Annotated[int, Range(least=1, most=LARGEST)]
 CountOrZero = Annotated[int, Range(least=0, most=LARGEST)]
 Share = Annotated[float, Range(least=0, most=1)]
 Line = Annotated[str, Text()]
+FilePath = Annotated[str, Place()]
 
 
 def requirements(section: type) -> Mapping[str, Requirement]:

@@ -154,7 +154,7 @@ def _of_its_run(argv: Sequence[str]) -> list[str]:
     if not workdir or job in _NEEDS_EXPERIMENT or any(re.match("--?config(=|$)", text) for text in argv):
         return list(argv)
     saved = Path(__file__).parent / "config" / "saved.py"
-    return [*argv[:1], f"--config={saved}:{workdir}", *argv[1:]]
+    return [*argv[:1], f"--config={saved}:{Path(workdir).expanduser()}", *argv[1:]]
 
 
 def _unknown_key(argv: Sequence[str]) -> InputError | None:
@@ -255,12 +255,12 @@ def _run(argv: Sequence[str]) -> int:
     from spdf_jax.jobs import Request
 
     request = Request(
-        workdir=Path(_WORKDIR.value or f"runs/{_CONFIG.value.experiment}-{_CONFIG.value.variant}"),
+        workdir=Path(_WORKDIR.value or f"runs/{_CONFIG.value.experiment}-{_CONFIG.value.variant}").expanduser(),
         file=_config_file(),
         command=shlex.join(["python", "-m", "spdf_jax.main", *argv[1:]]),
         quiet=_QUIET.value,
         prompt=_PROMPT.value,
-        output=Path(_OUTPUT.value) if _OUTPUT.value else None,
+        output=Path(_OUTPUT.value).expanduser() if _OUTPUT.value else None,
         plan_topology=_TOPOLOGY.value,
         plan_search=_SEARCH.value,
     )

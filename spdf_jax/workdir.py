@@ -189,6 +189,22 @@ def make_workdir(workdir: Path) -> None:
         )
 
 
+@contextlib.contextmanager
+def made_workdir(workdir: Path) -> Iterator[None]:
+    """`make_workdir`; a run that is refused before it has left anything there leaves no folder either."""
+    new = [folder for folder in (workdir, *workdir.parents) if not folder.exists()]
+    make_workdir(workdir)
+    try:
+        yield
+    except InputError:
+        if new and is_first() and [path.name for path in workdir.iterdir()] == [".lock"]:
+            with contextlib.suppress(OSError):  # as far as they are empty
+                (workdir / ".lock").unlink()
+                for folder in new:
+                    folder.rmdir()
+        raise
+
+
 def _made_at(workdir: Path) -> int:
     """When the lock file was made: nobody ever writes to it."""
     try:

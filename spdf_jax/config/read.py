@@ -7,6 +7,7 @@ dataclasses' own defaults are the only defaults there are.
 import dataclasses
 import json
 import math
+import os
 import sys
 import typing
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ from ml_collections import ConfigDict, FieldReference
 from spdf_jax.config.checks import check_effect, check_phase, check_transition, unused_settings
 from spdf_jax.config.run import SCALARS, SECTIONS, PhaseConfig, RunConfig
 from spdf_jax.errors import InputError, nearest, reading, unknown_key
+from spdf_jax.fields import Place, requirements
 from spdf_jax.model.config import GPTConfig
 from spdf_jax.workdir import read_json
 
@@ -122,7 +124,7 @@ def _built(values: dict[str, Any]) -> RunConfig:
     for name in (*SECTIONS, *phases):
         if not isinstance(values.get(name), dict):
             raise InputError(f"config.{name}: the section is missing")
-    hints = typing.get_type_hints(RunConfig)
+    hints, values = typing.get_type_hints(RunConfig), _expanded(RunConfig, values)
     run = RunConfig(
         **{name: _typed(f"config.{name}", hints[name], values[name]) for name in SCALARS},
         **{name: _build(f"config.{name}", cls, values[name]) for name, cls in SECTIONS.items()},
@@ -193,7 +195,7 @@ def _check_keys(where: str, values: Mapping[str, Any], known: list[str]) -> None
 def _build(where: str, cls: type, values: Mapping[str, Any]) -> Any:
     hints = typing.get_type_hints(cls)
     _check_keys(where, values, list(hints))
-    fields = {key: _typed(f"{where}.{key}", hints[key], value) for key, value in values.items()}
+    fields = {key: _typed(f"{where}.{key}", hints[key], value) for key, value in _expanded(cls, values).items()}
     try:
         return cls(**fields)
     except InputError as error:
@@ -201,6 +203,12 @@ def _build(where: str, cls: type, values: Mapping[str, Any]) -> Any:
         head, dot, rest = str(error).partition(".")
         said = f".{rest}" if dot and head in (where.rpartition(".")[2], "phase") else f": {error}"
         raise InputError(where + said) from None
+
+
+def _expanded(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of a section, ``~`` in its paths replaced."""
+    places = {name for name, requirement in requirements(cls).items() if isinstance(requirement, Place)}
+    return {k: os.path.expanduser(v) if k in places and isinstance(v, str) else v for k, v in values.items()}
 
 
 def _typed(where: str, hint: Any, value: Any) -> Any:

@@ -12,6 +12,7 @@ from spdf_jax.evals.config import EvaluationConfig
 from spdf_jax.fields import (
     Count,
     CountOrZero,
+    FilePath,
     Line,
     Text,
     Used,
@@ -110,7 +111,7 @@ class RunConfig:
     variant: Line
     variants: Annotated[tuple[str, ...], Text()]
     seed: CountOrZero
-    init_from: Line
+    init_from: FilePath
     model: GPTConfig
     data: DataConfig
     mesh: MeshConfig

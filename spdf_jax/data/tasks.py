@@ -10,7 +10,7 @@ from spdf_jax.data.restaurant import restaurant_task
 from spdf_jax.data.task_files import RELEASES, read_task_files
 from spdf_jax.data.tfds_tasks import read_tfds, write_tfds
 from spdf_jax.errors import InputError
-from spdf_jax.fields import CountOrZero, Line, OneOf, Range, check_fields, used_with
+from spdf_jax.fields import CountOrZero, FilePath, OneOf, Range, check_fields, used_with
 
 _Examples = Annotated[int, Range(least=1, most=100_000)]  # of `restaurant`, far under the number of different inputs
 _GENERATED = used_with("name", "restaurant")
@@ -31,7 +31,7 @@ class TaskConfig:
     """
 
     name: Annotated[str, OneOf(("", *_STYLES, "tfds"))] = ""
-    path: Annotated[Line, used_with("name", *RELEASES, "tfds")] = ""
+    path: Annotated[FilePath, used_with("name", *RELEASES, "tfds")] = ""
     train_examples: Annotated[_Examples, _GENERATED] = 2000
     validation_examples: Annotated[_Examples, _GENERATED] = 200
     test_examples: Annotated[_Examples, _GENERATED] = 200

@@ -34,7 +34,7 @@ from spdf_jax.data.tokenizer import (
     vocabulary_size,
 )
 from spdf_jax.errors import InputError
-from spdf_jax.fields import LARGEST, Line, OneOf, Range, Used, check_fields, used_with
+from spdf_jax.fields import LARGEST, FilePath, Line, OneOf, Range, Used, check_fields, used_with
 
 _FORMAT_VERSION = 1  # raise it when the same documents and tokenizer give other files
 _FILES: dict[Split, str] = {"train": "train.bin", "validation": "val.bin"}
@@ -71,21 +71,21 @@ class DataConfig:
     """
 
     source: Annotated[str, OneOf(_SOURCES)] = "embedded"
-    path: Annotated[Line, used_with("source", "text", "token_files", "tfds")] = ""
+    path: Annotated[FilePath, used_with("source", "text", "token_files", "tfds")] = ""
     tfds_name: Annotated[Line, used_with("source", "tfds")] = ""
     text_key: Annotated[Line, used_with("source", "text", "tfds")] = "text"
     train_files: Annotated[Line, used_with("source", "text")] = ""
     validation_files: Annotated[Line, used_with("source", "text")] = ""
     split_by: Annotated[str, OneOf(("text", "name")), used_with("source", "text", "tfds")] = "text"
     token_dtype: Annotated[str, OneOf(("", *TOKEN_DTYPES)), used_with("source", "token_files")] = ""
-    tokenizer: Line = ""
+    tokenizer: FilePath = ""
     tokenizer_vocab_size: Annotated[int, Range(least=SMALLEST_VOCAB, most=LARGEST)] = 4096
     validation_fraction: Annotated[float, Range(above=0, below=1), used_with("source", "embedded", "text", "tfds")] = (
         0.02
     )
     separate_documents: bool = True
     end_of_text_id: Annotated[int, Range(least=-1, most=LARGEST), _STREAM] = -1
-    cache_dir: Line = ""
+    cache_dir: FilePath = ""
 
     def __post_init__(self) -> None:
         check_fields(self, "data")

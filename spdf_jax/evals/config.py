@@ -8,7 +8,7 @@ from spdf_jax.evals.exams import MODES
 from spdf_jax.evals.task_data import TASKS
 from spdf_jax.fields import (
     LARGEST,
-    Line,
+    FilePath,
     OneOf,
     Range,
     Used,
@@ -33,10 +33,10 @@ class EvaluationConfig:
     """
 
     tasks: Annotated[tuple[str, ...], OneOf(TASKS)] = ()
-    data_dir: Annotated[Line, _TASKS] = ""
+    data_dir: Annotated[FilePath, _TASKS] = ""
     num_fewshot: Annotated[int, Range(least=0, most=LARGEST, special=-1), _TASKS] = -1
     exams: bool = False
-    exam_questions: Annotated[Line, used_with("exams", True)] = ""
+    exam_questions: Annotated[FilePath, used_with("exams", True)] = ""
     exam_mode: Annotated[str, OneOf(MODES), used_with("exams", True)] = "length"
 
     def __post_init__(self) -> None:

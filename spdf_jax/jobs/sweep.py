@@ -20,13 +20,15 @@ import numpy as np
 
 from spdf_jax import processes
 from spdf_jax.config.sweep import CURVE_COLUMNS, Row, SweepConfig
+from spdf_jax.errors import InputError
 from spdf_jax.jobs import Request, keep_compiled
 from spdf_jax.jobs.evaluate import evaluate_checkpoint
 from spdf_jax.jobs.train import train
 from spdf_jax.processes import wait_for_first
 from spdf_jax.report import write_sweep_report
 from spdf_jax.report.records import read_run
-from spdf_jax.workdir import lock, make_workdir, read_json, write_atomically, write_json
+from spdf_jax.training.feed import check_there
+from spdf_jax.workdir import lock, made_workdir, read_json, write_atomically, write_json
 
 CELLS = "cells"
 
@@ -66,14 +68,24 @@ def train_cells(
     Raises:
       InputError: anything the user can fix; cells that are finished stay.
     """
-    make_workdir(workdir)
-    with lock(workdir):
+    with made_workdir(workdir), lock(workdir):
+        for name, cell in config.cells.items():
+            try:
+                check_there(cell)
+            except InputError as error:
+                raise InputError(f"config.cells.{name}: {error}") from None
+        if not (workdir / "table.json").exists():  # what the page so far is headed by
+            write_json(workdir / "table.json", _names(config) | {"rows": []})
         summaries = {}
         for i, (name, cell) in enumerate(config.cells.items(), 1):
             print(f"[{i}/{len(config.cells)}] {name}", flush=True)
             summaries[name] = train(cell, workdir / CELLS / name, command=command, file=file, progress=progress)
         write_table(config, workdir, [_row(config, workdir, row, summaries) for row in config.rows])
         return read_json(workdir / "table.json", "run the sweep again")
+
+
+def _names(config: SweepConfig) -> dict[str, Any]:
+    return {name: getattr(config, name) for name in ("experiment", "variant", "title", "remark")}
 
 
 def write_table(config: SweepConfig, workdir: Path, rows: list[dict[str, Any]]) -> None:
@@ -85,8 +97,7 @@ def write_table(config: SweepConfig, workdir: Path, rows: list[dict[str, Any]]) 
             for c in config.columns
         }
     table = _markdown(config, rows) + (f"\n\n{config.remark}" if config.remark else "")
-    names = ("experiment", "variant", "title", "remark")
-    write_json(workdir / "table.json", {name: getattr(config, name) for name in names} | {"rows": rows})
+    write_json(workdir / "table.json", _names(config) | {"rows": rows})
     write_atomically(workdir / "table.md", f"# {config.title}\n\n{table}\n".encode())
     wait_for_first()
     print(f"\n{config.title}\n\n{table}\n\nReport: {write_sweep_report(workdir)}", flush=True)

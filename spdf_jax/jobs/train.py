@@ -49,7 +49,7 @@ from spdf_jax.workdir import (
     CONFIG_FILE,
     SUMMARY_FILE,
     lock,
-    make_workdir,
+    made_workdir,
     sweep,
     write_atomically,
     write_json,
@@ -99,13 +99,12 @@ def train(
     Traceback (most recent call last):
     spdf_jax.errors.InputError: config.pretrain.sparsity.sparsity: 1.0 must be at least 0 and below 1; the default is 0.0
     """
-    config, workdir, experiment = resolve(config), Path(workdir), Path(file) if file else None
+    config, workdir, experiment = resolve(config), Path(workdir).expanduser(), Path(file) if file else None
     mesh = make_mesh(config.mesh)
     check_devices(config, batch_devices(mesh))
     processes.agree("config", json.dumps(config.as_dict()), "start all of them with the same command and files")
     plans = make_plan(config)
-    make_workdir(workdir)
-    with lock(workdir), jax.set_mesh(mesh):
+    with made_workdir(workdir), lock(workdir), jax.set_mesh(mesh):
         begun = _has_begun(workdir)
         moved = check_same_run(config, workdir)
         check_same_code(config, workdir, experiment)

@@ -1,7 +1,7 @@
 """``--job plan --plan_topology v5e:4x4 --plan_search``: which mesh, micro-batches and remat a pod does best with.
 
 Every mesh that divides the devices and the model is compiled with each remat, in the fewest micro-batches that fit: more of
-them would take less memory, and longer. What comes out is the frontier: the layouts that no other beats in both memory and time.
+them would take less memory, and longer. What comes out is the frontier: layouts that no other beats in both memory and time.
 """
 
 from collections.abc import Iterator, Sequence

@@ -124,6 +124,21 @@ def load_data(
     return tokens, tokenizer
 
 
+def check_there(config: RunConfig) -> None:
+    """Refuses a run whose text, tokenizer or task cannot be read where the config says, as far as that costs no time.
+
+    Raises:
+      InputError: what is not there, or is no such thing.
+    """
+    for phase in config.phases.values():
+        if phase.task.name:
+            load_task(phase.task)
+    for key in ("path", "tokenizer"):
+        place = getattr(config.data, key)
+        if place and not Path(place).exists():
+            raise InputError(f"config.data.{key}: {place!r} is not there")
+
+
 def run_tokenizer(config: RunConfig, workdir: Path) -> Tokenizer | None:
     """The tokenizer of a run that was: its own, or, where token files came without one, what ``config.data.tokenizer`` names.
 
