@@ -67,6 +67,9 @@ quote() {
   printf '%s\n' "$line"
 }
 
+# have COMMAND WHAT: the command is there, unless it is only to be printed.
+have() { [[ $dry_run ]] || command -v "$1" >/dev/null || die "$1 is not there: $2"; }
+
 # Runs a command, or with --dry_run prints it.
 run() {
   if [[ $dry_run ]]; then quote "$@"; else "$@"; fi

@@ -103,6 +103,7 @@ END
 END
 }
 
+have kubectl "install it, and choose the cluster: gcloud container clusters get-credentials"
 if [[ $dry_run ]]; then
   printf "kubectl apply -f - <<'EOF'\n%s\nEOF\n" "$(manifest)"
 else

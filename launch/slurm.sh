@@ -29,6 +29,7 @@ need nodes 4
 need gpus_per_node 8
 number 1 nodes gpus_per_node ${cpus_per_process:+cpus_per_process}
 number 0 restarts
+have sbatch "start this on a login node of a SLURM cluster"
 
 case $process_per in
   # JAX takes the GPU of its local number, so each process must see all that the job has of its node: SLURM's default. Not

@@ -29,6 +29,7 @@ parse "topology zone name runtime_version restarts" "spot keep" "$@"
 need topology v5e:16x16
 need zone europe-west4-b
 number 0 restarts
+have gcloud "install the Google Cloud CLI and log in"
 read_topology "$topology"
 [[ $gcloud_type ]] || die "--topology $topology: such a pod is had through GKE: launch/gke_jobset.sh"
 if [[ $libtpu_args ]]; then command=(env "LIBTPU_INIT_ARGS=$libtpu_args" "${command[@]}"); fi

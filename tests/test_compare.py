@@ -168,12 +168,41 @@ def test_the_page_shows_all_methods_at_both_budgets(finished):
         ),
         (("x", "flops@val_loss=summary.val_loss"), "key 'flops@val_loss=summary.val_loss'; a place on the curve"),
         (("x", "summary.val_loss/tokens@val_loss"), "key 'tokens@val_loss'; a place on the curve is written A@B=KEY"),
+        (("x", "summary.val_los"), "key 'summary.val_los', which no run leaves; did you mean 'summary.val_loss'"),
+        (("x", "bleu"), "key 'bleu', which no run leaves; did you mean"),
+        (("x", "tokens@val_loss=summary.loss"), "key 'summary.loss', which no run leaves"),
     ],
 )
 def test_a_column_that_cannot_be_filled_is_refused_before_anything_runs(column, message):
     with pytest.raises(spdf.InputError) as caught:
         resolve_sweep(make_sweep(columns=[column]))
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [("finetune.task.path", "nowhere"), ("data.path", "nowhere"), ("data.tokenizer", "nowhere.json")],
+)
+def test_data_that_a_later_cell_lacks_is_noticed_before_the_first_step(place, value, tmp_path):
+    cells = {}
+    for name in ("dense_0", "late_0"):
+        cells[name] = spdf.default_config("compare", "mini", variants=("mini",), phases=("pretrain", "finetune"))
+        cells[name].finetune.task.name, cells[name].finetune.task.path = "e2e", str(tmp_path)
+    cells["dense_0"].finetune.task.update({"name": "restaurant", "path": ""})
+    late = cells["late_0"]
+    late.finetune.task.update({"name": "restaurant", "path": ""})
+    if place.startswith("finetune"):
+        late.finetune.task.update({"name": "e2e", "path": value})
+    elif place == "data.path":
+        late.data.source, late.data.path = "text", value
+    else:
+        late.data.tokenizer = value
+    sweep = resolve_sweep(
+        make_sweep(cells, rows=[("dense", [("", "dense_0")])], columns=[("loss", "summary.val_loss")])
+    )
+    with pytest.raises(spdf.InputError, match=r"config\.cells\.late_0: .*nowhere.*(not|no) "):
+        train_cells(sweep, tmp_path / "new" / "sweep", progress=False)
+    assert not (tmp_path / "new").exists(), "a run that is refused leaves nothing"
 
 
 @pytest.mark.slow

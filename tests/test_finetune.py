@@ -140,8 +140,18 @@ def test_the_optimiser_is_carried_over_on_request(text, pretrained, tmp_path):
 
 def test_it_goes_on_from_an_exported_gpt2(text, pretrained, tmp_path):
     folder = export(spdf.resolve(spdf_config(pretrained)), pretrained)
-    with pytest.raises(spdf.InputError, match="is there already"):
-        export(spdf.resolve(spdf_config(pretrained)), pretrained)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert export(spdf.resolve(spdf_config(pretrained)), pretrained) == folder, "what it made itself it replaces"
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    for name, content in (("notes.txt", b"mine"), ("config.json", before["config.json"] + b" ")):
+        (folder / name).write_bytes(content)
+        with pytest.raises(spdf.InputError, match="is there already, and not as it was exported"):
+            export(spdf.resolve(spdf_config(pretrained)), pretrained)
+        assert (folder / name).read_bytes() == content
+        if name in before:
+            (folder / name).write_bytes(before[name])
+        else:
+            (folder / name).unlink()
     c = finetuning(text, folder)
     first = first_state(c, tmp_path)
     np.testing.assert_array_equal(leaf(first.params), leaf(saved_run(pretrained).state.params))

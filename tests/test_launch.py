@@ -152,6 +152,19 @@ def test_what_the_user_must_fix(script, arguments, message):
     assert (result.returncode, result.stdout, result.stderr) == (2, "", f"{script}: {message}\n")
 
 
+@pytest.mark.parametrize(("script", "missing"), [("slurm", "sbatch"), ("tpu_pod", "gcloud"), ("gke_jobset", "kubectl")])
+def test_a_command_that_is_not_there_is_named(script, missing, tmp_path):
+    for tool in ("bash", "env", "sed", "dirname", "cat", "seq", "tr", "pwd", "realpath", "readlink"):
+        if found := shutil.which(tool):
+            (tmp_path / tool).symlink_to(found)
+    result = subprocess.run(
+        [ROOT / "launch" / f"{script}.sh", *USED[f"{script}.sh"], *TRAIN],
+        capture_output=True, text=True, env={"PATH": str(tmp_path)},
+    )  # fmt: skip
+    assert result.returncode == 2
+    assert re.fullmatch(rf"{script}\.sh: {missing} is not there: [^\n]+\n", result.stderr), result.stderr
+
+
 def test_local_dry_run():
     printed = re.sub(
         r"127.0.0.1:[12]\d{4}\b", "127.0.0.1:PORT", dry_run("local.sh", *USED["local.sh"], "--dry_run", *TRAIN)

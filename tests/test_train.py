@@ -16,6 +16,7 @@ import pytest
 from tiny import set_sparsity, tiny_config, write_text
 
 import spdf_jax as spdf
+from spdf_jax.config.sweep import SUMMARY
 from spdf_jax.jobs import train as jobs
 from spdf_jax.jobs.evaluate import evaluate_checkpoint
 from spdf_jax.training import checkpoint as checkpointing
@@ -127,6 +128,9 @@ def test_summary_has_every_key_and_the_planned_flops(uninterrupted, text):
     summary = json.loads((uninterrupted / "summary.json").read_text())
     wanted = "status experiment variant steps tokens val_loss sparsity train_flops dense_flops flops_reduction"
     assert set(f"{wanted} tokens_per_second wall_seconds device".split()) <= summary.keys()
+    assert {name for name, value in summary.items() if isinstance(value, int | float)} <= set(SUMMARY), (
+        "columns of sweeps"
+    )
     cost = total_cost(make_plan(spdf.resolve(tiny_config(text, text.parent / "cache"))))
     assert {name: summary[name] for name in cost._fields} == cost._asdict()
     assert cost.padded_tokens == cost.tokens

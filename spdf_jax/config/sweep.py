@@ -125,6 +125,30 @@ def resolve_sweep(config: ConfigDict) -> SweepConfig:
     return SweepConfig(*names, cells, rows, columns)
 
 
+#: What a column's key can be: a number of ``summary.json`` or ``evaluation.json``, those of the latter also of a part (``seen``).
+SUMMARY = (
+    *(
+        "steps",
+        "tokens",
+        "padded_tokens",
+        "topology_tokens",
+        "train_flops",
+        "dense_flops",
+        "val_loss",
+        "initial_val_loss",
+    ),
+    *("sparsity", "flops_reduction", "tokens_per_second", "wall_seconds", "parameters", "unigram_loss", "best_step"),
+    *("before.train_flops", "before.dense_flops", "before.tokens", "before.wall_seconds", "before.val_loss"),
+)
+SCORES = ("bleu", "nist", "rouge_l", "cider", "meteor", "ter")
+EVALUATION = (
+    *("val_loss", "perplexity", "perplexity_per_byte", *SCORES),
+    *(f"{part}.{score}" for part in ("seen", "unseen") for score in SCORES),
+)
+_KEYS = (*(f"summary.{key}" for key in SUMMARY), *(f"evaluation.{key}" for key in EVALUATION))
+_FREE_KEYS = ("evaluation.zero_shot.", "evaluation.exams.")  # as the tasks and exams are called
+
+
 def _check_column(column: Column, rows: Sequence[Row]) -> None:
     for row in rows:
         choices = list(dict.fromkeys(choice for choice, _ in row.choices))
@@ -139,4 +163,8 @@ def _check_column(column: Column, rows: Sequence[Row]) -> None:
             raise InputError(
                 f"config.columns: {column.header!r} has key {part!r}; a place on the curve is written A@B=KEY, A and B among "
                 f"{', '.join(CURVE_COLUMNS)}"
+            )
+        if names[-1] not in _KEYS and not names[-1].startswith(_FREE_KEYS):
+            raise InputError(
+                f"config.columns: {column.header!r} has key {names[-1]!r}, which no run leaves{nearest(names[-1], list(_KEYS))}"
             )

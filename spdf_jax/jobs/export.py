@@ -1,6 +1,7 @@
 """``--job export``: a run's result as a folder for ``transformers``."""
 
 import sys
+import zlib
 from pathlib import Path
 
 from spdf_jax.config.run import RunConfig
@@ -10,7 +11,11 @@ from spdf_jax.jobs import Request
 from spdf_jax.sharding import make_mesh
 from spdf_jax.training.feed import NAME_TOKENIZER, run_tokenizer
 from spdf_jax.training.restore import saved_run
-from spdf_jax.workdir import check_writable, sweep
+from spdf_jax.workdir import check_writable, make_durable, read_json, sweep, temporary_beside, write_json
+
+
+#: In an exported folder: of what it is, and the CRC-32 of each of its files.
+_RECORD = "spdf_jax.json"
 
 
 def run(config: RunConfig, request: Request) -> None:
@@ -30,13 +35,15 @@ def export(config: RunConfig, workdir: Path, output: Path | None = None) -> Path
       The folder.
 
     Raises:
-      InputError: no checkpoint there, a run of another config, a folder that is there already or cannot be written, or what
-        GPT-2 cannot express.
+      InputError: no checkpoint there, a run of another config, a folder that cannot be written or is there and is not an export
+        as it was made, or what GPT-2 cannot express.
     """
     sweep(workdir)
     folder = output or workdir / "huggingface"
-    if folder.exists():
-        raise InputError(f"{folder}: is there already; move or delete it, or choose another by --output")
+    if folder.exists() and not _as_exported(folder):
+        raise InputError(
+            f"{folder}: is there already, and not as it was exported; move it, or choose another by --output"
+        )
     saved = saved_run(workdir, make_mesh(config.mesh), config)
     check_writable(folder.parent)
     if saved.model.pattern != "causal":
@@ -45,8 +52,36 @@ def export(config: RunConfig, workdir: Path, output: Path | None = None) -> Path
             f"express; train a further phase, or a run with init_from={str(workdir)!r}, whose attention is causal at its end"
         )
     tokenizer = run_tokenizer(config, workdir)
-    save_gpt2(folder, config.model, saved.state.params, masks=saved.state.masks, tokenizer=tokenizer)
+    with temporary_beside(folder) as staged:
+        save_gpt2(staged, config.model, saved.state.params, masks=saved.state.masks, tokenizer=tokenizer)
+        write_json(
+            staged / _RECORD, {"workdir": str(workdir), "step": int(saved.state.step), "files": _checksums(staged)}
+        )
+        if folder.exists():
+            folder.rename(staged.with_name("before"))
+        staged.rename(folder)
+        make_durable(folder.parent)
     if tokenizer is None:
         print(f"{folder}: without a tokenizer, since token files came without one; {NAME_TOKENIZER}", file=sys.stderr)
     print(folder)
     return folder
+
+
+def _as_exported(folder: Path) -> bool:
+    """Whether all that is in a folder was written by `export`, and nobody has touched it since."""
+    try:
+        return read_json(folder / _RECORD, "")["files"] == _checksums(folder)
+    except (InputError, KeyError, OSError):
+        return False
+
+
+def _checksums(folder: Path) -> dict[str, int]:
+    return {path.name: _checksum(path) for path in sorted(folder.iterdir()) if path.name != _RECORD}
+
+
+def _checksum(file: Path) -> int:
+    value = 0
+    with file.open("rb") as content:
+        while part := content.read(1 << 24):
+            value = zlib.crc32(part, value)
+    return value
