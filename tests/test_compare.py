@@ -87,7 +87,7 @@ def cell_config(name: str):
 def make_sweep(**more):
     names = {"variants": ("mini",), "title": "All of them", "remark": "Little is shown."}
     cells = {name: cell_config(name) for name in CURVES}
-    return spdf.sweep_config("compare", "mini", cells=cells, **{"rows": ROWS, "columns": COLUMNS} | names | more)
+    return spdf.sweep_config("compare", "mini", **{"cells": cells, "rows": ROWS, "columns": COLUMNS} | names | more)
 
 
 @pytest.fixture(scope="module")
@@ -198,7 +198,7 @@ def test_data_that_a_later_cell_lacks_is_noticed_before_the_first_step(place, va
     else:
         late.data.tokenizer = value
     sweep = resolve_sweep(
-        make_sweep(cells, rows=[("dense", [("", "dense_0")])], columns=[("loss", "summary.val_loss")])
+        make_sweep(cells=cells, rows=[("dense", [("", "dense_0")])], columns=[("loss", "summary.val_loss")])
     )
     with pytest.raises(spdf.InputError, match=r"config\.cells\.late_0: .*nowhere.*(not|no) "):
         train_cells(sweep, tmp_path / "new" / "sweep", progress=False)

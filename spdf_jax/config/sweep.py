@@ -166,5 +166,6 @@ def _check_column(column: Column, rows: Sequence[Row]) -> None:
             )
         if names[-1] not in _KEYS and not names[-1].startswith(_FREE_KEYS):
             raise InputError(
-                f"config.columns: {column.header!r} has key {names[-1]!r}, which no run leaves{nearest(names[-1], list(_KEYS))}"
+                f"config.columns: {column.header!r} has key {names[-1]!r}, which no run leaves"
+                f"{nearest(names[-1], list(_KEYS))}"
             )

@@ -13,7 +13,6 @@ from spdf_jax.training.feed import NAME_TOKENIZER, run_tokenizer
 from spdf_jax.training.restore import saved_run
 from spdf_jax.workdir import check_writable, make_durable, read_json, sweep, temporary_beside, write_json
 
-
 #: In an exported folder: of what it is, and the CRC-32 of each of its files.
 _RECORD = "spdf_jax.json"
 
