@@ -124,7 +124,6 @@ def train(
             if step:
                 print(f"{workdir}: resuming after step {step} of {plans[-1].end}.{_elsewhere(record)}")
             _keep_identity(config, workdir, command, tokenizer, new=step == 0)
-            record_start(config, workdir, experiment, command, step)
             rows = record.get("rows")
             tracker = Tracker(workdir, resume_step=step, total_steps=plans[-1].end, progress=progress, durable=rows)
             run = Run(
@@ -142,6 +141,7 @@ def train(
                 seconds=record["seconds"],
                 evaluations=_evaluations(workdir, step, record) if step else {},
             )
+            record_start(config, workdir, experiment, command, step)
             return _run_phases(run, index, state, tokens)
 
 
