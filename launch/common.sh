@@ -87,12 +87,10 @@ worst() {
   echo "$result"
 }
 
-# read_topology v5e:16x16 (or v5e-256): what that pod is called elsewhere, and what its libtpu is told. The same words as
-# --plan_topology's.
+# read_topology v5e:16x16 (or v5e-256): what that pod is called elsewhere. The same words as --plan_topology's.
 # shellcheck disable=SC2034  # for the scripts that source this
 read_topology() {
-  local flag each=2 sizes=(2x2x1 2x2x2 2x2x4 2x4x4 4x4x4 4x4x8 4x8x8 8x8x8 8x8x16 8x16x16)
-  libtpu_args=''
+  local each=2 sizes=(2x2x1 2x2x2 2x2x4 2x4x4 4x4x4 4x4x8 4x8x8 8x8x8 8x8x16 8x16x16)
   if [[ $1 =~ ^(v4|v5e|v5litepod|v5p|v6e|tpu7x)-([1-9][0-9]{0,5})$ ]]; then # cores; of v5e and v6e, chips
     if [[ $1 == v5e-* || $1 == v5litepod-* || $1 == v6e-* ]]; then each=1 sizes=(2x2 2x4 4x4 4x8 8x8 8x16 16x16); fi
     for shape in "${sizes[@]}"; do
@@ -108,13 +106,6 @@ read_topology() {
     tpu7x:*) gcloud_type='' gcloud_runtime='' gke_accelerator=tpu7x ;;
     *) die "--topology $1: v4, v5e, v5p, v6e or tpu7x, a colon and a shape are needed, for example v5e:16x16" ;;
   esac
-  # Collectives of these run beside what computes only if it is said; spdf_jax/planning/tpu.py plans with the same.
-  if [[ $1 == v5p:* || $1 == v6e:* ]]; then
-    for flag in tpu_enable_async_collective_fusion tpu_enable_async_collective_fusion_fuse_all_gather \
-      tpu_enable_async_collective_fusion_multiple_steps tpu_overlap_compute_collective_tc enable_async_all_gather; do
-      libtpu_args+="${libtpu_args:+ }--xla_$flag=true"
-    done
-  fi
   [[ $shape =~ ^[1-9][0-9]{0,2}(x[1-9][0-9]{0,2}){1,2}$ ]] || die "--topology $1: $shape is no shape; 16x16 and 4x4x4 are"
 }
 

@@ -89,13 +89,6 @@ END
 END
   local word
   for word in "${command[@]}"; do echo "                    - $(json "${word//\$/\$\$}")"; done # Kubernetes expands $(...)
-  if [[ $libtpu_args ]]; then
-    cat <<END
-                  env:
-                    - name: LIBTPU_INIT_ARGS
-                      value: $(json "$libtpu_args")
-END
-  fi
   cat <<END
                   resources:
                     limits:

@@ -32,7 +32,6 @@ number 0 restarts
 have gcloud "install the Google Cloud CLI and log in"
 read_topology "$topology"
 [[ $gcloud_type ]] || die "--topology $topology: such a pod is had through GKE: launch/gke_jobset.sh"
-if [[ $libtpu_args ]]; then command=(env "LIBTPU_INIT_ARGS=$libtpu_args" "${command[@]}"); fi
 
 queue=(gcloud compute tpus queued-resources)
 on_workers=(gcloud compute tpus tpu-vm ssh "$name" "--zone=$zone" --worker=all --ssh-flag=-oServerAliveInterval=30)

@@ -75,9 +75,15 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     if count > len(devices):
         raise InputError(f"mesh: {config} asks for {count} devices, {len(devices)} are there")
     # Linen's modules expect automatic axes; make_mesh would default to explicit ones.
-    return jax.make_mesh(
-        tuple(sizes), (*BATCH_AXES, WIDE_AXIS), axis_types=(AxisType.Auto,) * 3, devices=devices[:count]
-    )
+    automatic = (AxisType.Auto,) * 3
+    try:
+        return jax.make_mesh(tuple(sizes), (*BATCH_AXES, WIDE_AXIS), axis_types=automatic, devices=devices[:count])
+    except NotImplementedError as error:  # of TPUs, whose links are along the axes of a torus
+        found = re.search(r"\[[\d, ]+\]", str(error))
+        axes = f" ({found[0]} are left of it)" if found else ""
+        raise InputError(
+            f"mesh: {config} does not lie along the axes of the pod{axes}: each size must be a product of some of them"
+        ) from None
 
 
 def device_name() -> str:

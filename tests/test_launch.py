@@ -15,7 +15,7 @@ import pytest
 import yaml
 from tiny import NO_WINDOW_FLAGS, write_text
 
-from spdf_jax.planning.tpu import GENERATIONS, OVERLAP, OVERLAPPING, tpu_name
+from spdf_jax.planning.tpu import GENERATIONS, tpu_name
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
@@ -231,8 +231,6 @@ def test_tpu_pod_dry_run():
         "--runtime-version=newest --spot"
     )
     assert "delete" not in lines[-1]
-    train = f"env 'LIBTPU_INIT_ARGS={OVERLAP}' python -m spdf_jax.main".replace("'", "'\\''")
-    assert train in lines[-1], "as the plan of such a pod has it"
 
 
 MANIFEST = """\
@@ -326,8 +324,6 @@ def test_gke_topologies(topology, accelerator, hosts, chips_per_host):
         "cloud.google.com/gke-tpu-topology": topology.partition(":")[2],
     }
     assert pod["containers"][0]["resources"]["limits"] == {"google.com/tpu": chips_per_host}
-    told = [{"name": "LIBTPU_INIT_ARGS", "value": OVERLAP}] if topology.partition(":")[0] in OVERLAPPING else None
-    assert pod["containers"][0].get("env") == told
 
 
 @pytest.mark.slow

@@ -431,13 +431,18 @@ def test_a_small_model_is_planned_for_a_pod_that_is_not_there():
 def test_what_libtpu_does_not_know_and_what_does_not_fit_is_said_and_following_suggestions_ends_in_what_does():
     static = {"pretrain.sparsity.rule": "static"}
     large = static | {"pretrain.batch_size": 65536}
-    odd, indivisible, too_large, nearly, split, one_sequence = plans(
+    odd, indivisible, too_large, nearly, split, one_sequence, across = plans(
         ("v5e:3x3", {}),
         ("v5e:4x4", {}),
         ("v5e-4", large),
         ("v5e:2x2", large | {"pretrain.grad_accumulation_steps": 8}),
         ("v5e:2x2", large | {"pretrain.grad_accumulation_steps": 16}),
         ("v5e:2x4", static),
+        ("v5p:4x4x4", static | {"mesh.data": 32, "mesh.fsdp": 2, "pretrain.batch_size": 64}),
+    )
+    assert across == (
+        "refused: mesh: MeshConfig(data=32, fsdp=2, tensor=1) does not lie along the axes of the pod ([4, 4, 4] are left of "
+        "it): each size must be a product of some of them"
     )
     assert odd.startswith("refused: --plan_topology: 'v5e:3x3' is no pod (INVALID_ARGUMENT")
     assert indivisible.startswith(
@@ -456,6 +461,15 @@ def test_what_libtpu_does_not_know_and_what_does_not_fit_is_said_and_following_s
     )
     assert " of 15.75 GiB: fits" in split
     assert "splash attention 0." in one_sequence
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_every_generation_is_planned():
+    pods = ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
+    for pod, said in zip(pods, plans(*((pod, {"pretrain.sparsity.rule": "static"}) for pod in pods)), strict=True):
+        assert re.search(rf"^{pod} .* devices of \d+ TFLOP/s", said, re.MULTILINE), said
+        assert re.search(r"time, estimated +\d", said), said
 
 
 @pytest.mark.slow

@@ -87,6 +87,10 @@ def _compiled(config: RunConfig, plan: PhasePlan, pod: Pod, tensor: int, state: 
     for fsdp in range(1, share + 1):
         if share % fsdp or config.model.d_model % fsdp or state / fsdp > pod.kind.hbm_bytes:
             continue
+        try:
+            make_pod(MeshConfig(share // fsdp, fsdp, tensor), pod.name)
+        except InputError:  # not along the axes of its torus
+            continue
         accumulate = 1
         for remat in REMATS:
             layout: Layout | None = Layout(pod.name, share // fsdp, fsdp, tensor, accumulate, remat)

@@ -37,18 +37,6 @@ _ONLY_COMPILING = {
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
-#: Generations whose collectives run beside what computes only if libtpu is told so, and how: as `launch/common.sh` tells it.
-OVERLAPPING = ("v5p", "v6e")
-OVERLAP = " ".join(
-    f"--xla_{name}=true"
-    for name in (
-        "tpu_enable_async_collective_fusion",
-        "tpu_enable_async_collective_fusion_fuse_all_gather",
-        "tpu_enable_async_collective_fusion_multiple_steps",
-        "tpu_overlap_compute_collective_tc",
-        "enable_async_all_gather",
-    )
-)
 
 
 @dataclass(frozen=True)
@@ -137,15 +125,12 @@ class TpuPod(Pod):
     def devices(self) -> Sequence[jax.Device]:
         """See `Pod.devices`."""
         installed("TPU", "tpu", "libtpu")
-        generation, _, _ = self.name.partition(":")
         for variable, value in _ONLY_COMPILING.items():
             os.environ.setdefault(variable, value)
-        if generation in OVERLAPPING:  # as launch/ starts them
-            os.environ.setdefault("LIBTPU_INIT_ARGS", OVERLAP)
         from jax.experimental import topologies  # brings libtpu
 
         # The two cores of a v4 chip are one device on a pod; those of a v5p chip are without asking.
-        one_device = {"chip_config_name": "megacore"} if generation == "v4" else {}
+        one_device = {"chip_config_name": "megacore"} if self.name.startswith("v4:") else {}
         return topologies.get_topology_desc(self.name, "tpu", **one_device).devices
 
     def over(self, mesh: Mesh) -> "TpuPod":
