@@ -24,7 +24,8 @@ class Request(NamedTuple):
       command: as it was given, for the report.
       quiet: print errors only, and what a job other than ``train`` is for.
       prompt: what ``generate`` continues.
-      output: where ``evaluate`` and ``export`` write in place of the workdir.
+      output: where ``evaluate``, ``export`` and ``report`` write in place of the workdir, and where ``compare`` does.
+      runs: the workdirs that ``compare`` is of.
       plan_topology: the pod for which ``plan`` compiles.
       plan_search: compile for it in every layout.
     """
@@ -35,6 +36,7 @@ class Request(NamedTuple):
     quiet: bool = False
     prompt: str = ""
     output: Path | None = None
+    runs: tuple[Path, ...] = ()
     plan_topology: str = ""
     plan_search: bool = False
 

@@ -11,6 +11,8 @@ from spdf_jax.report.draw import (
     DENSITY_COLOURS,
     DENSITY_NORM,
     SPARSE,
+    Plot,
+    Table,
     cell_edges,
     column,
     histogram_path,
@@ -19,10 +21,9 @@ from spdf_jax.report.draw import (
     new_figure,
     png_uri,
     some,
-    svg,
     thinned,
 )
-from spdf_jax.report.page import Panel, template
+from spdf_jax.report.page import Panel, plot_panel, template
 from spdf_jax.report.records import Degrees, Run
 from spdf_jax.report.words import count_tick, percent, short_name
 
@@ -45,7 +46,9 @@ def sparsity_by_step(run: Run) -> Panel | None:
     mark_phases(axes, run.all_rows)
     axes.xaxis.set_major_formatter(count_tick)
     caption = f"Share of the maskable weights that are zero; highest {percent(run.max_sparsity)}."
-    return Panel("Sparsity over steps", svg(figure, "sparsity against steps"), caption)
+    table = Table(("step", "sparsity"), [(row["step"], row["sparsity"]) for row in run.all_rows])
+    plot = Plot("sparsity over steps", figure, "sparsity against steps", table)
+    return plot_panel("Sparsity over steps", plot, caption)
 
 
 def churn_by_step(run: Run) -> Panel | None:
@@ -63,7 +66,9 @@ def churn_by_step(run: Run) -> Panel | None:
     axes.xaxis.set_major_formatter(count_tick)
     legend(figure)
     caption = "Of the connections after each topology step, the share that was not there before it."
-    return Panel("Churn over steps", svg(figure, "churn against steps"), caption)
+    table = Table(("step", "lowest (%)", "mean (%)", "highest (%)"), list(zip(steps, lows, means, highs, strict=True)))
+    plot = Plot("churn over steps", figure, "churn against steps", table)
+    return plot_panel("Churn over steps", plot, caption)
 
 
 def density_by_layer(run: Run) -> Panel | None:
@@ -100,7 +105,10 @@ def density_by_layer(run: Run) -> Panel | None:
     bar.ax.set_yticklabels(["0", "1", "5", "10", "25", "50", "100"])
     bar.outline.set_visible(False)
     caption = "Share of weights present, at each topology step. Each band is one weight matrix, its first layer on top."
-    return Panel("Density by layer", svg(figure, "density of each layer against steps"), caption)
+    names = [f"{leaf}/{i}" if n > 1 else leaf for leaf, n in layer_counts.items() for i in range(n)]
+    table = Table(("step", *names), [(step, *densities) for step, densities in zip(steps, columns, strict=True)])
+    plot = Plot("density by layer", figure, "density of each layer against steps", table)
+    return plot_panel("Density by layer", plot, caption)
 
 
 def mask_pictures(run: Run) -> Panel | None:
@@ -112,6 +120,43 @@ def mask_pictures(run: Run) -> Panel | None:
     scale = _SCALE.render(scale=png_uri(np.linspace(0, 1, 256)[np.newaxis] ** 2))
     caption = f"{some_of_all} recorded matrices, shrunk: a pixel is the share of weights present in its block."
     return Panel("Masks", Markup(multiples + scale), caption)
+
+
+def masks_by_step(run: Run) -> Panel | None:
+    """Pictures of the same masks at every step that has some, of which the page shows one; None where there are no others."""
+    recorded = {step: found for step, found in run.pictures.items() if found}
+    if run.max_sparsity <= 0 or len(recorded) <= len(_named_steps(run, _density(recorded, np.mean))):
+        return None
+    leaves = some(list(recorded[max(recorded, key=lambda step: len(recorded[step]))]), _MAX_PICTURED_LEAVES)
+    steps = [
+        {"step": step, "cells": [(short_name(leaf), _picture(leaf, found[leaf])) for leaf in leaves if leaf in found]}
+        for step, found in sorted(recorded.items())
+    ]
+    caption = "The masks of one step at a time: choose it by its number or, once one is chosen, by the arrow keys."
+    return Panel("Masks by step", Markup(_BY_STEP.render(steps=steps, columns=len(leaves))), caption, wide=True)
+
+
+# A slider of radio buttons, which need no script: a rule a step shows the masks whose button is checked.
+_BY_STEP = template("""\
+<fieldset class="slider" style="--columns: {{ columns }}">
+  {% for one in steps %}
+  <label><input type="radio" name="mask-step" value="{{ loop.index }}"{{ " checked" if loop.last }}>
+    <span>{{ "{:,}".format(one.step) }}</span></label>
+  {% endfor %}
+  {% for one in steps %}
+  <div class="multiples" data-step="{{ loop.index }}">
+    {% for name, cell in one.cells %}
+    <figure>{{ cell.body }}<figcaption>{{ name }}, step {{ "{:,}".format(one.step) }}: {{ cell.caption }}</figcaption></figure>
+    {% endfor %}
+  </div>
+  {% endfor %}
+</fieldset>
+<style>
+{% for one in steps %}
+.slider:has(input[value="{{ loop.index }}"]:checked) > [data-step="{{ loop.index }}"] { display: grid; }
+{% endfor %}
+</style>
+""")
 
 
 def mask_degrees(run: Run) -> Panel | None:
@@ -136,7 +181,7 @@ def _multiples(
     recorded = {step: found for step, found in recorded.items() if found}
     if not recorded or run.max_sparsity <= 0:
         return None
-    density = {step: float(np.mean([density_of(one) for one in found.values()])) for step, found in recorded.items()}
+    density = _density(recorded, density_of)
     columns, leaves = _named_steps(run, density), list(recorded[min(density, key=density.__getitem__)])
     chosen = some(leaves, _MAX_PICTURED_LEAVES)
     rows = [
@@ -144,6 +189,11 @@ def _multiples(
         for leaf in chosen
     ]
     return _MULTIPLES.render(columns=columns.values(), rows=rows), f"{len(chosen)} of {len(leaves)}"
+
+
+def _density(recorded: Mapping[int, Mapping[str, T]], density_of: Callable[[T], Any]) -> dict[int, float]:
+    """The mean over all matrices, by step."""
+    return {step: float(np.mean([density_of(one) for one in found.values()])) for step, found in recorded.items()}
 
 
 def _without_any(degrees: Mapping[int, Mapping[str, Degrees]]) -> str:
