@@ -14,6 +14,7 @@ from matplotlib.image import imread
 from report_folders import STEPS, make_exam_run, make_finetuned, make_rows, make_run, make_sweep, save_pictures
 
 from spdf_jax.report import write_report, write_sweep_report
+from spdf_jax.report.compare import write_comparison
 
 BROWSERS = (os.environ.get("CHROME", ""), "chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 BROWSER = next((found for name in BROWSERS if (found := shutil.which(name))), "")
@@ -83,12 +84,14 @@ def folders(tmp_path_factory) -> dict[str, Path]:
     make_exam_run(found["exams"])
     make_finetuned(found["finetuned"])
     make_sweep(found["sweep"])
+    write_comparison([found["mst"], found["dense"], found["static"]], found["compare"])
     for kind, folder in found.items():
-        (write_sweep_report if kind == "sweep" else write_report)(folder)
+        if kind != "compare":
+            (write_sweep_report if kind == "sweep" else write_report)(folder)
     return found
 
 
-KINDS = ("mst", "dense", "static", "spdf", "finetuned", "exams", "sweep")
+KINDS = ("mst", "dense", "static", "spdf", "finetuned", "exams", "sweep", "compare")
 
 
 @pytest.mark.slow
@@ -101,6 +104,29 @@ def test_a_page_fits_a_phone_and_a_desk(kind, width, folders, tmp_path):
     assert found.pop("smallest") > 7.5
     whole = {"overlap": [], "cut": [], "loaded": [], "console": []}
     assert found == whole | {"needs": width, "cards": html.count('<section class="card')}
+
+
+@pytest.mark.slow
+@needs_browser
+def test_masks_are_shown_of_the_step_that_is_chosen(folders, tmp_path):
+    """Without a script on the page: one clicks here."""
+    html = (folders["mst"] / "report.html").read_text()
+    script = """
+      const seen = [...document.querySelectorAll(".slider input")].map(input => {
+        input.click();
+        return [...document.querySelectorAll(".slider .multiples")]
+            .filter(one => one.getClientRects().length).map(one => one.querySelector("figcaption").textContent);
+      });
+      document.title = JSON.stringify(seen)"""
+    page = tmp_path / "page.html"
+    page.write_text(html.replace("</body>", f"<script>{script}</script></body>"))
+    dom, console = browse(page, "--dump-dom")
+    seen = json.loads(unescape(re.findall(r"<title>(.*?)</title>", dom)[0]))
+    assert not console
+    assert [len(captions) for captions in seen] == [1] * 6
+    assert [re.findall(r", step ([\d,]+): ", captions[0])[0] for captions in seen] == [
+        str(s) for s in range(0, 401, 80)
+    ]
 
 
 @pytest.mark.slow

@@ -57,6 +57,7 @@ def test_every_panel_of_a_finished_run_is_there(page):
         "Density by layer",
         "Masks",
         "Degrees",
+        "Masks by step",
         "Run it again",
         "Settings",
     ]
@@ -135,8 +136,9 @@ def test_a_panel_without_a_neighbour_takes_the_whole_row(page, dense_page):
 
 def test_a_run_under_way_is_reported_from_its_rows(tmp_path):
     page = read(write_report(make_run(tmp_path, last_step=120)))
-    assert "unfinished, at step 120" in page
-    assert "Validation loss 4.58 after 983k tokens with 3.2x fewer training FLOPs" in page
+    assert "interrupted, at step 120" in page
+    assert " at step 120 (validation loss 4.58 at step 100) after 983k tokens with 3.2x fewer training FLOPs" in page
+    assert "<td>at the last evaluation, step 100</td>" in page
     assert "Masks" in titles(page)
     assert "Wall-clock" not in page
 
@@ -159,7 +161,7 @@ def test_names_are_escaped_everywhere(tmp_path):
     page = read(write_report(make_run(tmp_path, rows=rows, last_step=100, config=config)))
     assert "<script" not in page
     assert "&lt;script" in page
-    assert "49" not in re.sub(r"<svg.*?</svg>|base64,[^\"]*", "", page, flags=re.DOTALL)
+    assert "49" not in re.sub(r"<svg.*?</svg>|base64,[^\"]*|as of .*? UTC", "", page, flags=re.DOTALL)
 
 
 def test_long_runs_stay_small(tmp_path):

@@ -136,12 +136,12 @@ def test_a_sweep_under_way_shows_the_runs_that_are_there(tmp_path):
     workdir = make_sweep(tmp_path, finished=False)
     (workdir / "cells" / "not_begun").mkdir()
     page = read(write_sweep_report(workdir))
-    assert "table: mini, unfinished: 14 of the 15 runs begun are finished" in page
+    assert "table: mini, interrupted: 14 of the 15 runs begun are finished as of " in page
     # 0.6 + 0.04 + 4 exp(-5) + 0.1, and so for text.
     assert "0.767 over the target tokens of restaurant (finetune_0_0.001_0)" in page
     assert "4.127 over held-out text (pretrain_0)" in page
     assert titles(page)[:2] == ["Validation loss: text", "Validation loss: restaurant"]
-    assert "unfinished, at step 100" in page
+    assert "interrupted, at step 100" in page
     assert 'href="cells/finetune_75_0.002_1/' not in page
     assert "not_begun" not in page
 

@@ -10,15 +10,9 @@ from markupsafe import Markup
 from spdf_jax.report.draw import STYLE, Table
 from spdf_jax.report.figures import write_figures
 from spdf_jax.report.losses import loss_by_flops, loss_by_step, loss_by_time
-from spdf_jax.report.masks import (
-    churn_by_step,
-    density_by_layer,
-    mask_degrees,
-    mask_pictures,
-    masks_by_step,
-    sparsity_by_step,
-)
+from spdf_jax.report.masks import churn_by_step, density_by_layer, sparsity_by_step
 from spdf_jax.report.page import Panel, command_panel, template, write_page
+from spdf_jax.report.pictures import mask_degrees, mask_pictures, masks_by_step
 from spdf_jax.report.records import Run, changed_settings, read_run
 from spdf_jax.report.scores import evaluation_scores, exam_scores, generated_texts, zero_shot_scores
 from spdf_jax.report.words import (
@@ -190,7 +184,6 @@ def _number_lines(run: Run) -> Iterator[tuple[str, str, str]]:
 
 def _start_lines(run: Run) -> Iterator[tuple[str, str, str]]:
     """When the run was begun and resumed, with which versions."""
-
     if run.starts:
         first, last, again = run.starts[0], run.starts[-1], len(run.starts) - 1
         yield "Begun", when(first["time"]), made_with(first)
