@@ -14,7 +14,7 @@ from matplotlib.image import imread
 from report_folders import STEPS, make_exam_run, make_finetuned, make_rows, make_run, make_sweep, save_pictures
 
 from spdf_jax.report import write_report, write_sweep_report
-from spdf_jax.report.compare import write_comparison
+from spdf_jax.report.compare import read_runs, write_comparison
 
 BROWSERS = (os.environ.get("CHROME", ""), "chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 BROWSER = next((found for name in BROWSERS if (found := shutil.which(name))), "")
@@ -84,7 +84,9 @@ def folders(tmp_path_factory) -> dict[str, Path]:
     make_exam_run(found["exams"])
     make_finetuned(found["finetuned"])
     make_sweep(found["sweep"])
-    write_comparison([found["mst"], found["dense"], found["static"]], found["compare"])
+    write_comparison(
+        read_runs([found[kind] for kind in ("mst", "dense", "static")], found["compare"]), found["compare"]
+    )
     for kind, folder in found.items():
         if kind != "compare":
             (write_sweep_report if kind == "sweep" else write_report)(folder)

@@ -173,6 +173,10 @@ def test_nothing_of_others_is_overwritten_and_nothing_of_ours_is_left_behind(run
     assert [path.name for path in folder.iterdir()] == ["report.html"]
     (folder / "report.html").unlink()
 
+    with pytest.raises(InputError, match="is given twice"):
+        compared(tmp_path / "other", runs[0], runs[0])
+    assert not (tmp_path / "other").exists()
+
     compared(folder, runs[0], make(tmp_path / "fine", 0.0, rate=1e-3))
     (folder / "figures" / "mine.svg").write_text("mine")
     assert (folder / "figures" / "validation_loss_restaurant_by_steps.svg").exists()

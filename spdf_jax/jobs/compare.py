@@ -4,7 +4,7 @@ from pathlib import Path
 
 from spdf_jax.errors import InputError
 from spdf_jax.jobs import Request
-from spdf_jax.report.compare import write_comparison
+from spdf_jax.report.compare import read_runs, write_comparison
 from spdf_jax.workdir import check_writable, read_json, write_json
 
 OUTPUT = Path("runs/compare")
@@ -16,16 +16,19 @@ def run(request: Request) -> None:
     """Writes the page, the table and the figures of ``request.runs`` into ``--output``, and prints the page's path.
 
     Raises:
-      InputError: see `spdf_jax.report.compare.write_comparison`; a folder that holds something else.
+      InputError: see `spdf_jax.report.compare.read_runs`; a folder that holds something else.
     """
     folder = request.output or OUTPUT
     before = _own_files(folder)
+    sweep = read_runs(request.runs, folder)
     check_writable(folder)
-    files = write_comparison(request.runs, folder)
+    runs = [str(workdir) for workdir in request.runs]
+    write_json(folder / MARK, {"runs": runs, "files": sorted(before)})  # first: what a kill leaves is known as ours
+    files = write_comparison(sweep, folder)
     names = [path.relative_to(folder).as_posix() for path in files]
-    write_json(folder / MARK, {"runs": [str(workdir) for workdir in request.runs], "files": names})
     for name in before - set(names):  # of an earlier comparison: a figure of other runs would be taken for these
         (folder / name).unlink(missing_ok=True)
+    write_json(folder / MARK, {"runs": runs, "files": names})
     print(files[0])
 
 
@@ -39,4 +42,5 @@ def _own_files(folder: Path) -> set[str]:
         return set()
     if not (folder / MARK).is_file():
         raise InputError(f"{folder}: holds something else than a comparison; choose another folder by --output")
-    return set(read_json(folder / MARK, "delete it with the other files of that comparison")["files"])
+    listed = read_json(folder / MARK, "delete it with the other files of that comparison").get("files", [])
+    return {name for name in listed if (folder / name).resolve().is_relative_to(folder.resolve())}

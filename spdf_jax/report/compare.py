@@ -35,20 +35,16 @@ from spdf_jax.training.provenance import commit, now
 from spdf_jax.workdir import CONFIG_FILE, METRICS_FILE, write_atomically
 
 
-def write_comparison(workdirs: Sequence[Path], folder: Path) -> list[Path]:
+def write_comparison(sweep: Sweep, folder: Path) -> list[Path]:
     """Writes `report.html`, `compare.md`, `compare.csv`, `compare.tex` and `figures/`, each atomically.
 
     Args:
-      workdirs: of runs, finished or not, two or more.
+      sweep: of `read_runs`.
       folder: to write into.
 
     Returns:
       The paths of the files, the page first.
-
-    Raises:
-      InputError: fewer than two folders, one given twice, one that holds no run, or a file that cannot be read.
     """
-    sweep = read_runs(workdirs, folder)
     table = _Comparison.of(sweep)
     files = {"md": table.markdown(), "csv": csv_text(table.numbers), "tex": table.latex()}
     with matplotlib.rc_context(STYLE):
@@ -68,10 +64,14 @@ def write_comparison(workdirs: Sequence[Path], folder: Path) -> list[Path]:
 
 
 def read_runs(workdirs: Sequence[Path], beside: Path) -> Sweep:
-    """The runs as cells of a sweep without a table; `beside` is the folder of the page.
+    """The runs as cells of a sweep without a table.
+
+    Args:
+      workdirs: of runs, finished or not, two or more.
+      beside: the folder of the page that links to theirs.
 
     Raises:
-      InputError: see `write_comparison`.
+      InputError: fewer than two folders, one given twice, one that holds no run, or a file that cannot be read.
     """
     if len(workdirs) < 2:
         raise InputError("--job compare: give the folders of two runs or more: --job compare runs/a runs/b")
