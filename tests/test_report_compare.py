@@ -57,10 +57,10 @@ def test_the_page_has_a_table_curves_and_where_the_runs_come_from(there, runs):
     assert "<h1>2 runs beside each other</h1>" in page
     assert re.search(r'class="status">compared 20\d\d-\d\d-\d\d \d\d:\d\d:\d\d UTC', page)
     assert "Lowest validation loss: 4.127 over held-out text (dense_0)." in page
-    for label in ("step", "training tokens", "training compute (PFLOP, counted)", "training time (hours, measured)"):
+    for label in ("step", "training tokens", "training compute (PFLOP, counted)", "training time (minutes, measured)"):
         assert f">{label}</text>" in page, label
     assert page.count(">loss (nats/token)</text>") == 4
-    assert re.findall(r'href="([^"]+)"', page) == [f"../../{runs[0].relative_to(runs[0].parents[2])}/report.html"]
+    assert re.findall(r'<a href="([^"]+)"', page) == [f"../../{runs[0].relative_to(runs[0].parents[2])}/report.html"]
     assert "interrupted, at step 1,000" in page
     assert "2026-11-30 08:00:01 UTC" in page
     assert "spdf_jax 0.2.0 at commit abc+, JAX 0.12, Python 3.13.1" in page

@@ -2,6 +2,7 @@
 
 import json
 import re
+from functools import partial
 
 import pytest
 from report_folders import (
@@ -15,11 +16,13 @@ from report_folders import (
     titles,
 )
 
+from spdf_jax import report
 from spdf_jax.errors import InputError
-from spdf_jax.report import write_report
 from spdf_jax.report.records import changed_settings, read_run
 from spdf_jax.report.run import main_numbers, run_again
 from spdf_jax.workdir import write_json
+
+write_report = partial(report.write_report, figures=False)  # those are test_report_figures.py's
 
 
 @pytest.fixture(scope="module")

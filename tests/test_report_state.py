@@ -13,6 +13,7 @@ from tiny import NO_WINDOW, tiny_config, write_text
 
 import spdf_jax as spdf
 from spdf_jax import processes, workdir
+from spdf_jax.config.run import RunConfig
 from spdf_jax.errors import InputError, Restart
 from spdf_jax.jobs import pages
 from spdf_jax.jobs import train as jobs
@@ -122,7 +123,7 @@ def test_the_verdict_is_of_the_last_figures(halfway, tmp_path):
         "nothing": verdict(read_run(make_run(tmp_path / "none", last_step=0, rows=[], sparse=False))),
     }
     assert re.match(
-        r"Training loss \d\.\d\d at step 120 \(validation loss 4.58 over held-out text at step 100\) after 983k tokens with",
+        r"Training loss \d\.\d\d at step 120 \(validation loss 4.58 at step 100\) after 983k tokens with",
         found["newer than the evaluation"],
     )
     assert "(validation loss 8.55 at step 0) after 983k tokens" in found["evaluated once"]
@@ -181,7 +182,7 @@ def text(tmp_path_factory):
     return write_text(tmp_path_factory.mktemp("data") / "text")
 
 
-def short(text: Path) -> spdf.RunConfig:
+def short(text: Path) -> RunConfig:
     c = tiny_config(text, text.parent / "cache")
     c.pretrain.steps, c.phases, c.loop.checkpoint_every_steps, c.loop.eval_every_steps = 12, ("pretrain",), 4, 6
     c.pretrain.sparsity.update(NO_WINDOW | {"update_every_steps": 4})

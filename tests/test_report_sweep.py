@@ -4,18 +4,23 @@ import json
 import re
 import shutil
 import statistics
+from functools import partial
 from pathlib import Path
 
 import pytest
 from report_folders import SIGNATURE, drawn, make_cell, make_sweep, read, sweep_cell, sweep_cells, titles
 
+from spdf_jax import report
 from spdf_jax.errors import InputError
-from spdf_jax.report import write_report, write_sweep_report
 from spdf_jax.report.records import read_sweep
 from spdf_jax.report.sweep import verdict
 from spdf_jax.report.sweep_curves import curves
 from spdf_jax.report.sweep_table import main_charts
 from spdf_jax.workdir import write_json
+
+write_report, write_sweep_report = (
+    partial(make, figures=False) for make in (report.write_report, report.write_sweep_report)
+)
 
 
 @pytest.fixture(scope="module")

@@ -77,8 +77,9 @@ def read_runs(workdirs: Sequence[Path], beside: Path) -> Sweep:
         raise InputError("--job compare: give the folders of two runs or more: --job compare runs/a runs/b")
     found: dict[Path, Path] = {}
     for workdir in workdirs:
-        if (same := found.setdefault(workdir.resolve(), workdir)) is not workdir:
+        if same := found.get(workdir.resolve()):
             raise InputError(f"{workdir}: is given twice{'' if same == workdir else f', as {same} too'}; give it once")
+        found[workdir.resolve()] = workdir
         if (workdir / "cells").is_dir():
             raise InputError(
                 f"{workdir}: is a sweep, with a table of its own; give its runs, {workdir / 'cells' / '*'}"

@@ -76,8 +76,8 @@ def loss_by_flops(run: Run) -> Panel | None:
     axes.set(xlabel=f"training compute ({name}, counted)", ylabel="loss (nats/token)", xlim=(0, None))
     legend(figure)
     table = _table(run, "training FLOPs (counted)", lambda rows: column(rows, "train_flops"))
-    plot = Plot("loss over compute", figure, "loss against training FLOPs", table)
-    return plot_panel("Loss over compute", plot, caption)
+    drawn = Plot("loss over compute", figure, "loss against training FLOPs", table)
+    return plot_panel("Loss over compute", drawn, caption)
 
 
 def loss_by_time(run: Run) -> Panel | None:

@@ -54,7 +54,7 @@ def mask_pictures(run: Run) -> Panel | None:
 def masks_by_step(run: Run) -> Panel | None:
     """Pictures of the same masks at every step that has some, of which the page shows one; None where there are no others."""
     recorded = {step: found for step, found in run.pictures.items() if found}
-    if run.max_sparsity <= 0 or len(recorded) <= len(_named_steps(run, _density(recorded, np.mean))):
+    if run.max_sparsity <= 0 or not recorded or len(recorded) <= len(_named_steps(run, _density(recorded, np.mean))):
         return None
     leaves = some(list(recorded[max(recorded, key=lambda step: len(recorded[step]))]), _MAX_PICTURED_LEAVES)
     steps = [
@@ -100,8 +100,9 @@ def mask_degrees(run: Run) -> Panel | None:
 
     def plot(axes: Axes, degrees: Degrees) -> None:
         shares, edges = _shares(degrees)
-        for share, how in zip(shares, ({"fill": True, "color": SPARSE, "alpha": 0.35}, {"color": INK}), strict=True):
-            axes.stairs(np.histogram(share, edges)[0], edges, **how)
+        into, out = (np.histogram(share, edges)[0] for share in shares)
+        axes.stairs(into, edges, fill=True, color=SPARSE, alpha=0.35)
+        axes.stairs(out, edges, color=INK)
 
     counts = [
         (leaf, step, side, int(connections), int(count))
