@@ -35,7 +35,7 @@ def test_masks_that_do_not_change_have_no_sparsest_step(workdir):
         save_mask_picture(workdir, step, {"blocks/mlp_up/kernel/0": np.full((2, 2), 0.25, np.float32)})
     assert columns() == ["start, step 0", "last, step 60"]
     save_mask_picture(workdir, 100, {"blocks/mlp_up/kernel/0": np.full((2, 2), 0.5, np.float32)})
-    assert columns() == ["start and sparsest, step 0", "end, step 100"]
+    assert columns() == ["start and sparsest, step 0", "last, step 100"]
 
 
 def test_mask_pictures_name_their_layer(workdir):

@@ -22,7 +22,6 @@ from spdf_jax.report.sweep_curves import STEPS, curves
 from spdf_jax.report.words import (
     COUNT_UNITS,
     COUNTED_NOTE,
-    duration,
     flops,
     made_with,
     percent,
@@ -170,7 +169,7 @@ _COLUMNS = (
     _Column("training FLOPs (counted)", _number("train_flops"), flops),
     _Column("FLOPs with the run before (counted)", _both_flops, flops),
     _Column("FLOP reduction", _number("flops_reduction"), "{:.2f}x".format),
-    _Column("time (s)", _number("wall_seconds"), duration),
+    _Column("time (s)", _number("wall_seconds"), "{:,.0f}".format),
     _Column("parameters", _number("parameters"), "{:,}".format),
     _Column("highest sparsity", lambda run: run.max_sparsity, percent),
 )

@@ -100,7 +100,8 @@ def mask_degrees(run: Run) -> Panel | None:
 
     def plot(axes: Axes, degrees: Degrees) -> None:
         shares, edges = _shares(degrees)
-        into, out = (np.histogram(share, edges)[0] for share in shares)
+        counts = (np.histogram(share, edges)[0] for share in shares)
+        into, out = (count / max(count.max(), 1) for count in counts)  # each as high as the other, as on the page
         axes.stairs(into, edges, fill=True, color=SPARSE, alpha=0.35)
         axes.stairs(out, edges, color=INK)
 
@@ -135,6 +136,7 @@ def _grid(of: _Multiples, recorded: Mapping[int, Mapping[str, T]], draw: Callabl
         for step, axes in zip(of.columns, row, strict=True):
             axes.set(xticks=[], yticks=[])
             axes.grid(False)
+            axes.spines[:].set_visible(False)
             if leaf in recorded[step]:
                 draw(axes, recorded[step][leaf])
     for axes, name in zip(every[0], of.columns.values(), strict=True):
@@ -185,7 +187,7 @@ def _without_any(degrees: Mapping[int, Mapping[str, Degrees]]) -> str:
 def _named_steps(run: Run, density: Mapping[int, float]) -> dict[int, str]:
     """Start, sparsest (where that changes) and end among the steps; one step is shown once, under all its names."""
     steps, sparsest = sorted(density), min(sorted(density), key=density.__getitem__)
-    last = "end" if steps[-1] == run.numbers.get("steps") else "last"
+    last = "end" if run.is_finished and steps[-1] == run.numbers.get("steps") else "last"
     named = [("start", steps[0]), ("sparsest", sparsest), (last, steps[-1])]
     if density[sparsest] == max(density.values()):
         del named[1]
