@@ -34,6 +34,7 @@ def no_figures():
     """Reports of tiny runs whose figures are empty: drawing them takes longer than such a run."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Figure, "savefig", empty_figure)
+        patch.setattr("spdf_jax.report.closer._lines", lambda axes: [])
         yield
 
 

@@ -133,6 +133,52 @@ def test_masks_are_shown_of_the_step_that_is_chosen(folders, tmp_path):
 
 @pytest.mark.slow
 @needs_browser
+@pytest.mark.parametrize("kind", ["mst", "sweep", "compare"])
+def test_curves_are_looked_at_closer(kind, folders, tmp_path):
+    """The pointer over a point shows its values, the wheel zooms, and each scale is a click away."""
+    pytest.importorskip("bokeh")
+    assert 'href="curves.html"' in (folders[kind] / "report.html").read_text()
+    html = (folders[kind] / "curves.html").read_text()
+    assert len(html) < 3_000_000
+    script = """
+      const wait = ms => new Promise(done => setTimeout(done, ms));
+      const every = (root, selector) => [...root.querySelectorAll("*")].flatMap(one =>
+        [...(one.matches(selector) ? [one] : []), ...(one.shadowRoot ? every(one.shadowRoot, selector) : [])]);
+      (async () => {
+        while (!Bokeh.documents[0]?.is_idle) await wait(50);
+        const models = [...Bokeh.documents[0]._all_models.values()];
+        const plot = models.find(one => one.type == "Figure"), view = Bokeh.index.find_one(plot);
+        const source = plot.renderers.at(-1).data_source, x = source.get_column("x")[2], y = source.get_column("y")[2];
+        const events = view.canvas_view.events_el, box = events.getBoundingClientRect();
+        const at = {clientX: box.left + view.frame.x_scale.compute(x), clientY: box.top + view.frame.y_scale.compute(y),
+                    bubbles: true, composed: true, pointerType: "mouse", isPrimary: true, pointerId: 1};
+        for (const kind of ["pointerenter", "pointerover", "pointermove"]) events.dispatchEvent(new PointerEvent(kind, at));
+        await wait(300);
+        const values = every(document, ".bk-tooltip-row-value").map(one => one.textContent);
+        const width = plot.x_range.end - plot.x_range.start;
+        events.dispatchEvent(new WheelEvent("wheel", {...at, deltaY: -200}));
+        await wait(300);
+        const zoomed = (plot.x_range.end - plot.x_range.start) / width;
+        models.find(one => one.type == "Tabs").active = 2;
+        await wait(300);
+        const scales = models.filter(one => one.type == "Figure").slice(0, 3).map(one => one.x_scale.type + one.y_scale.type);
+        const loaded = performance.getEntriesByType("resource").map(entry => entry.name);
+        document.title = JSON.stringify({x, y, values, zoomed, scales, loaded});
+      })()"""
+    page = tmp_path / "page.html"
+    page.write_text(html.replace("</body>", f"<script>{script}</script></body>"))
+    dom, console = browse(page, "--dump-dom", "--virtual-time-budget=30000")
+    found = json.loads(unescape(re.findall(r"<title>(.*?)</title>", dom)[0]))
+    assert not [line for line in console if "[bokeh " not in line]
+    values = {value.strip().replace(",", "") for value in found["values"]}
+    assert {f"{found[axis]:.4f}".rstrip("0").rstrip(".") for axis in "xy"} <= values
+    assert found["zoomed"] < 0.9
+    assert found["scales"] == ["LinearScaleLinearScale", "LogScaleLinearScale", "LogScaleLogScale"]
+    assert found["loaded"] == []
+
+
+@pytest.mark.slow
+@needs_browser
 def test_what_does_not_fit_is_noticed(folders, tmp_path):
     html = (folders["mst"] / "report.html").read_text()
     assert ">200<" in html

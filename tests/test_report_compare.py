@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pytest
 from forks import command
+from matplotlib.figure import Figure
 from report_folders import make_config, make_run, make_summary, make_sweep, read, sweep_cell, titles
+from tiny import empty_figure
 
 from spdf_jax.errors import InputError
 from spdf_jax.jobs import Request, compare
+from spdf_jax.report import closer
 from spdf_jax.report.compare import read_runs
 from spdf_jax.workdir import write_json
 
@@ -27,6 +30,13 @@ def make(folder: Path, sparsity: float, *, rate: float = 0.0, finished: bool = T
     if finished:
         write_json(run / "summary.json", make_summary(rows) | {"val_loss": rows[-1]["val_loss"]})
     return run
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Figures that are empty, where nobody looks at them."""
+    monkeypatch.setattr(Figure, "savefig", empty_figure)
+    monkeypatch.setattr(closer, "_lines", lambda axes: [])
 
 
 def compared(folder: Path, *runs: Path) -> str:
@@ -60,7 +70,9 @@ def test_the_page_has_a_table_curves_and_where_the_runs_come_from(there, runs):
     for label in ("step", "training tokens", "training compute (PFLOP, counted)", "training time (minutes, measured)"):
         assert f">{label}</text>" in page, label
     assert page.count(">loss (nats/token)</text>") == 4
-    assert re.findall(r'<a href="([^"]+)"', page) == [f"../../{runs[0].relative_to(runs[0].parents[2])}/report.html"]
+    assert re.findall(r'<a href="(\.\.[^"]+)"', page) == [
+        f"../../{runs[0].relative_to(runs[0].parents[2])}/report.html"
+    ]
     assert "interrupted, at step 1,000" in page
     assert "2026-11-30 08:00:01 UTC" in page
     assert "spdf_jax 0.2.0 at commit abc+, JAX 0.12, Python 3.13.1" in page
@@ -141,6 +153,7 @@ def test_the_same_text_in_another_place_is_the_same_text(tmp_path):
     assert read_runs(runs, tmp_path).remark == ""
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_losses_over_other_targets_share_no_curve(tmp_path):
     page = compared(tmp_path / "there", make(tmp_path / "pre", 0.5), make(tmp_path / "fine", 0.0, rate=1e-3))
     assert titles(page)[1:3] == ["Validation loss: text", "Validation loss: restaurant"] or titles(page)[1:3] == [
@@ -164,6 +177,7 @@ def test_what_is_no_pair_of_runs_is_refused(runs, tmp_path):
             compared(tmp_path / "there", *given)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_nothing_of_others_is_overwritten_and_nothing_of_ours_is_left_behind(runs, tmp_path):
     folder = tmp_path / "there"
     folder.mkdir()
@@ -186,6 +200,7 @@ def test_nothing_of_others_is_overwritten_and_nothing_of_ours_is_left_behind(run
     assert "mine.svg" in left
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_names_of_runs_are_escaped(tmp_path):
     nasty = "<script>alert('$x$')<"
     runs = [make_run(tmp_path / name, config=make_config(command=nasty, variant=nasty)) for name in ("a", nasty)]

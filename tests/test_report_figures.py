@@ -10,7 +10,7 @@ import pytest
 from matplotlib.image import imread
 from report_folders import STEPS, make_exam_run, make_rows, make_run, make_sweep, titles
 
-from spdf_jax.report import write_report, write_sweep_report
+from spdf_jax.report import closer, write_report, write_sweep_report
 
 
 @pytest.fixture(scope="module")
@@ -113,3 +113,10 @@ def test_a_page_under_way_leaves_figures_to_the_end(tmp_path):
         re.search("<h2>Masks by step", page.read_text()) is None
     )  # two steps alone have pictures, and both have names
     assert not (tmp_path / "figures").exists()
+
+
+def test_without_bokeh_there_is_no_file_of_curves_and_no_link_to_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(closer.importlib.util, "find_spec", lambda name: None)
+    page = write_report(make_run(tmp_path, last_step=20, sparse=False))
+    assert "curves.html" not in page.read_text()
+    assert not (tmp_path / "curves.html").exists()

@@ -148,7 +148,7 @@ def test_a_sweep_under_way_runs_or_was_interrupted(tmp_path):
     (tmp_path / ".lock").touch()
     with lock(tmp_path):
         assert re.fullmatch(f"table: mini, running: {of} {TIME}", status(read(write_sweep_report(tmp_path))))
-    page = write_sweep_report(tmp_path, tmp_path / "there")
+    page = write_sweep_report(tmp_path, tmp_path / "there", figures=False)
     assert 'href="../cells/pretrain_0/report.html"' in read(page)
 
 
@@ -190,47 +190,57 @@ def short(text: Path) -> RunConfig:
     return spdf.resolve(c)
 
 
-def test_a_run_fails_is_interrupted_and_ends_with_a_page_that_says_so(text, tmp_path, monkeypatch):
+def seen_pages(monkeypatch: pytest.MonkeyPatch, *, share: float) -> list[str]:
+    """What the status of every page of a run will be, in order; pages may take `share` of its time."""
+    seen, write = [], pages.write_run_page
+
+    def writing(*arguments, **how) -> Path:
+        page = write(*arguments, **how)
+        seen.append(re.sub(f" as of {TIME}", "", status(read(page))))
+        return page
+
+    monkeypatch.setattr(pages, "SHARE_OF_TIME", share)
+    monkeypatch.setattr(pages, "write_run_page", writing)
+    monkeypatch.setattr(jobs, "write_run_page", writing)
+    return seen
+
+
+def test_a_run_that_fails_says_so_until_it_is_finished(text, tmp_path, monkeypatch):
     config, one_step = short(text), loop.one_step
 
     def poisoned(steps, plan, local, state, batch):
         state, metrics = one_step(steps, plan, local, state, batch)
         return state, metrics | ({"loss": np.float32(np.nan)} if local == 6 else {})
 
-    monkeypatch.setattr(pages, "SHARE_OF_TIME", float("inf"))
-    seen, written = [], pages.write_run_page
-    monkeypatch.setattr(
-        pages, "write_run_page", lambda *a, **how: seen.append(status(read(written(*a, **how)))) or tmp_path
-    )
+    seen = seen_pages(monkeypatch, share=float("inf"))
     monkeypatch.setattr(loop, "one_step", poisoned)
     with pytest.raises(InputError, match="step 7: loss nan"):
         jobs.train(config, tmp_path, progress=False)
-    assert [re.sub(f" as of {TIME}", "", one) for one in seen] == [
-        "running, at step 0",
-        "running, at step 6",
-        "failed, at step 7",
-    ]
+    assert seen == ["running, at step 0", "running, at step 6", "failed, at step 7"]
     assert "step 7: loss nan, gradient norm" in note(read(tmp_path / "report.html"))
-
+    assert not (tmp_path / "figures").exists()
     monkeypatch.setattr(loop, "one_step", one_step)
-    monkeypatch.setattr(processes, "preempted", lambda step: step == 9)
-    with pytest.raises(Restart):
-        jobs.train(config, tmp_path, progress=False)
-    assert [re.sub(f" as of {TIME}", "", one) for one in seen[3:]] == ["running, at step 6", "interrupted, at step 9"]
-    assert "from its checkpoint at step 9" in note(read(tmp_path / "report.html"))
-
-    monkeypatch.setattr(processes, "preempted", lambda step: False)
     jobs.train(config, tmp_path, progress=False)
-    assert status(read(tmp_path / "report.html")) == "finished"
+    assert seen[3:] == ["running, at step 6", "running, at step 12", "finished"]
     assert (tmp_path / "figures" / "loss_over_steps.svg").is_file()
 
-    # Pages change nothing of the run itself.
+
+@pytest.mark.slow
+def test_pages_of_a_run_that_is_interrupted_change_none_of_its_rows(text, tmp_path, monkeypatch):
+    config, run = short(text), tmp_path / "run"
+    seen = seen_pages(monkeypatch, share=float("inf"))
+    monkeypatch.setattr(processes, "preempted", lambda step: step == 9)
+    with pytest.raises(Restart):
+        jobs.train(config, run, progress=False)
+    assert seen == ["running, at step 0", "running, at step 6", "interrupted, at step 9"]
+    assert "from its checkpoint at step 9" in note(read(run / "report.html"))
+    monkeypatch.setattr(processes, "preempted", lambda step: False)
+    jobs.train(config, run, progress=False)
     monkeypatch.undo()
-    undisturbed = tmp_path / "undisturbed"
-    jobs.train(config, undisturbed, progress=False)
+    jobs.train(config, tmp_path / "undisturbed", progress=False)
     ours, theirs = (
         [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in read_metrics(folder)]
-        for folder in (tmp_path, undisturbed)
+        for folder in (run, tmp_path / "undisturbed")
     )
     assert ours == theirs
 

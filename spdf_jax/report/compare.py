@@ -13,6 +13,7 @@ from markupsafe import Markup
 
 from spdf_jax.config.run import flat
 from spdf_jax.errors import InputError
+from spdf_jax.report.closer import write_curves
 from spdf_jax.report.draw import STYLE, Table
 from spdf_jax.report.figures import csv_text, write_figures
 from spdf_jax.report.page import Panel, template, write_page
@@ -49,6 +50,7 @@ def write_comparison(sweep: Sweep, folder: Path) -> list[Path]:
     with matplotlib.rc_context(STYLE):
         panels = [table.panel(sweep), *curves(sweep, STEPS), *_origins(sweep)]
         figures = write_figures(folder, panels)
+    curves_file = write_curves(folder, sweep.title, panels)
     page = write_page(
         folder / "report.html",
         title=sweep.title,
@@ -56,10 +58,16 @@ def write_comparison(sweep: Sweep, folder: Path) -> list[Path]:
         verdict=f"Lowest validation loss: {lowest_losses(sweep)}.",
         note=sweep.remark,
         panels=panels,
+        curves=curves_file,
     )
     for suffix, content in files.items():
         write_atomically(folder / f"compare.{suffix}", content.encode())
-    return [page, *(folder / f"compare.{suffix}" for suffix in files), *figures]
+    return [
+        page,
+        *(folder / f"compare.{suffix}" for suffix in files),
+        *figures,
+        *([curves_file] if curves_file else []),
+    ]
 
 
 def read_runs(workdirs: Sequence[Path], beside: Path) -> Sweep:

@@ -30,7 +30,9 @@ def plot_panel(title: str, plot: Plot, caption: str = "") -> Panel:
     return Panel(title, plot.inline, caption, plots=(plot,))
 
 
-def write_page(path: Path, *, title: str, status: str, verdict: str, note: str, panels: Sequence[Panel]) -> Path:
+def write_page(
+    path: Path, *, title: str, status: str, verdict: str, note: str, panels: Sequence[Panel], curves: Path | None = None
+) -> Path:
     """Writes a page, atomically.
 
     Args:
@@ -40,11 +42,15 @@ def write_page(path: Path, *, title: str, status: str, verdict: str, note: str, 
       verdict: the sentence below it: what came out.
       note: what to keep in mind with it, or "".
       panels: its cards, in order.
+      curves: the file beside it in which to look closer at its curves, if there is one.
 
     Returns:
       The path.
     """
-    page = _PAGE.render(title=title, status=status, verdict=verdict, note=note, panels=panels, alone=_alone(panels))
+    page = _PAGE.render(
+        title=title, status=status, verdict=verdict, note=note, panels=panels, alone=_alone(panels), curves=curves
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, page.encode())
     return path
 
@@ -135,6 +141,7 @@ header { margin-bottom: 1.75rem; }
 }
 .caption { margin: 0 0 .7rem; color: var(--soft); font-size: .88rem; line-height: 1.45; overflow-wrap: anywhere; }
 .soft { color: var(--soft); font-size: .88rem; }
+.closer { margin: .75rem 0 0; }
 .plot svg { display: block; width: 100%; height: auto; }
 .plot svg text { font-family: inherit !important; }
 .three { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 17rem), 1fr)); gap: .8rem; }
@@ -216,7 +223,7 @@ summary { margin-top: .8rem; cursor: pointer; font-weight: 600; }
   .figures th[scope=row] { min-width: 5rem; }
   .figures .name { min-width: 0; }
   tr { break-inside: avoid; }
-  details, .slider label { display: none; }
+  details, .slider label, .closer { display: none; }
 }
 </style>
 </head>
@@ -227,6 +234,10 @@ summary { margin-top: .8rem; cursor: pointer; font-weight: 600; }
   <p class="verdict">{{ verdict | held }}</p>
   {% if note %}
   <p class="note">{{ note | held }}</p>
+  {% endif %}
+  {% if curves %}
+  <p class="soft closer"><a href="{{ curves.name }}">Look closer at the curves</a>: values under the pointer, zoom,
+    logarithmic axes.</p>
   {% endif %}
 </header>
 <main class="grid">

@@ -7,6 +7,7 @@ from pathlib import Path
 import matplotlib
 from markupsafe import Markup
 
+from spdf_jax.report.closer import write_curves
 from spdf_jax.report.draw import STYLE, Table
 from spdf_jax.report.figures import write_figures
 from spdf_jax.report.losses import loss_by_flops, loss_by_step, loss_by_time
@@ -56,17 +57,19 @@ def write_report(
     workdir, folder = Path(workdir), Path(output or workdir)
     run = read_run(workdir, running)
     cell = f", {workdir.name}" if workdir.parent.name == "cells" else ""  # of a sweep, whose runs share a name
+    title = f"{run.name}{cell}"
     with matplotlib.rc_context(STYLE):
         panels = [panel for make in _PANELS if (panel := make(run)) is not None]
         if figures:
             write_figures(folder, panels)
     return write_page(
         folder / "report.html",
-        title=f"{run.name}{cell}",
+        title=title,
         status=run.status if run.is_finished else f"{run.status} as of {when(now())}",
         verdict=verdict(run),
         note=" ".join(filter(None, [_what_next(run), COUNTED_NOTE if run.max_sparsity > 0 else ""])),
         panels=panels,
+        curves=write_curves(folder, title, panels) if figures and not cell else None,
     )
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import matplotlib
 
+from spdf_jax.report.closer import write_curves
 from spdf_jax.report.draw import STYLE
 from spdf_jax.report.figures import write_figures
 from spdf_jax.report.page import Panel, command_panel, write_page
@@ -56,6 +57,7 @@ def write_sweep_report(
         verdict=verdict(sweep),
         note=" ".join(filter(None, [sweep.remark, _what_ran(sweep), _counted(sweep)])),
         panels=panels,
+        curves=write_curves(folder, sweep.title, panels) if figures else None,
     )
 
 

@@ -203,7 +203,7 @@ def _curves_figure(
             shown = xs[cell] > 0 if is_log else np.full(len(xs[cell]), True)
             losses = column(rows[cell], "val_loss")
             every = math.ceil(shown.sum() / _MAX_MARKERS)
-            axes.plot(xs[cell][shown] / scale, losses[shown], markevery=(place % every, every), **line)
+            axes.plot(xs[cell][shown] / scale, losses[shown], markevery=(place % every, every), label=cell, **line)
     axes.set(xlabel=axis.label.format(name), ylabel="loss (nats/token)")
     if is_log:
         axes.set_xscale("log")
