@@ -125,7 +125,6 @@ def train(
             if step:
                 print(f"{workdir}: resuming after step {step} of {plans[-1].end}.{_elsewhere(record)}")
             _keep_identity(config, workdir, command, tokenizer, new=step == 0)
-            record_start(config, workdir, experiment, command, step)
             rows = record.get("rows")
             tracker = Tracker(workdir, resume_step=step, total_steps=plans[-1].end, progress=progress, durable=rows)
             run = Run(
@@ -145,6 +144,7 @@ def train(
                 step=step,
                 write_page=live_page(workdir, tracker).update,
             )
+            record_start(config, workdir, experiment, command, step)
             return _run_phases(run, index, state, tokens)
 
 
