@@ -58,7 +58,7 @@ def _lines(axes: Axes) -> list[Line2D]:
     ]
 
 
-def _drawn(plot: Plot, x_scale: str, y_scale: str) -> Any:
+def _drawn(plot: Plot, x_scale: Any, y_scale: Any) -> Any:
     """The lines of a figure, by Bokeh."""
     from bokeh.plotting import figure
 
@@ -81,7 +81,7 @@ def _drawn(plot: Plot, x_scale: str, y_scale: str) -> Any:
         x, y = (np.asarray(values, float) for values in (line.get_xdata(), line.get_ydata()))
         positive = ((x > 0) | (x_scale == "linear")) & ((y > 0) | (y_scale == "linear"))
         name = str(line.get_label())
-        how = {
+        how: dict[str, Any] = {
             "name": "" if name.startswith("_") else name,
             "color": to_hex(line.get_color()),
             "alpha": line.get_alpha() or 1,

@@ -137,10 +137,10 @@ def different(workdirs: Mapping[str, Path], runs: Mapping[str, Run]) -> str:
     if {config.get("data.source") for config in configs} == {"embedded"}:
         pythons = {run.starts[0]["python"] for run in runs.values() if run.starts}
         found += ["the Python whose library is the text"] if len(pythons) > 1 else []
-    frequencies = {round(run.numbers["unigram_loss"], 9) for run in runs.values() if "unigram_loss" in run.numbers}
-    if len(frequencies) > 1:
+    frequencies = [round(run.numbers["unigram_loss"], 9) for run in runs.values() if "unigram_loss" in run.numbers]
+    if len(set(frequencies)) > 1:
         found.append("the loss of token frequencies alone")
-    elif not frequencies and len({config.get("data.path") for config in configs}) > 1:
+    elif len(frequencies) < len(runs) and len({config.get("data.path") for config in configs}) > 1:
         found.append("data.path")
     tasks = {run.task(run.evaluation_rows[-1]) for run in runs.values() if run.evaluation_rows}
     said = "Losses are not comparable where they are over other text, or over other tokens of it. " if found else ""
