@@ -1,4 +1,5 @@
-"""Command line: ``python -m spdf_jax.main --config FILE[:VARIANT] [--job JOB] [--workdir DIR] [--config.a.b=value ...]``.
+"""Command line: ``python -m spdf_jax.main --config FILE[:VARIANT] [--job JOB] [--workdir DIR] [--config.a.b=value ...]``, and
+``python -m spdf_jax.main --job compare RUN1 RUN2 ...``.
 
 ``--help`` says what each flag is for.
 """
@@ -22,7 +23,7 @@ from spdf_jax import processes
 from spdf_jax.errors import InputError, Restart, closest, unknown_key
 
 #: Each is a module of `spdf_jax.jobs`; those that a sweep has, with theirs.
-JOBS = ("train", "evaluate", "generate", "export", "plan", "report")
+JOBS = ("train", "evaluate", "generate", "export", "plan", "report", "compare")
 _NEEDS_EXPERIMENT = ("train", "plan")
 SWEEP_JOBS = {"train": "sweep", "plan": "plan", "report": "report"}
 
@@ -30,13 +31,17 @@ _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Experiment file, with its variant after a colon: experiments/gpt2_mst.py:124m."
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run leaves everything; default runs/<experiment>-<variant>.")
-_JOB = flags.DEFINE_enum("job", "train", JOBS, "What to do.")
+_JOB = flags.DEFINE_enum(
+    "job", "train", JOBS, "What to do; compare takes the workdirs of runs, and nothing of a config."
+)
 _TOPOLOGY = flags.DEFINE_string(
     "plan_topology", "", "TPUs or GPUs for which --job plan compiles the steps: v5e:16x16, v6e-256, h100:8, h200:2x8."
 )
 _SEARCH = flags.DEFINE_bool("plan_search", False, "Compile for --plan_topology in every mesh, micro-batch and remat.")
 _PROMPT = flags.DEFINE_string("prompt", "", "What --job generate continues.")
-_OUTPUT = flags.DEFINE_string("output", "", "Where --job evaluate and export write, in place of the workdir.")
+_OUTPUT = flags.DEFINE_string(
+    "output", "", "Where evaluate, export and report write, and not into the workdir; compare: runs/compare."
+)
 _QUIET = flags.DEFINE_bool("quiet", False, "Print errors only, and what jobs other than train are for.")
 _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Be one of many processes; see spdf_jax/processes.py.")
 _PROFILE_STEPS = flags.DEFINE_string("profile_steps", "", "A:B leaves a profile of the steps after A up to B.")
@@ -63,8 +68,7 @@ def main(argv: Sequence[str]) -> int:
         if asked := _asked(argv):
             print(asked)
             return 0
-        _parse(argv)
-        return _run(argv)
+        return _run(argv, _parse(argv))
     except InputError as error:
         return _fail(str(error))
     except Restart as notice:
@@ -110,8 +114,8 @@ def _asked(argv: Sequence[str]) -> str:
     return ""
 
 
-def _parse(argv: Sequence[str]) -> None:
-    """Reads the flags. A bad one is the user's to fix, however ml_collections raises it."""
+def _parse(argv: Sequence[str]) -> list[str]:
+    """Reads the flags, and returns the runs to compare. A bad one is the user's to fix, however ml_collections raises it."""
     try:
         argv = _of_its_run(argv)
         rest = flags.FLAGS(argv)[1:]
@@ -123,6 +127,13 @@ def _parse(argv: Sequence[str]) -> None:
         raise refused or InputError(f"--config: unknown key {_one_line(error)}") from error
     except Exception as error:
         raise _in_the_file(error, argv) or InputError(f"--config: {_one_line(error)}") from error
+    if _JOB.value == "compare":
+        for flag in (_CONFIG, _WORKDIR):
+            if flag.present:
+                raise InputError(
+                    f"--{flag.name}: --job compare takes the workdirs of runs: --job compare runs/a runs/b"
+                )
+        return rest
     if rest:
         raise InputError(f"command line: {rest[0]!r} is no flag; overrides are spelled --config.section.key=value")
     if _CONFIG.value is None:
@@ -142,6 +153,7 @@ def _parse(argv: Sequence[str]) -> None:
         raise InputError(
             f"--config: {file} is not there" + (f"; did you mean {file.parent / other}.py?" if other else "")
         )
+    return []
 
 
 def _of_its_run(argv: Sequence[str]) -> list[str]:
@@ -151,7 +163,7 @@ def _of_its_run(argv: Sequence[str]) -> list[str]:
         given[name] = flags.FLAGS[name]
     given(list(argv), known_only=True)
     workdir, job = given["workdir"].value, given["job"].value
-    if not workdir or job in _NEEDS_EXPERIMENT or any(re.match("--?config(=|$)", text) for text in argv):
+    if not workdir or job in (*_NEEDS_EXPERIMENT, "compare") or any(re.match("--?config(=|$)", text) for text in argv):
         return list(argv)
     saved = Path(__file__).parent / "config" / "saved.py"
     return [*argv[:1], f"--config={saved}:{Path(workdir).expanduser()}", *argv[1:]]
@@ -229,17 +241,23 @@ def _config_file() -> str:
     return flag.config_filename.split(":")[0]  # without the variant
 
 
-def _run(argv: Sequence[str]) -> int:
+def _run(argv: Sequence[str], runs: Sequence[str]) -> int:
     logging.set_verbosity(logging.FATAL)  # orbax and grain narrate; what matters they raise
     if _DISTRIBUTED.value:
         if _JOB.value not in ("train", "evaluate"):
             raise InputError(f"--distributed: --job {_JOB.value} is the work of one process; leave --distributed out")
         processes.initialise()
-    sweep = "cells" in _CONFIG.value
-    if _OUTPUT.value and _JOB.value not in ("evaluate", "export"):
+    if _OUTPUT.value and _JOB.value not in ("evaluate", "export", "report", "compare"):
         raise InputError(f"--output: --job {_JOB.value} writes into the --workdir; leave --output out")
     if _SEARCH.value and not _TOPOLOGY.value:
         raise InputError("--plan_search: searches for a pod; name it by --plan_topology")
+    output = Path(_OUTPUT.value).expanduser() if _OUTPUT.value else None
+    if _JOB.value == "compare":
+        from spdf_jax.jobs import Request, compare
+
+        compare.run(Request(Path(), output=output, runs=tuple(Path(run).expanduser() for run in runs)))
+        return 0
+    sweep = "cells" in _CONFIG.value
     if sweep and _JOB.value not in SWEEP_JOBS:
         raise InputError(f"--job {_JOB.value}: a sweep has many runs; its jobs are {', '.join(SWEEP_JOBS)}")
     if sweep and _PROFILE_STEPS.value:
@@ -257,7 +275,7 @@ def _run(argv: Sequence[str]) -> int:
         command=shlex.join(["python", "-m", "spdf_jax.main", *argv[1:]]),
         quiet=_QUIET.value,
         prompt=_PROMPT.value,
-        output=Path(_OUTPUT.value).expanduser() if _OUTPUT.value else None,
+        output=output,
         plan_topology=_TOPOLOGY.value,
         plan_search=_SEARCH.value,
     )

@@ -12,10 +12,11 @@ import math
 import os
 import shutil
 import tempfile
+import time
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import jax
 
@@ -32,6 +33,7 @@ GENERATIONS_FILE = "generations.jsonl"
 CHECKPOINTS, BEST = "checkpoints", "best"
 TENSORBOARD_FOLDER = "tensorboard"
 PICTURES_FOLDER = "mask_pictures"
+FIGURES_FOLDER = "figures"
 PROFILE_FOLDER = "profile"
 CODE_FOLDER = "code"
 
@@ -155,7 +157,9 @@ def sweep(workdir: Path) -> None:
     """Removes what killed processes left half-written in a run's folder; what one that lives is writing stays."""
     if not is_first():
         return
-    for left in itertools.chain(*((workdir / f).glob(p) for f in ("", PICTURES_FOLDER) for p in _TEMPORARY)):
+    for left in itertools.chain(
+        *((workdir / f).glob(p) for f in ("", PICTURES_FOLDER, FIGURES_FOLDER) for p in _TEMPORARY)
+    ):
         with contextlib.suppress(OSError):  # in use, or gone meanwhile
             descriptor = os.open(left, os.O_RDONLY)
             try:
@@ -225,7 +229,7 @@ def lock(workdir: Path) -> Iterator[None]:
         return
     with (workdir / ".lock").open("a") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _take(file)
         except BlockingIOError:
             raise InputError(
                 f"workdir {workdir}: another run is using it; wait for it to end, or choose another --workdir"
@@ -238,6 +242,36 @@ def lock(workdir: Path) -> Iterator[None]:
                 flush=True,
             )
         yield
+
+
+def _take(file: IO[Any]) -> None:
+    """Locks a file for this process alone; `in_use` may hold it for a moment.
+
+    Raises:
+      BlockingIOError: another process keeps it.
+    """
+    for is_last in (False, False, False, True):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if is_last:
+                raise
+            time.sleep(0.05)
+
+
+def in_use(workdir: Path) -> bool | None:
+    """Whether a run holds the workdir, this process's own too; None where nobody knows, as on a disk without locks."""
+    try:
+        with (workdir / ".lock").open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    except OSError:
+        return None
+    return False
 
 
 def check_writable(folder: Path) -> None:

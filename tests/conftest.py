@@ -14,7 +14,7 @@ os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")  # nobody reads w
 import jax
 import pytest
 from matplotlib.figure import Figure
-from tiny import QUICKLY, few_matrices
+from tiny import QUICKLY, empty_figure, few_matrices
 
 # Nor do they run for long: what they compile, in whatever process, need not be fast.
 os.environ.update(QUICKLY)
@@ -33,7 +33,8 @@ def pytest_collection_finish():
 def no_figures():
     """Reports of tiny runs whose figures are empty: drawing them takes longer than such a run."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Figure, "savefig", lambda self, file, **how: file.write("<svg></svg>"))
+        patch.setattr(Figure, "savefig", empty_figure)
+        patch.setattr("spdf_jax.report.closer._lines", lambda axes: [])
         yield
 
 

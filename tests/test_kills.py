@@ -19,7 +19,7 @@ from pathlib import Path
 import jax
 import pytest
 from matplotlib.figure import Figure
-from tiny import NO_WINDOW, few_matrices, tiny_config, write_text
+from tiny import NO_WINDOW, empty_figure, few_matrices, tiny_config, write_text
 
 import spdf_jax as spdf
 from spdf_jax.config.run import RunConfig
@@ -182,7 +182,7 @@ def assert_all_as_undisturbed(root: Path) -> None:
 
 if __name__ == "__main__":
     jax.config.update("jax_num_cpu_devices", 8)  # as in the tests: whose compiled programs are then this process's too
-    Figure.savefig = lambda self, file, **how: file.write("<svg></svg>")  # drawing takes longer than such a run
+    Figure.savefig = empty_figure  # drawing takes longer than such a run
     gc.freeze()  # as conftest.py
     gc.set_threshold(100_000, 20, 100)
     with few_matrices():

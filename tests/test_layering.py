@@ -42,6 +42,7 @@ LIBRARIES = {
     "absl": {"main"},
     "safetensors": {"sparsity.mask_files", "huggingface.folder"},
     "matplotlib": {"report"},
+    "bokeh": {"report.closer"},
     "tensorboard": {"training.events"},
     "tensorflow": set(),
     "torch": set(),

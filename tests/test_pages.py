@@ -19,7 +19,7 @@ PAGES = ("README.md", "CONTRIBUTING.md", "experiments/README.md", "experiments/b
 #: Where a file that a page names may lie.
 FOLDERS = (".", "spdf_jax", "experiments", "experiments/benchmarks", "experiments/notebooks", "tests")
 #: Of others, of a sweep's folder, or to be written by whoever follows a walk.
-ELSEWHERE = {"data/openwebtext/prepare.py", "table.md", "spdf_jax/jobs/masks.py"}
+ELSEWHERE = {"data/openwebtext/prepare.py", "table.md", "compare.md", "spdf_jax/jobs/masks.py"}
 every_page = pytest.mark.parametrize("page", PAGES)
 
 

@@ -14,6 +14,7 @@ from matplotlib.image import imread
 from report_folders import STEPS, make_exam_run, make_finetuned, make_rows, make_run, make_sweep, save_pictures
 
 from spdf_jax.report import write_report, write_sweep_report
+from spdf_jax.report.compare import read_runs, write_comparison
 
 BROWSERS = (os.environ.get("CHROME", ""), "chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 BROWSER = next((found for name in BROWSERS if (found := shutil.which(name))), "")
@@ -83,12 +84,16 @@ def folders(tmp_path_factory) -> dict[str, Path]:
     make_exam_run(found["exams"])
     make_finetuned(found["finetuned"])
     make_sweep(found["sweep"])
+    write_comparison(
+        read_runs([found[kind] for kind in ("mst", "dense", "static")], found["compare"]), found["compare"]
+    )
     for kind, folder in found.items():
-        (write_sweep_report if kind == "sweep" else write_report)(folder)
+        if kind != "compare":
+            (write_sweep_report if kind == "sweep" else write_report)(folder)
     return found
 
 
-KINDS = ("mst", "dense", "static", "spdf", "finetuned", "exams", "sweep")
+KINDS = ("mst", "dense", "static", "spdf", "finetuned", "exams", "sweep", "compare")
 
 
 @pytest.mark.slow
@@ -101,6 +106,75 @@ def test_a_page_fits_a_phone_and_a_desk(kind, width, folders, tmp_path):
     assert found.pop("smallest") > 7.5
     whole = {"overlap": [], "cut": [], "loaded": [], "console": []}
     assert found == whole | {"needs": width, "cards": html.count('<section class="card')}
+
+
+@pytest.mark.slow
+@needs_browser
+def test_masks_are_shown_of_the_step_that_is_chosen(folders, tmp_path):
+    """Without a script on the page: one clicks here."""
+    html = (folders["mst"] / "report.html").read_text()
+    script = """
+      const seen = [...document.querySelectorAll(".slider input")].map(input => {
+        input.click();
+        return [...document.querySelectorAll(".slider .multiples")]
+            .filter(one => one.getClientRects().length).map(one => one.querySelector("figcaption").textContent);
+      });
+      document.title = JSON.stringify(seen)"""
+    page = tmp_path / "page.html"
+    page.write_text(html.replace("</body>", f"<script>{script}</script></body>"))
+    dom, console = browse(page, "--dump-dom")
+    seen = json.loads(unescape(re.findall(r"<title>(.*?)</title>", dom)[0]))
+    assert not console
+    assert [len(captions) for captions in seen] == [1] * 6
+    assert [re.findall(r", step ([\d,]+): ", captions[0])[0] for captions in seen] == [
+        str(s) for s in range(0, 401, 80)
+    ]
+
+
+@pytest.mark.slow
+@needs_browser
+@pytest.mark.parametrize("kind", ["mst", "sweep", "compare"])
+def test_curves_are_looked_at_closer(kind, folders, tmp_path):
+    """The pointer over a point shows its values, the wheel zooms, and each scale is a click away."""
+    pytest.importorskip("bokeh")
+    assert 'href="curves.html"' in (folders[kind] / "report.html").read_text()
+    html = (folders[kind] / "curves.html").read_text()
+    assert len(html) < 3_000_000
+    script = """
+      const wait = ms => new Promise(done => setTimeout(done, ms));
+      const every = (root, selector) => [...root.querySelectorAll("*")].flatMap(one =>
+        [...(one.matches(selector) ? [one] : []), ...(one.shadowRoot ? every(one.shadowRoot, selector) : [])]);
+      (async () => {
+        while (!Bokeh.documents[0]?.is_idle) await wait(50);
+        const models = [...Bokeh.documents[0]._all_models.values()];
+        const plot = models.find(one => one.type == "Figure"), view = Bokeh.index.find_one(plot);
+        const source = plot.renderers.at(-1).data_source, x = source.get_column("x")[2], y = source.get_column("y")[2];
+        const events = view.canvas_view.events_el, box = events.getBoundingClientRect();
+        const at = {clientX: box.left + view.frame.x_scale.compute(x), clientY: box.top + view.frame.y_scale.compute(y),
+                    bubbles: true, composed: true, pointerType: "mouse", isPrimary: true, pointerId: 1};
+        for (const kind of ["pointerenter", "pointerover", "pointermove"]) events.dispatchEvent(new PointerEvent(kind, at));
+        await wait(300);
+        const values = every(document, ".bk-tooltip-row-value").map(one => one.textContent);
+        const width = plot.x_range.end - plot.x_range.start;
+        events.dispatchEvent(new WheelEvent("wheel", {...at, deltaY: -200}));
+        await wait(300);
+        const zoomed = (plot.x_range.end - plot.x_range.start) / width;
+        models.find(one => one.type == "Tabs").active = 2;
+        await wait(300);
+        const scales = models.filter(one => one.type == "Figure").slice(0, 3).map(one => one.x_scale.type + one.y_scale.type);
+        const loaded = performance.getEntriesByType("resource").map(entry => entry.name);
+        document.title = JSON.stringify({x, y, values, zoomed, scales, loaded});
+      })()"""
+    page = tmp_path / "page.html"
+    page.write_text(html.replace("</body>", f"<script>{script}</script></body>"))
+    dom, console = browse(page, "--dump-dom", "--virtual-time-budget=30000")
+    found = json.loads(unescape(re.findall(r"<title>(.*?)</title>", dom)[0]))
+    assert not [line for line in console if "[bokeh " not in line]
+    values = {value.strip().replace(",", "") for value in found["values"]}
+    assert {f"{found[axis]:.4f}".rstrip("0").rstrip(".") for axis in "xy"} <= values
+    assert found["zoomed"] < 0.9
+    assert found["scales"] == ["LinearScaleLinearScale", "LogScaleLinearScale", "LogScaleLogScale"]
+    assert found["loaded"] == []
 
 
 @pytest.mark.slow

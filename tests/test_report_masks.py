@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from report_folders import drawn, make_rows, make_run
 
-from spdf_jax.report.masks import density_by_layer, mask_degrees, mask_pictures
+from spdf_jax.report.masks import density_by_layer
+from spdf_jax.report.pictures import mask_degrees, mask_pictures, masks_by_step
 from spdf_jax.report.records import read_run
 from spdf_jax.training.mask_pictures import picture_of, save_mask_picture
 
@@ -34,7 +35,7 @@ def test_masks_that_do_not_change_have_no_sparsest_step(workdir):
         save_mask_picture(workdir, step, {"blocks/mlp_up/kernel/0": np.full((2, 2), 0.25, np.float32)})
     assert columns() == ["start, step 0", "last, step 60"]
     save_mask_picture(workdir, 100, {"blocks/mlp_up/kernel/0": np.full((2, 2), 0.5, np.float32)})
-    assert columns() == ["start and sparsest, step 0", "end, step 100"]
+    assert columns() == ["start and sparsest, step 0", "last, step 100"]
 
 
 def test_mask_pictures_name_their_layer(workdir):
@@ -44,6 +45,29 @@ def test_mask_pictures_name_their_layer(workdir):
     assert "<code>attn_q, layer 3</code>" in panel
     assert "not recorded" in panel  # at step 0, which has another matrix
     assert "25 % present" in panel
+
+
+def test_masks_of_one_step_at_a_time_where_others_than_the_named_have_pictures(workdir):
+    def save(step: int, share: float, leaves: int) -> None:
+        pictures = {f"blocks/mlp_up/kernel/{i}": np.full((2, 2), share, np.float32) for i in range(leaves)}
+        save_mask_picture(workdir, step, pictures)
+
+    for step, share in ((0, 1.0), (20, 0.25), (100, 1.0)):
+        save(step, share, 2)
+    assert drawn(masks_by_step, read_run(workdir)) == ""  # start, sparsest and end are shown beside each other
+    save(60, 0.5, 2)
+    panel = drawn(masks_by_step, read_run(workdir))
+    assert re.findall(r'value="(\d)"( checked)?>\s*<span>(\d+)</span>', panel) == [
+        ("1", "", "0"),
+        ("2", "", "20"),
+        ("3", "", "60"),
+        ("4", " checked", "100"),
+    ]
+    shown = re.findall(r'data-step="3">(.*?)</div>', panel, re.DOTALL)[0]
+    assert re.findall(r"<figcaption>(.*?)</figcaption>", shown) == [
+        f"mlp_up, layer {i}, step 60: 50 % present" for i in range(2)
+    ]
+    assert len(re.findall(r":has\(input\[value=.\d.\]:checked\)", panel)) == 4
 
 
 def test_degrees_are_counted_neuron_by_neuron(workdir):

@@ -4,18 +4,23 @@ import json
 import re
 import shutil
 import statistics
+from functools import partial
 from pathlib import Path
 
 import pytest
 from report_folders import SIGNATURE, drawn, make_cell, make_sweep, read, sweep_cell, sweep_cells, titles
 
+from spdf_jax import report
 from spdf_jax.errors import InputError
-from spdf_jax.report import write_report, write_sweep_report
 from spdf_jax.report.records import read_sweep
 from spdf_jax.report.sweep import verdict
 from spdf_jax.report.sweep_curves import curves
 from spdf_jax.report.sweep_table import main_charts
 from spdf_jax.workdir import write_json
+
+write_report, write_sweep_report = (
+    partial(make, figures=False) for make in (report.write_report, report.write_sweep_report)
+)
 
 
 @pytest.fixture(scope="module")
@@ -136,12 +141,12 @@ def test_a_sweep_under_way_shows_the_runs_that_are_there(tmp_path):
     workdir = make_sweep(tmp_path, finished=False)
     (workdir / "cells" / "not_begun").mkdir()
     page = read(write_sweep_report(workdir))
-    assert "table: mini, unfinished: 14 of the 15 runs begun are finished" in page
+    assert "table: mini, interrupted: 14 of the 15 runs begun are finished as of " in page
     # 0.6 + 0.04 + 4 exp(-5) + 0.1, and so for text.
     assert "0.767 over the target tokens of restaurant (finetune_0_0.001_0)" in page
     assert "4.127 over held-out text (pretrain_0)" in page
     assert titles(page)[:2] == ["Validation loss: text", "Validation loss: restaurant"]
-    assert "unfinished, at step 100" in page
+    assert "interrupted, at step 100" in page
     assert 'href="cells/finetune_75_0.002_1/' not in page
     assert "not_begun" not in page
 

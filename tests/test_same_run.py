@@ -370,8 +370,8 @@ def test_a_workdir_that_cannot_be_written_is_used_from_another_folder(text, trai
 def test_output_is_for_jobs_that_write_elsewhere(capsys):
     from test_main import MST, command
 
-    result = command("--config", MST, "--job", "report", "--output", "x")
+    result = command("--config", MST, "--job", "train", "--output", "x")
     assert (result.returncode, result.stderr) == (
         2,
-        "error: --output: --job report writes into the --workdir; leave --output out\n",
+        "error: --output: --job train writes into the --workdir; leave --output out\n",
     )

@@ -100,6 +100,11 @@ def few_matrices():
         yield
 
 
+def empty_figure(_figure, file, **how):
+    """In place of `Figure.savefig`, where drawing would take longer than what is drawn."""
+    file.write("<svg></svg>" if how["format"] == "svg" else b"a picture")
+
+
 def set_sparsity(phase, **settings):
     """The section ``sparsity`` of a phase: its defaults, but for these."""
     phase.sparsity.update(dataclasses.asdict(SparsityConfig()) | settings)

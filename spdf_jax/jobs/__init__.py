@@ -1,4 +1,7 @@
-"""One file a ``--job``: its `run` does the job for a run, its `run_sweep` for a sweep, where a sweep has that job."""
+"""One file a ``--job``: its `run` does the job for a run, its `run_sweep` for a sweep, where a sweep has that job.
+
+`compare` is of many runs, and of no config. `pages` is no job: it keeps the pages of those that train.
+"""
 
 import contextlib
 import io
@@ -24,7 +27,8 @@ class Request(NamedTuple):
       command: as it was given, for the report.
       quiet: print errors only, and what a job other than ``train`` is for.
       prompt: what ``generate`` continues.
-      output: where ``evaluate`` and ``export`` write in place of the workdir.
+      output: where ``evaluate``, ``export`` and ``report`` write in place of the workdir, and where ``compare`` does.
+      runs: the workdirs that ``compare`` is of.
       plan_topology: the pod for which ``plan`` compiles.
       plan_search: compile for it in every layout.
     """
@@ -35,6 +39,7 @@ class Request(NamedTuple):
     quiet: bool = False
     prompt: str = ""
     output: Path | None = None
+    runs: tuple[Path, ...] = ()
     plan_topology: str = ""
     plan_search: bool = False
 

@@ -23,6 +23,7 @@ from spdf_jax.config.sweep import CURVE_COLUMNS, Row, SweepConfig
 from spdf_jax.errors import InputError
 from spdf_jax.jobs import Request, keep_compiled
 from spdf_jax.jobs.evaluate import evaluate_checkpoint
+from spdf_jax.jobs.pages import sweep_page
 from spdf_jax.jobs.train import train
 from spdf_jax.processes import wait_for_first
 from spdf_jax.report import write_sweep_report
@@ -77,9 +78,11 @@ def train_cells(
         if not (workdir / "table.json").exists():  # what the page so far is headed by
             write_json(workdir / "table.json", _names(config) | {"rows": []})
         summaries = {}
-        for i, (name, cell) in enumerate(config.cells.items(), 1):
-            print(f"[{i}/{len(config.cells)}] {name}", flush=True)
-            summaries[name] = train(cell, workdir / CELLS / name, command=command, file=file, progress=progress)
+        with sweep_page(workdir) as page:
+            for i, (name, cell) in enumerate(config.cells.items(), 1):
+                print(f"[{i}/{len(config.cells)}] {name}", flush=True)
+                summaries[name] = train(cell, workdir / CELLS / name, command=command, file=file, progress=progress)
+                page.update()
         write_table(config, workdir, [_row(config, workdir, row, summaries) for row in config.rows])
         return read_json(workdir / "table.json", "run the sweep again")
 

@@ -18,6 +18,7 @@ from spdf_jax.data import TokenData, unigram_loss
 from spdf_jax.data.tokenizer import Tokenizer
 from spdf_jax.errors import InputError
 from spdf_jax.jobs import Request, keep_compiled
+from spdf_jax.jobs.pages import last_page, live_page, write_run_page
 from spdf_jax.model.flops import parameter_count
 from spdf_jax.model.gpt import GPT
 from spdf_jax.planning.describe import describe
@@ -140,6 +141,8 @@ def train(
                 total=recorded_cost(record, plans, step),
                 seconds=record["seconds"],
                 evaluations=_evaluations(workdir, step, record) if step else {},
+                step=step,
+                write_page=live_page(workdir, tracker).update,
             )
             record_start(config, workdir, experiment, command, step)
             return _run_phases(run, index, state, tokens)
@@ -180,15 +183,13 @@ def _keep_identity(config: RunConfig, workdir: Path, command: str, tokenizer: To
 
 def _run_phases(run: Run, index: int, state: TrainState, tokens: TokenData | None) -> dict[str, Any]:
     """Phases from `index` on, whose state it is, and the summary at their end."""
-    try:
+    with contextlib.closing(run.tracker), last_page(run):
         for plan in run.plans[index:]:
             if plan.index > index:
                 state = enter_phase(state, plan, run.mesh)
             state = run_phase(run, plan, state)
         processes.beat(0, 0)
         return _finish(run, int(state.step), tokens)
-    finally:
-        run.tracker.close()
 
 
 def _nothing_to_do(workdir: Path, summary: dict[str, Any]) -> dict[str, Any]:
@@ -323,7 +324,7 @@ def _finish(run: Run, step: int, tokens: TokenData | None) -> dict[str, Any]:
         f"validation loss {first:.3f} at first, {summary['val_loss']:.3f} at "
         f"{f'best (step {result})' if 'best_step' in summary else 'last'}{yardstick}.\n"
         f"{summary['flops_reduction']:.2f}x fewer training FLOPs than dense (counted, {why}). "
-        f"Report: {_write_page(run.workdir) if processes.is_first() else ''}"
+        f"Report: {write_run_page(run.workdir) if processes.is_first() else ''}"
     )
     return summary
 
@@ -339,12 +340,5 @@ def _finished(config: RunConfig, workdir: Path, mesh: Mesh) -> dict[str, Any] | 
     except DamagedCheckpointError:
         return None
     if processes.is_first() and not (workdir / "report.html").is_file():
-        print(f"{workdir}: its report was missing, and is written again: {_write_page(workdir)}", flush=True)
+        print(f"{workdir}: its report was missing, and is written again: {write_run_page(workdir)}", flush=True)
     return summary
-
-
-def _write_page(workdir: Path) -> Path:
-    # Imported here, since it brings matplotlib, for a second of which `import spdf_jax` has no use.
-    from spdf_jax.report import write_report
-
-    return write_report(workdir)

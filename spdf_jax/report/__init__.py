@@ -1,10 +1,11 @@
-"""`report.html`: one page about a run, or about a sweep of runs, for readers who did not run it.
+"""`report.html`: one page about a run, a sweep or runs beside each other, for readers who did not run them; and its `figures/`.
 
-Built only from what was recorded, so it can be written during a run and again at any time after. A page loads nothing:
-figures are inline SVG in the page's own colours, mask pictures are PNG data URIs.
+Built only from what was recorded, so it can be written during a run and again at any time after. A page loads nothing and has
+no script: figures are inline SVG in the page's own colours, mask pictures are PNG data URIs.
 
-`records` reads a folder, `words` writes numbers and names, `draw` makes figures, `page` puts panels on a page. On these stand
-the panels of a run (`run`, `losses`, `masks`, `scores`) and of a sweep (`sweep`, `sweep_table`, `sweep_curves`, `sweep_cells`).
+`records` reads a folder, `words` writes numbers and names, `draw` makes figures, `page` puts panels on a page, `figures` into
+files. On these stand the panels of a run (`run`, `losses`, `masks`, `pictures`, `scores`), of a sweep (`sweep`, `sweep_table`,
+`sweep_curves`, `sweep_cells`) and of any runs (`compare`).
 """
 
 from spdf_jax.report.run import write_report

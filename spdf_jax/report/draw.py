@@ -1,11 +1,13 @@
-"""Figures as inline SVG in the page's own colours."""
+"""Figures: as inline SVG in the page's colours, and as files in their own."""
 
 import base64
 import io
 import math
 import re
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple, TypeVar
 
 import matplotlib
 import numpy as np
@@ -63,6 +65,7 @@ STYLE: dict[Any, Any] = {
     "ytick.color": SOFT_INK,
 }
 MAX_LINE_POINTS = 600
+_DPI = 200  # pixels an inch
 
 
 def new_figure(height_inches: float = 2.9, width_inches: float = 4.2) -> tuple[Figure, Axes]:
@@ -100,20 +103,56 @@ def mark_phases(axes: Axes, rows: Sequence[Row]) -> None:
     axes.set_xlim(left, right)
 
 
-def svg(figure: Figure, description: str) -> Markup:
-    """The figure as an SVG element that can stand beside others, of other descriptions, in one page."""
-    buffer = io.StringIO()
-    # Ids hash the salt and what they name, so the same figure gives the same bytes and two figures never clash.
-    with matplotlib.rc_context({"svg.hashsalt": description}):
-        figure.savefig(buffer, format="svg", dpi=200, metadata={"Date": None})
-    text = buffer.getvalue()
-    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
-    text = re.sub(r'<g id="[^"]*">', "<g>", text)
-    for colour, name in _THEME.items():
-        text = re.sub(rf"(?<=: ){colour}\b", name, text)
-    head, body = text.split(">", 1)
-    head = re.sub(r' (width|height)="[^"]*"', "", head)  # the page decides; the viewBox keeps the proportions
-    return Markup(f'<div class="plot">{head} role="img" aria-label="{escape(description)}">{body}</div>')
+class Table(NamedTuple):
+    """Numbers and names by row, for CSV; None for what is absent."""
+
+    header: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+
+
+@dataclass(frozen=True, eq=False)
+class Plot:
+    """A figure: the name of its files, what it shows in words, and the numbers that it shows."""
+
+    name: str
+    figure: Figure
+    description: str
+    table: Table
+
+    @cached_property
+    def svg(self) -> str:
+        """An SVG element in colours of its own."""
+        buffer = io.StringIO()
+        # Ids hash the salt and what they name, so the same figure gives the same bytes and two figures never clash.
+        with matplotlib.rc_context({"svg.hashsalt": self.description}):
+            self.figure.savefig(buffer, format="svg", dpi=_DPI, metadata={"Date": None})
+        text = buffer.getvalue()
+        return re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+
+    @property
+    def png(self) -> bytes:
+        """A picture on white."""
+        buffer = io.BytesIO()
+        self.figure.savefig(buffer, format="png", dpi=_DPI, facecolor=_GROUND, metadata={"Software": None})
+        return buffer.getvalue()
+
+    @property
+    def inline(self) -> Markup:
+        """The SVG in the page's colours; it can stand beside others, of other descriptions, in one page."""
+        text = re.sub(r'<g id="[^"]*">', "<g>", self.svg)
+        for colour, name in _THEME.items():
+            text = re.sub(rf"(?<=: ){colour}\b", name, text)
+        head, body = text.split(">", 1)
+        head = re.sub(r' (width|height)="[^"]*"', "", head)  # the page decides; the viewBox keeps the proportions
+        return Markup(f'<div class="plot">{head} role="img" aria-label="{escape(self.description)}">{body}</div>')
+
+    @property
+    def document(self) -> str:
+        """The SVG as a file, on white."""
+        head, body = self.svg.split(">", 1)
+        return (
+            f'<?xml version="1.0" encoding="utf-8"?>\n{head}><rect width="100%" height="100%" fill="{_GROUND}"/>{body}'
+        )
 
 
 def png_uri(density: np.ndarray) -> str:

@@ -14,14 +14,15 @@ from spdf_jax.report.draw import (
     MAX_LINE_POINTS,
     SOFT_INK,
     SPARSE,
+    Plot,
+    Table,
     column,
     legend,
     mark_phases,
     new_figure,
-    svg,
     thinned,
 )
-from spdf_jax.report.page import Panel
+from spdf_jax.report.page import Panel, plot_panel
 from spdf_jax.report.records import Row, Run
 from spdf_jax.report.words import FLOP_UNITS, TIME_UNITS, count_tick, percent, reduction, target_name, unit
 
@@ -46,7 +47,8 @@ def loss_by_step(run: Run) -> Panel | None:
     tasks = list(dict.fromkeys(run.task(row) for row in run.evaluation_rows))
     if tasks:
         captions.append(f"Points: {', then '.join(target_name(task) for task in tasks)}.")
-    return Panel("Loss over steps", svg(figure, "loss against steps"), " ".join(captions))
+    plot = Plot("loss over steps", figure, "loss against steps", _table(run, "step", lambda rows: column(rows, "step")))
+    return plot_panel("Loss over steps", plot, " ".join(captions))
 
 
 def loss_by_flops(run: Run) -> Panel | None:
@@ -73,7 +75,9 @@ def loss_by_flops(run: Run) -> Panel | None:
         caption = "This run is dense: nothing is skipped."
     axes.set(xlabel=f"training compute ({name}, counted)", ylabel="loss (nats/token)", xlim=(0, None))
     legend(figure)
-    return Panel("Loss over compute", svg(figure, "loss against training FLOPs"), caption)
+    table = _table(run, "training FLOPs (counted)", lambda rows: column(rows, "train_flops"))
+    drawn = Plot("loss over compute", figure, "loss against training FLOPs", table)
+    return plot_panel("Loss over compute", drawn, caption)
 
 
 def loss_by_time(run: Run) -> Panel | None:
@@ -93,7 +97,18 @@ def loss_by_time(run: Run) -> Panel | None:
     caption = "Time by the logged tokens a second: compilation is in it, evaluations are not."
     if run.max_sparsity > 0:
         caption += " Masks save no time; sparse_compute=blocks does."
-    return Panel("Loss over time", svg(figure, "loss against training time"), caption)
+    table = _table(run, "training time (s)", lambda rows: scale * time(rows))
+    plot = Plot("loss over time", figure, "loss against training time", table)
+    return plot_panel("Loss over time", plot, caption)
+
+
+def _table(run: Run, x: str, xs: Callable[[Sequence[Row]], np.ndarray]) -> Table:
+    """Every logged loss over `x`, with what the same steps cost a dense model."""
+    rows: list[Sequence[Any]] = []
+    for kind, key, some in (("training", "loss", run.train_rows), ("validation", "val_loss", run.evaluation_rows)):
+        for at, row in zip(xs(some), some, strict=True):
+            rows.append((kind, row["phase"], run.task(row), at, row.get("dense_flops"), row[key]))
+    return Table(("loss", "phase", "task", x, "FLOPs of the same steps, dense", "nats/token"), rows)
 
 
 def _plot_losses(

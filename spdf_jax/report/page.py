@@ -9,20 +9,30 @@ from pathlib import Path
 from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup, escape
 
+from spdf_jax.report.draw import Plot, Table
 from spdf_jax.workdir import write_atomically
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One titled card of the page."""
+    """One titled card of the page; `plots` and `table` are what it shows, for `figures/`."""
 
     title: str
     body: Markup
     caption: str = ""
     wide: bool = False
+    plots: Sequence[Plot] = ()
+    table: Table | None = None
 
 
-def write_page(path: Path, *, title: str, status: str, verdict: str, note: str, panels: Sequence[Panel]) -> Path:
+def plot_panel(title: str, plot: Plot, caption: str = "") -> Panel:
+    """A card with one figure."""
+    return Panel(title, plot.inline, caption, plots=(plot,))
+
+
+def write_page(
+    path: Path, *, title: str, status: str, verdict: str, note: str, panels: Sequence[Panel], curves: Path | None = None
+) -> Path:
     """Writes a page, atomically.
 
     Args:
@@ -32,11 +42,15 @@ def write_page(path: Path, *, title: str, status: str, verdict: str, note: str, 
       verdict: the sentence below it: what came out.
       note: what to keep in mind with it, or "".
       panels: its cards, in order.
+      curves: the file beside it in which to look closer at its curves, if there is one.
 
     Returns:
       The path.
     """
-    page = _PAGE.render(title=title, status=status, verdict=verdict, note=note, panels=panels, alone=_alone(panels))
+    page = _PAGE.render(
+        title=title, status=status, verdict=verdict, note=note, panels=panels, alone=_alone(panels), curves=curves
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, page.encode())
     return path
 
@@ -127,9 +141,11 @@ header { margin-bottom: 1.75rem; }
 }
 .caption { margin: 0 0 .7rem; color: var(--soft); font-size: .88rem; line-height: 1.45; overflow-wrap: anywhere; }
 .soft { color: var(--soft); font-size: .88rem; }
+.closer { margin: .75rem 0 0; }
 .plot svg { display: block; width: 100%; height: auto; }
 .plot svg text { font-family: inherit !important; }
 .three { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 17rem), 1fr)); gap: .8rem; }
+.two { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); gap: .8rem 1.6rem; }
 .key { display: flex; flex-wrap: wrap; align-content: start; gap: .1rem 1.2rem; margin: 0 0 .7rem; padding: 0;
        font-size: .85rem; list-style: none; }
 .key svg { width: 1.9rem; height: .6rem; margin-right: .4rem; vertical-align: middle; }
@@ -164,6 +180,11 @@ thead th { color: var(--soft); font-size: .85rem; line-height: 1.3; vertical-ali
 .multiples figcaption, .multiples > span { color: var(--soft); }
 .into { fill: var(--accent); fill-opacity: .35; stroke: none; }
 .out { fill: none; stroke: var(--second); stroke-width: 1.5; vector-effect: non-scaling-stroke; }
+.slider { margin: 0; padding: 0; border: 0; }
+.slider label { display: inline-block; min-width: 2.6rem; margin: 0 .3rem .6rem 0; font-size: .8rem; text-align: center;
+                cursor: pointer; }
+.slider input { display: block; margin: 0 auto .1rem; accent-color: var(--accent); }
+.slider .multiples { display: none; grid-template-columns: repeat(var(--columns), minmax(0, 18rem)); }
 .scale { display: grid; grid-template-columns: 1fr auto 1fr; margin-top: 1rem; color: var(--soft);
          font-size: .8rem; }
 .scale img { grid-column: 1 / -1; width: 100%; height: .6rem; }
@@ -189,6 +210,7 @@ summary { margin-top: .8rem; cursor: pointer; font-weight: 600; }
   body { max-width: none; padding: 0; font-size: 10pt; }
   .grid { grid-template-columns: 1fr 1fr; }
   .three { grid-template-columns: 1fr 1fr 1fr; }
+  .two { grid-template-columns: 1fr 1fr; }
   .card { break-inside: avoid; }
   .wide:not(:has(.plot)) { break-inside: auto; }
   h2, .caption { break-after: avoid; }
@@ -201,7 +223,7 @@ summary { margin-top: .8rem; cursor: pointer; font-weight: 600; }
   .figures th[scope=row] { min-width: 5rem; }
   .figures .name { min-width: 0; }
   tr { break-inside: avoid; }
-  details { display: none; }
+  details, .slider label, .closer { display: none; }
 }
 </style>
 </head>
@@ -212,6 +234,10 @@ summary { margin-top: .8rem; cursor: pointer; font-weight: 600; }
   <p class="verdict">{{ verdict | held }}</p>
   {% if note %}
   <p class="note">{{ note | held }}</p>
+  {% endif %}
+  {% if curves %}
+  <p class="soft closer"><a href="{{ curves.name }}">Look closer at the curves</a>: values under the pointer, zoom,
+    logarithmic axes.</p>
   {% endif %}
 </header>
 <main class="grid">

@@ -1,6 +1,7 @@
 """What a run or a sweep recorded, read from its folder."""
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +17,7 @@ from spdf_jax.errors import InputError, reading
 from spdf_jax.report.words import setting
 from spdf_jax.training.metrics import check_rows, read_metrics
 from spdf_jax.workdir import (
+    CHECKPOINTS,
     CONFIG_FILE,
     EVALUATION_FILE,
     GENERATIONS_FILE,
@@ -23,6 +25,7 @@ from spdf_jax.workdir import (
     PICTURES_FOLDER,
     PROVENANCE_FILE,
     SUMMARY_FILE,
+    in_use,
     read_json,
 )
 
@@ -39,6 +42,7 @@ class Run:
 
     `numbers` is `summary.json`, and before there is one, what the rows say so far; `scores` is `evaluation.json`.
     `starts` is of `provenance.json`; `pictures` (images of densities) and `degrees` are by step, then by leaf path.
+    `running` is None where nobody knows; `saved_step` is that of the newest checkpoint, 0 before the first.
     """
 
     config: Mapping[str, Any]
@@ -51,6 +55,8 @@ class Run:
     topology_rows: Sequence[Row]
     pictures: Mapping[int, Mapping[str, np.ndarray]]
     degrees: Mapping[int, Mapping[str, Degrees]]
+    running: bool | None = False
+    saved_step: int = 0
 
     @property
     def name(self) -> str:
@@ -78,13 +84,18 @@ class Run:
         return "status" in self.numbers
 
     @property
+    def failure(self) -> Mapping[str, Any] | None:
+        """Step, time and reason, if that is how its last start ended."""
+        return None if self.running or not self.starts else self.starts[-1].get("failure")
+
+    @property
     def status(self) -> str:
-        """Finished, or how far, and what of its rows is lost."""
-        status = "unfinished, nothing logged yet"
+        """Finished, or what became of it and how far, and what of its rows is lost."""
+        state = {True: "running", False: "failed" if self.failure else "interrupted", None: "unfinished"}[self.running]
+        step = self.failure["step"] if self.failure else self.numbers.get("steps")
+        status = f"{state}, nothing logged yet" if step is None else f"{state}, at step {step:,}"
         if self.is_finished:
             status = str(self.numbers["status"])
-        elif "steps" in self.numbers:
-            status = f"unfinished, at step {self.numbers['steps']:,}"
         first = self.all_rows[0]["step"] if self.all_rows else 0  # every run begins with an evaluation at step 0
         return f"{status}; the rows before step {first:,} are lost" if first else status
 
@@ -142,7 +153,8 @@ class Sweep:
     name: str
     rows: Sequence[TableRow]
     cells: Mapping[str, Run]
-    reports: frozenset[str]
+    reports: Mapping[str, str]
+    running: bool | None = False
 
     @property
     def is_finished(self) -> bool:
@@ -158,11 +170,15 @@ class Sweep:
 
     def page_of(self, cell: str) -> str:
         """The address of a cell's page, relative to the sweep's; "" where it has none."""
-        return f"cells/{quote(cell)}/report.html" if cell in self.reports else ""
+        return self.reports.get(cell, "")
 
 
-def read_run(workdir: Path) -> Run:
+def read_run(workdir: Path, running: bool | None = None) -> Run:
     """Reads a run's folder.
+
+    Args:
+      workdir: of the run.
+      running: whether it runs; by default its lock tells.
 
     Raises:
       InputError: the folder holds no run, or a file in it cannot be read.
@@ -189,11 +205,27 @@ def read_run(workdir: Path) -> Run:
         topology_rows=[row for row in rows if row.get("density")],
         pictures={step: {k: a for k, a in found.items() if a.ndim == 2} for step, found in arrays.items()},
         degrees={step: _degrees(found) for step, found in arrays.items()},
+        running=in_use(workdir) if running is None else running,
+        saved_step=max((int(p.name) for p in (workdir / CHECKPOINTS).glob("*") if p.name.isdecimal()), default=0),
     )
 
 
-def read_sweep(workdir: Path) -> Sweep:
+def address(workdir: Path, beside: Path) -> str:
+    """Of the page of a run, on a page in the folder `beside`.
+
+    >>> address(Path("runs/my 1"), Path("runs/compare"))
+    '../my%201/report.html'
+    """
+    return quote(Path(os.path.relpath(workdir / "report.html", beside)).as_posix())
+
+
+def read_sweep(workdir: Path, running: bool | None = None, *, beside: Path | None = None) -> Sweep:
     """Reads a sweep's folder, finished or not: the cells that are there, and the table if there is one.
+
+    Args:
+      workdir: of the sweep.
+      running: whether it runs; by default its lock tells.
+      beside: the folder of the page that links to those of the cells, by default `workdir`.
 
     Raises:
       InputError: the folder holds no cell that has begun, or a file in it cannot be read.
@@ -211,7 +243,10 @@ def read_sweep(workdir: Path) -> Sweep:
         name=name,
         rows=_read_rows(workdir / "table.json", table, cells) if table else [],
         cells=cells,
-        reports=frozenset(folder.name for folder in begun if (folder / "report.html").is_file()),
+        reports={
+            folder.name: address(folder, beside or workdir) for folder in begun if (folder / "report.html").is_file()
+        },
+        running=in_use(workdir) if running is None else running,
     )
 
 

@@ -1,17 +1,19 @@
 """The page about a run: its verdict, numbers, command and settings, and the order of all panels."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 from markupsafe import Markup
 
-from spdf_jax.report.draw import STYLE
+from spdf_jax.report.closer import write_curves
+from spdf_jax.report.draw import STYLE, Table
+from spdf_jax.report.figures import write_figures
 from spdf_jax.report.losses import loss_by_flops, loss_by_step, loss_by_time
-from spdf_jax.report.masks import churn_by_step, density_by_layer, mask_degrees, mask_pictures, sparsity_by_step
+from spdf_jax.report.masks import churn_by_step, density_by_layer, sparsity_by_step
 from spdf_jax.report.page import Panel, command_panel, template, write_page
+from spdf_jax.report.pictures import mask_degrees, mask_pictures, masks_by_step
 from spdf_jax.report.records import Run, changed_settings, read_run
 from spdf_jax.report.scores import evaluation_scores, exam_scores, generated_texts, zero_shot_scores
 from spdf_jax.report.words import (
@@ -21,22 +23,30 @@ from spdf_jax.report.words import (
     digits,
     duration,
     flops,
+    made_with,
     percent,
     quantity,
     reduction,
     score_name,
     target_name,
     unit,
+    when,
 )
+from spdf_jax.training.provenance import now
 
 _SCORES_IN_VERDICT = ("bleu", "rouge_l", "nist", "perplexity_per_byte")
 
 
-def write_report(workdir: Path) -> Path:
-    """Writes `report.html`, atomically, from what the run in `workdir` has recorded so far.
+def write_report(
+    workdir: Path, output: Path | None = None, *, running: bool | None = None, figures: bool = True
+) -> Path:
+    """Writes `report.html` and `figures/`, atomically, from what the run in `workdir` has recorded so far.
 
     Args:
       workdir: the run's folder; needs `config.json` and `metrics.jsonl`, all else is shown where it is there.
+      output: the folder to write into, by default `workdir`.
+      running: whether the run is under way; by default its lock tells.
+      figures: whether to write `figures/`, see `spdf_jax.report.figures`.
 
     Returns:
       The path of the page.
@@ -44,28 +54,44 @@ def write_report(workdir: Path) -> Path:
     Raises:
       InputError: the folder holds no run, or a file in it cannot be read.
     """
-    workdir = Path(workdir)
-    run = read_run(workdir)
+    workdir, folder = Path(workdir), Path(output or workdir)
+    run = read_run(workdir, running)
     cell = f", {workdir.name}" if workdir.parent.name == "cells" else ""  # of a sweep, whose runs share a name
+    title = f"{run.name}{cell}"
     with matplotlib.rc_context(STYLE):
         panels = [panel for make in _PANELS if (panel := make(run)) is not None]
+        if figures:
+            write_figures(folder, panels)
     return write_page(
-        workdir / "report.html",
-        title=f"{run.name}{cell}",
-        status=run.status,
+        folder / "report.html",
+        title=title,
+        status=run.status if run.is_finished else f"{run.status} as of {when(now())}",
         verdict=verdict(run),
-        note=COUNTED_NOTE if run.max_sparsity > 0 else "",
+        note=" ".join(filter(None, [_what_next(run), COUNTED_NOTE if run.max_sparsity > 0 else ""])),
         panels=panels,
+        curves=write_curves(folder, title, panels) if figures and not cell else None,
     )
+
+
+def _what_next(run: Run) -> str:
+    """Of an unfinished run: what becomes of it."""
+    if run.is_finished:
+        return ""
+    if run.failure:
+        return f"It failed at {when(run.failure['time'])}: {run.failure['why']}".rstrip(".") + "."
+    if run.running:
+        return "This page is written again as the run goes on."
+    unknown = "Its disk has no locks, so whether it runs nobody knows. " if run.running is None else ""
+    if run.saved_step:
+        return f"{unknown}The same command resumes it from its checkpoint at step {run.saved_step:,}."
+    return f"{unknown}Nothing is saved yet: the same command starts at step 0."
 
 
 def verdict(run: Run) -> str:
     """A sentence or two: the loss, after how many tokens, for how many FLOPs, and the main scores."""
     numbers = run.numbers
-    text = f"Validation loss {numbers['val_loss']:.2f}" if "val_loss" in numbers else "No validation loss yet"
-    if run.evaluation_rows and (task := run.task(run.evaluation_rows[-1])):
-        text += f" over {target_name(task)}"
-    if "tokens" in numbers:
+    text = _last_losses(run)
+    if numbers.get("tokens"):
         text += f" after {quantity(numbers['tokens'], COUNT_UNITS)} tokens"
     if "flops_reduction" in numbers:
         scale, name = unit(numbers["dense_flops"], FLOP_UNITS)
@@ -81,10 +107,29 @@ def verdict(run: Run) -> str:
     return f"{text} Scored: {', '.join(scores)}." if scores else text
 
 
+def _last_losses(run: Run) -> str:
+    """The validation loss, before it the training loss where that is newer, each with its step where it is not of the end."""
+    if "val_loss" not in run.numbers:
+        text = "No validation loss yet"
+    else:
+        text = f"Validation loss {run.numbers['val_loss']:.2f}"
+    if run.evaluation_rows and (task := run.task(run.evaluation_rows[-1])):
+        text += f" over {target_name(task)}"
+    if run.is_finished:
+        return text
+    last, evaluated = (rows[-1]["step"] if rows else -1 for rows in (run.train_rows, run.evaluation_rows))
+    if evaluated >= 0 and evaluated != run.numbers["steps"]:
+        text += f" at step {evaluated:,}"
+    if last > evaluated:
+        text = f"Training loss {run.train_rows[-1]['loss']:.2f} at step {last:,} ({text[0].lower()}{text[1:]})"
+    return f"{text}, before training" if run.numbers.get("steps") == 0 else text
+
+
 def main_numbers(run: Run) -> Panel | None:
     """The table of losses, costs and counts; None where there are none yet."""
     lines = list(_number_lines(run))
-    return Panel("Numbers", Markup(_NUMBERS.render(lines=lines)), wide=True) if lines else None
+    table = Table(("number", "value"), [(k, v) for k, v in run.numbers.items() if isinstance(v, int | float | str)])
+    return Panel("Numbers", Markup(_NUMBERS.render(lines=lines)), wide=True, table=table) if lines else None
 
 
 _NUMBERS = template("""\
@@ -101,7 +146,7 @@ def _number_lines(run: Run) -> Iterator[tuple[str, str, str]]:
     zeros, left_out = ("", "") if run.is_dense else ("zeros included", "multiplications by zero left out")
     best = f"at the best evaluation, step {run.numbers['best_step']:,}" if "best_step" in run.numbers else ""
     formats: dict[str, tuple[str, Callable[[float], str], str]] = {
-        "val_loss": ("Validation loss", lambda v: f"{v:.4f} nats/token", best or "at the last evaluation"),
+        "val_loss": ("Validation loss", lambda v: f"{v:.4f} nats/token", best or _last_evaluation(run)),
         "initial_val_loss": ("Validation loss before training", lambda v: f"{v:.4f} nats/token", _first_remark(run)),
         "unigram_loss": ("Loss of token frequencies alone", lambda v: f"{v:.4f} nats/token", "a model must beat this"),
         "sparsity": ("Sparsity at the last step", percent, f"{percent(run.max_sparsity)} at its highest"),
@@ -142,22 +187,18 @@ def _number_lines(run: Run) -> Iterator[tuple[str, str, str]]:
 
 def _start_lines(run: Run) -> Iterator[tuple[str, str, str]]:
     """When the run was begun and resumed, with which versions."""
-
-    def made_with(start: Mapping[str, Any]) -> str:
-        packages, commit = start["packages"], start["commit"]
-        ours = f"spdf_jax {packages['spdf_jax']}" + (f" at commit {commit}" if commit else "")
-        return f"{ours}, JAX {packages['jax']}, Python {start['python']}"
-
-    def when(start: Mapping[str, Any]) -> str:
-        return start["time"].replace("T", " ").removesuffix("+00:00") + " UTC"
-
     if run.starts:
         first, last, again = run.starts[0], run.starts[-1], len(run.starts) - 1
-        yield "Begun", when(first), made_with(first)
+        yield "Begun", when(first["time"]), made_with(first)
         if again:
             times = "once" if again == 1 else f"{again} times"
             same = "with the same versions" if made_with(first) == made_with(last) else made_with(last)
-            yield f"Resumed {times}", f"{when(last)}, after step {last['step']:,}", same
+            yield f"Resumed {times}", f"{when(last['time'])}, after step {last['step']:,}", same
+
+
+def _last_evaluation(run: Run) -> str:
+    at = "" if run.is_finished or not run.evaluation_rows else f", step {run.evaluation_rows[-1]['step']:,}"
+    return f"at the last evaluation{at}"
 
 
 def _padded(run: Run) -> bool:
@@ -181,7 +222,8 @@ def _stopped_early(run: Run) -> bool:
 def run_again(run: Run) -> Panel:
     """The command of the run or, for one started from Python, the lines that repeat it."""
     seed = f"Seed {run.config['seed']}. " if "seed" in run.config else ""
-    remark = f"{seed}In its own workdir the command finds this run and has nothing left to do: give another --workdir."
+    found = "finds this run and has nothing left to do" if run.is_finished else "goes on with this run"
+    remark = f"{seed}In its own workdir the command {found}: give another --workdir to begin anew."
     if command := run.config.get("command"):
         return command_panel(command, remark)
     command = (
@@ -226,6 +268,7 @@ _PANELS: tuple[Callable[[Run], Panel | None], ...] = (
     density_by_layer,
     mask_pictures,
     mask_degrees,
+    masks_by_step,
     generated_texts,
     run_again,
     settings,

@@ -6,7 +6,7 @@ from typing import Any
 from markupsafe import Markup
 
 from spdf_jax.evals.exams import PASS_OVER_PERCENT
-from spdf_jax.report.draw import DENSE, INK, SOFT_INK, SPARSE, new_figure, some, svg
+from spdf_jax.report.draw import DENSE, INK, SOFT_INK, SPARSE, Plot, Table, new_figure, some
 from spdf_jax.report.page import Panel, template
 from spdf_jax.report.records import Run
 from spdf_jax.report.words import digits, percent, score_name
@@ -32,7 +32,10 @@ def evaluation_scores(run: Run) -> Panel | None:
     of_task = (
         signatures and " Texts are decoded from the whole test set; the validation loss is over the validation set."
     )
-    return Panel("Scores", Markup(body), f"{step}{of_task or ''}".strip(), wide=True)
+    table = Table(
+        ("score", "all", *parts), [(key, v, *(run.scores[p].get(key) for p in parts)) for key, v in values.items()]
+    )
+    return Panel("Scores", Markup(body), f"{step}{of_task or ''}".strip(), wide=True, table=table)
 
 
 _SCORES = template("""\
@@ -72,7 +75,16 @@ def zero_shot_scores(run: Run) -> Panel | None:
     caption = f"Tasks of lm-eval {found['lm_eval_version']} on local files."
     if ours := [name for name in ("sst2", "rte") if name in found["tasks"]]:
         caption += f" The prompts of {' and '.join(ours)} are this project's own: compare them between its runs only."
-    return Panel("Zero-shot", Markup(_ZERO_SHOT.render(tasks=tasks)), caption, wide=True)
+    keys = ("samples", "num_fewshot", "version")
+    table = Table(
+        ("task", "score", "value", *keys),
+        [
+            (name, metric, value, *(task[key] for key in keys))
+            for name, task in found["tasks"].items()
+            for metric, value in task["metrics"].items()
+        ],
+    )
+    return Panel("Zero-shot", Markup(_ZERO_SHOT.render(tasks=tasks)), caption, wide=True, table=table)
 
 
 _ZERO_SHOT = template("""\
@@ -112,14 +124,15 @@ def exam_scores(run: Run) -> Panel | None:
         exams["questions_file"] or "this project's own, without human scores: compare them between its runs only"
     )
     caption += f" Choices are compared by {by}. Questions: {questions}."
+    chart = _exam_chart(exams)
     body = _EXAMS.render(
         rows=rows,
         percent=percent,
         with_people=overall["human_compared"] > 0,
         is_folded=len(rows) > _MAX_EXAM_BARS,
-        chart=_exam_chart(exams),
+        chart=chart.inline,
     )
-    return Panel("Exams", Markup(body), caption, wide=True)
+    return Panel("Exams", Markup(body), caption, wide=True, plots=(chart,))
 
 
 _EXAMS = template("""\
@@ -150,7 +163,7 @@ _EXAMS = template("""\
 """)
 
 
-def _exam_chart(exams: Mapping[str, Any]) -> Markup:
+def _exam_chart(exams: Mapping[str, Any]) -> Plot:
     """A bar a certification under the heading of its field; of too many to draw, a bar a field."""
     is_by_field = len(exams["certifications"]) > _MAX_EXAM_BARS
     lines: list[tuple[str, Mapping[str, Any] | None]] = []  # a label and what its bar shows: nothing under a heading
@@ -182,7 +195,9 @@ def _exam_chart(exams: Mapping[str, Any]) -> Markup:
     axes.spines.left.set_visible(False)
     axes.set_axisbelow(True)
     figure.legend(loc="outside lower center", ncols=3)
-    return svg(figure, "scores of the exams")
+    keys = ("field", "certification", "questions", "score", "guess_score", "human_score", "passed")
+    table = Table(keys, [[one[key] for key in keys] for one in exams["certifications"]])
+    return Plot("scores of the exams", figure, "scores of the exams", table)
 
 
 def generated_texts(run: Run) -> Panel | None:

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import matplotlib
 
+from spdf_jax.report.closer import write_curves
 from spdf_jax.report.draw import STYLE
+from spdf_jax.report.figures import write_figures
 from spdf_jax.report.page import Panel, command_panel, write_page
 from spdf_jax.report.records import Sweep, read_sweep
 from spdf_jax.report.sweep_cells import cells, signatures
@@ -20,14 +22,21 @@ from spdf_jax.report.words import (
     figure_text,
     quantity,
     target_name,
+    when,
 )
+from spdf_jax.training.provenance import now
 
 
-def write_sweep_report(workdir: Path) -> Path:
-    """Writes a sweep's `report.html`, atomically, from what its cells have recorded so far.
+def write_sweep_report(
+    workdir: Path, output: Path | None = None, *, running: bool | None = None, figures: bool = True
+) -> Path:
+    """Writes a sweep's `report.html` and `figures/`, atomically, from what its cells have recorded so far.
 
     Args:
       workdir: the sweep's folder; needs one cell that has begun, and shows the table once there is one.
+      output: the folder to write into, by default `workdir`.
+      running: whether the sweep is under way; by default its lock tells.
+      figures: whether to write `figures/`, see `spdf_jax.report.figures`.
 
     Returns:
       The path of the page.
@@ -35,16 +44,20 @@ def write_sweep_report(workdir: Path) -> Path:
     Raises:
       InputError: the folder holds no cell that has begun, or a file in it cannot be read.
     """
-    sweep = read_sweep(Path(workdir))
+    workdir, folder = Path(workdir), Path(output or workdir)
+    sweep = read_sweep(workdir, running, beside=folder)
     with matplotlib.rc_context(STYLE):
         panels = [panel for make in _PANELS for panel in make(sweep)]
+        if figures:
+            write_figures(folder, panels)
     return write_page(
-        Path(workdir) / "report.html",
+        folder / "report.html",
         title=sweep.title,
         status=f"{sweep.name}, {_status(sweep)}",
         verdict=verdict(sweep),
         note=" ".join(filter(None, [sweep.remark, _what_ran(sweep), _counted(sweep)])),
         panels=panels,
+        curves=write_curves(folder, sweep.title, panels) if figures else None,
     )
 
 
@@ -56,14 +69,16 @@ def _status(sweep: Sweep) -> str:
     if sweep.is_finished:
         return "finished"
     finished = sum(run.is_finished for run in sweep.cells.values())
-    return f"unfinished: {finished} of the {len(sweep.cells)} runs begun are finished"
+    state = {True: "running", False: "interrupted", None: "unfinished"}[sweep.running]
+    again = "; the same command goes on" if sweep.running is False else ""
+    return f"{state}: {finished} of the {len(sweep.cells)} runs begun are finished as of {when(now())}{again}"
 
 
 def verdict(sweep: Sweep) -> str:
     """The main score of the first row, the highest and the lowest."""
     header = next(iter(sweep.main_scores), None)
     if header is None:
-        return f"No scores yet. Lowest validation loss so far: {_lowest_losses(sweep)}."
+        return f"No scores yet. Lowest validation loss so far: {lowest_losses(sweep)}."
     means = {row.label: mean for row in sweep.rows if (mean := row.values[header].mean) is not None}
     reference = sweep.rows[0]
     highest, lowest = (pick(means, key=means.__getitem__) for pick in (max, min))
@@ -82,7 +97,7 @@ def verdict(sweep: Sweep) -> str:
     return f"{text}{', '.join(others)}."
 
 
-def _lowest_losses(sweep: Sweep) -> str:
+def lowest_losses(sweep: Sweep) -> str:
     """Of each thing that a validation loss is over, the lowest, and where."""
     lowest: dict[str, tuple[float, str]] = {}
     for name, run in sweep.cells.items():

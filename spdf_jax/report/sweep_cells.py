@@ -1,14 +1,22 @@
 """Of the page about a sweep: its cells with the settings in which they differ, and how their scores are computed."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from markupsafe import Markup
 
 from spdf_jax.config.run import flat
+from spdf_jax.report.draw import Table
 from spdf_jax.report.page import Panel, template
 from spdf_jax.report.records import Sweep, differing_settings
 from spdf_jax.report.words import duration, flops, score_name, setting
+
+_FIGURES: dict[str, Callable[[float], str]] = {
+    "val_loss": "{:.4f}".format,
+    "flops_reduction": "{:.2f}x".format,
+    "train_flops": flops,
+    "wall_seconds": duration,
+}
 
 
 def cells(sweep: Sweep) -> list[Panel]:
@@ -19,24 +27,28 @@ def cells(sweep: Sweep) -> list[Panel]:
     panels = []
     for phases, names in shapes.items():
         keys = differing_settings([sweep.cells[name].config for name in names])
-        body = Markup(_CELLS.render(keys=keys, rows=[_cell(sweep, name, keys) for name in names]))
+        rows = [_cell(sweep, name, keys) for name in names]
+        body = Markup(_CELLS.render(keys=keys, rows=rows))
+        figures = [[sweep.cells[name].numbers.get(key) for key in _FIGURES] for name in names]
+        table = Table(
+            ("run", "status", *_FIGURES, *keys),
+            [
+                (name, sweep.cells[name].status, *numbers, *row["settings"])
+                for name, numbers, row in zip(names, figures, rows, strict=True)
+            ],
+        )
         caption = "The result of each run" + (
             ", and every setting in which they differ." if keys else "; their settings are the same."
         )
-        panels.append(Panel(f"Runs: {' then '.join(phases) or 'no phase'}", body, caption, wide=True))
+        title = f"Runs: {' then '.join(phases) or 'no phase'}"
+        panels.append(Panel(title, body, caption, wide=True, table=table))
     return panels
 
 
 def _cell(sweep: Sweep, name: str, keys: Sequence[str]) -> dict[str, Any]:
     run = sweep.cells[name]
     values = flat(run.config)
-    numbers = {
-        "val_loss": lambda v: f"{v:.4f}",
-        "flops_reduction": lambda v: f"{v:.2f}x",
-        "train_flops": flops,
-        "wall_seconds": duration,
-    }
-    figures = [render(run.numbers[key]) if key in run.numbers else "-" for key, render in numbers.items()]
+    figures = [render(run.numbers[key]) if key in run.numbers else "-" for key, render in _FIGURES.items()]
     status = "" if run.status == "finished" else run.status
     return {
         "name": name,

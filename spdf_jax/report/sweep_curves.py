@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.markers import MarkerStyle
 from matplotlib.ticker import NullFormatter
 
-from spdf_jax.report.draw import DASHES, SERIES, SOFT_INK, column, new_figure, svg
+from spdf_jax.report.draw import DASHES, SERIES, SOFT_INK, Plot, Table, column, new_figure
 from spdf_jax.report.page import Panel, template
 from spdf_jax.report.records import Row, Run, Sweep
 from spdf_jax.report.words import FLOP_UNITS, TIME_UNITS, count_tick, target_name, unit
@@ -93,9 +93,10 @@ _KEY = template("""\
 """)
 
 
-class _AxisOf(NamedTuple):
-    """A way to say how far training is."""
+class Axis(NamedTuple):
+    """A way to say how far training is: its name in files, its label with room for a unit."""
 
+    name: str
     label: str
     of: Callable[[Run, Sequence[Row]], np.ndarray | None]
     units: Sequence[tuple[float, str]]
@@ -105,15 +106,21 @@ def _column(key: str) -> Callable[[Run, Sequence[Row]], np.ndarray]:
     return lambda _, rows: column(rows, key)
 
 
+STEPS = Axis("steps", "step", _column("step"), ((1.0, ""),))
 _AXES = (
-    _AxisOf("training tokens", _column("tokens"), ((1.0, ""),)),
-    _AxisOf("training compute ({}, counted)", _column("train_flops"), FLOP_UNITS),
-    _AxisOf("training time ({}, measured)", Run.training_seconds, TIME_UNITS),
+    Axis("tokens", "training tokens", _column("tokens"), ((1.0, ""),)),
+    Axis("FLOPs (counted)", "training compute ({}, counted)", _column("train_flops"), FLOP_UNITS),
+    Axis("seconds (measured)", "training time ({}, measured)", Run.training_seconds, TIME_UNITS),
 )
 
 
-def curves(sweep: Sweep) -> list[Panel]:
-    """A panel for every choice and everything that a validation loss is over: losses over other targets share no axis."""
+def curves(sweep: Sweep, *before: Axis) -> list[Panel]:
+    """A panel for every choice and everything that a validation loss is over: losses over other targets share no axis.
+
+    Args:
+      sweep: whose cells.
+      before: axes besides tokens, FLOPs and time, which they go before.
+    """
     by_task: dict[str, dict[str, list[Row]]] = {}
     for name, run in sweep.cells.items():
         for row in run.evaluation_rows:
@@ -124,7 +131,7 @@ def curves(sweep: Sweep) -> list[Panel]:
         others = set().union(*groups.values()) - groups[choice]
         rows = {name: found for name, found in by_task[task].items() if name not in others}
         if rows and (task, *rows) not in panels:
-            panels[task, *rows] = _curves_of(sweep, task, choice, rows)
+            panels[task, *rows] = _curves_of(sweep, task, choice, rows, (*before, *_AXES))
     return list(panels.values())
 
 
@@ -137,24 +144,40 @@ def _groups(sweep: Sweep) -> dict[str, set[str]]:
     return groups
 
 
-def _curves_of(sweep: Sweep, task: str, choice: str, rows: dict[str, list[Row]]) -> Panel:
-    caption = f"Loss over {target_name(task)}, by the tokens, FLOPs and time of each run by itself."
+def _curves_of(sweep: Sweep, task: str, choice: str, rows: dict[str, list[Row]], axes: Sequence[Axis]) -> Panel:
+    by = ", ".join(axis.name.split(" ")[0] for axis in axes[:-1])
+    caption = f"Loss over {target_name(task)}, by the {by} and time of each run by itself."
     of_choice = f", {choice}" if choice else ""
     trained = {name: [row for row in found if row["step"] > 0] for name, found in rows.items()}
     if any(found[0]["step"] == 0 for found in rows.values()) and all(len(found) > 1 for found in trained.values()):
         rows, caption = trained, f"{caption} The evaluation at step 0 is left out."
     series = series_of(sweep, list(rows), choice)
-    figures = [
-        svg(figure, f"validation loss over {target_name(task)}, {axis.label}{of_choice}")
-        for axis in _AXES
+    title = f"Validation loss: {task or 'text'}{of_choice}"
+    plots = [
+        Plot(
+            f"{title} by {axis.name.split(' ')[0]}",
+            figure,
+            f"validation loss over {target_name(task)}, {axis.label}{of_choice}",
+            _table(sweep, series, rows, axis),
+        )
+        for axis in axes
         if (figure := _curves_figure(sweep, series, rows, axis)) is not None
     ]
-    body = key(series) + Markup(_CURVES.render(figures=figures))
-    return Panel(f"Validation loss: {task or 'text'}{of_choice}", body, caption, wide=True)
+    body = key(series) + Markup(_CURVES.render(figures=[plot.inline for plot in plots]))
+    return Panel(title, body, caption, wide=True, plots=plots)
+
+
+def _table(sweep: Sweep, series: Sequence[Series], rows: Mapping[str, Sequence[Row]], axis: Axis) -> Table:
+    lines: list[Sequence[Any]] = []
+    for one in series:
+        for cell in one.cells:
+            if (xs := axis.of(sweep.cells[cell], rows[cell])) is not None:
+                lines += [(one.label, cell, x, row["val_loss"]) for x, row in zip(xs, rows[cell], strict=True)]
+    return Table(("line", "run", axis.name, "validation loss (nats/token)"), lines)
 
 
 _CURVES = template("""\
-<div class="three">
+<div class="{{ 'three' if figures | length % 2 else 'two' }}">
   {% for figure in figures %}
   {{ figure }}
   {% endfor %}
@@ -163,7 +186,7 @@ _CURVES = template("""\
 
 
 def _curves_figure(
-    sweep: Sweep, series: Sequence[Series], rows: Mapping[str, Sequence[Row]], axis: _AxisOf
+    sweep: Sweep, series: Sequence[Series], rows: Mapping[str, Sequence[Row]], axis: Axis
 ) -> Figure | None:
     found = {name: axis.of(sweep.cells[name], some) for name, some in rows.items()}
     xs = {name: x for name, x in found.items() if x is not None}
@@ -180,7 +203,7 @@ def _curves_figure(
             shown = xs[cell] > 0 if is_log else np.full(len(xs[cell]), True)
             losses = column(rows[cell], "val_loss")
             every = math.ceil(shown.sum() / _MAX_MARKERS)
-            axes.plot(xs[cell][shown] / scale, losses[shown], markevery=(place % every, every), **line)
+            axes.plot(xs[cell][shown] / scale, losses[shown], markevery=(place % every, every), label=cell, **line)
     axes.set(xlabel=axis.label.format(name), ylabel="loss (nats/token)")
     if is_log:
         axes.set_xscale("log")

@@ -8,8 +8,8 @@ import numpy as np
 from markupsafe import Markup
 from matplotlib.axes import Axes
 
-from spdf_jax.report.draw import SOFT_INK, new_figure, svg
-from spdf_jax.report.page import Panel, template
+from spdf_jax.report.draw import SOFT_INK, Plot, Table, new_figure
+from spdf_jax.report.page import Panel, plot_panel, template
 from spdf_jax.report.records import Sweep, TableRow, Value
 from spdf_jax.report.sweep_curves import key, series_of
 from spdf_jax.report.words import FLOP_UNITS, capitalised, figure_text, unit
@@ -36,7 +36,11 @@ def results(sweep: Sweep) -> list[Panel]:
     )
     if any(row.choice for row in sweep.rows):
         caption += " Each row shows, of its choices of settings, the one of the lowest validation loss, and names it."
-    return [Panel("Results", Markup(_TABLE.render(headers=headers, rows=rows)), caption, wide=True)]
+    table = Table(
+        ("row", "choice", *(f"{h}{part}" for h in headers for part in ("", " (deviation)", " (seeds)"))),
+        [(row.label, row.choice, *(part for h in headers for part in row.values[h][:3])) for row in sweep.rows],
+    )
+    return [Panel("Results", Markup(_TABLE.render(headers=headers, rows=rows)), caption, wide=True, table=table)]
 
 
 def _cell_texts(value: Value, reference: Value, largest: float) -> tuple[str, str]:
@@ -88,7 +92,10 @@ def _by_row(sweep: Sweep, header: str) -> Panel:
     axes.spines.left.set_visible(False)
     axes.margins(x=0.08)
     caption = "Dotted: the first row. Bars: standard deviation over seeds, where it is not 0."
-    return Panel(f"{capitalised(header)} by row", svg(figure, f"{header} by row"), caption)
+    values = [(row.label, *row.values[header][:3]) for row in sweep.rows]
+    table = Table(("row", header, "deviation", "seeds"), values)
+    plot = Plot(f"{header} by row", figure, f"{header} by row", table)
+    return plot_panel(f"{capitalised(header)} by row", plot, caption)
 
 
 def _trade_off(sweep: Sweep, header: str) -> Panel | None:
@@ -108,11 +115,13 @@ def _trade_off(sweep: Sweep, header: str) -> Panel | None:
     )
     series = series_of(sweep, list(sweep.cells), sweep.rows[0].values[header].choice)
     caption = "Counted FLOPs of each row with those of the run it started from."
-    return Panel(
-        f"{capitalised(header)} over compute",
-        key([one for one in series if not one.is_faint]) + svg(figure, f"{header} against training FLOPs"),
-        caption,
+    table = Table(
+        ("row", "training FLOPs (counted)", header, "deviation", "seeds"),
+        [(row.label, row.train_flops(row.values[header].choice), *row.values[header][:3]) for row in sweep.rows],
     )
+    plot = Plot(f"{header} over compute", figure, f"{header} against training FLOPs", table)
+    body = key([one for one in series if not one.is_faint]) + plot.inline
+    return Panel(f"{capitalised(header)} over compute", body, caption, plots=(plot,))
 
 
 def _axis_label(sweep: Sweep, header: str) -> str:

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 # Units, largest first; the last is for everything smaller.
@@ -160,6 +160,25 @@ def clipped(name: str, max_characters: int = 24) -> str:
     '…ks/attn_q'
     """
     return name if len(name) <= max_characters else f"…{name[1 - max_characters :]}"
+
+
+def when(time: str) -> str:
+    """A time of `provenance.json`.
+
+    >>> when("2026-11-30T08:00:01+00:00")
+    '2026-11-30 08:00:01 UTC'
+    """
+    return time.replace("T", " ").replace("+00:00", " UTC")
+
+
+def made_with(start: Mapping[str, Any]) -> str:
+    """The versions of a start of a run.
+
+    >>> made_with({"packages": {"spdf_jax": "0.2.0", "jax": "0.12"}, "commit": "abc", "python": "3.13.1"})
+    'spdf_jax 0.2.0 at commit abc, JAX 0.12, Python 3.13.1'
+    """
+    ours = f"spdf_jax {start['packages']['spdf_jax']}" + (f" at commit {start['commit']}" if start["commit"] else "")
+    return f"{ours}, JAX {start['packages']['jax']}, Python {start['python']}"
 
 
 def score_name(key: str) -> str:

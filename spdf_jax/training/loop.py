@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -53,6 +53,8 @@ class Run:
     evaluations: dict[tuple[str, int], float]  # validation loss by phase and step, over all restarts
     clock: float = field(default_factory=time.perf_counter)
     last_log: tuple[float, int] = (0.0, 0)
+    step: int = 0  # the last whose metrics were fetched
+    write_page: Callable[[], None] = lambda: None  # after an evaluation
 
 
 def run_phase(run: Run, plan: PhasePlan, state: TrainState) -> TrainState:
@@ -168,6 +170,7 @@ def starts_anew(feeds: Sequence[Feed], plan: PhasePlan) -> bool:
 def _fetch_and_log(run: Run, plan: PhasePlan, step: int, cost: StepCost, metrics: dict[str, Any]) -> None:
     """Metrics of one step: fetched, checked, counted, and written when it is a step to log."""
     metrics = jax.device_get(metrics)
+    run.step = step + 1
     if not math.isfinite(metrics["loss"]) or not math.isfinite(metrics["grad_norm"]):
         raise NonFiniteLossError(
             f"step {step + 1}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}; stopped. "
@@ -213,6 +216,7 @@ def _evaluate_and_log(run: Run, plan: PhasePlan, steps: Steps, state: TrainState
         assert run.best is not None, "a phase that may stop early has where to keep its best state"
         _save(run, run.best.drop_from(done), plan, state)
         run.best.wait()  # before a checkpoint that comes after it
+    run.write_page()
     run.last_log = (run.last_log[0] + time.perf_counter() - started, run.last_log[1])  # tokens/s is of training
 
 

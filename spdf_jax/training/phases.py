@@ -89,11 +89,13 @@ class PhasePlan:
 
     @cached_property
     def picture_steps(self) -> set[int]:
-        """Phase steps before which masks are pictured: the first, the first of the sparsest, the end."""
+        """Phase steps before which masks are pictured: first, first of the sparsest, end; where masks move, at eighths too."""
         if not self.programme.groups:
             return set()
-        every = self.programme.alike(self.config.steps + 1)
-        return {0, max(every, key=lambda step: (self.programme.sparsity(step), -step)), self.config.steps}
+        steps, every = self.config.steps, self.programme.alike(self.config.steps + 1)
+        sparsest = max(every, key=lambda step: (self.programme.sparsity(step), -step))
+        moves = self.programme.config.topology_rule.moves
+        return {0, sparsest, steps} | {eighth * steps // 8 for eighth in range(1, 8) if moves}
 
 
 def make_plan(config: RunConfig) -> list[PhasePlan]:

@@ -1,6 +1,7 @@
 """What made a run, kept in its workdir: the code of its experiment, and with what it was started, each time."""
 
 import ast
+import contextlib
 import datetime
 import hashlib
 import importlib.metadata
@@ -70,7 +71,7 @@ def record_start(config: RunConfig, workdir: Path, file: Path | None, command: s
         before = []
     start = {
         "step": step,
-        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "time": now(),
         "command": command,
         "python": sys.version.split()[0],
         "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
@@ -82,6 +83,32 @@ def record_start(config: RunConfig, workdir: Path, file: Path | None, command: s
         (workdir / CODE_FOLDER).mkdir(exist_ok=True)
         for name, source in code_files(config, file).items():
             write_atomically(workdir / CODE_FOLDER / name, source.read_bytes())
+
+
+def record_failure(workdir: Path, step: int, why: str) -> None:
+    """Adds to the last start in ``provenance.json`` that the run failed; the next start goes before it. Never raises for it.
+
+    Args:
+      workdir: of the run.
+      step: at which it failed.
+      why: one line.
+    """
+    if not is_first():
+        return
+    path = workdir / PROVENANCE_FILE
+    with contextlib.suppress(InputError, KeyError, IndexError, TypeError, OSError):  # the failure may be the disk's
+        starts = read_json(path, "")["starts"]
+        starts[-1]["failure"] = {"step": step, "time": now(), "why": why}
+        write_json(path, {"starts": starts})
+
+
+def now() -> str:
+    """The time, in UTC.
+
+    >>> now()[-6:]
+    '+00:00'
+    """
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def own_rules(config: RunConfig) -> Iterator[str]:
