@@ -126,6 +126,7 @@ def test_what_is_planned_is_what_runs(kernels, text, tmp_path, monkeypatch):
     c.model.n_head, c.model.d_model, c.model.vocab_size = 8, 32, 304
     c.mesh.data, c.mesh.fsdp, c.mesh.tensor = 2, 2, 2
     c.pretrain.steps, c.pretrain.batch_size, c.pretrain.grad_accumulation_steps, c.phases = 8, 8, 2, ("pretrain",)
+    del c.finetune
     c.pretrain.sparsity.update(NO_WINDOW | {"update_every_steps": 2})
     if kernels:
         set_sparsity(c.pretrain, **kernels, update_every_steps=2)

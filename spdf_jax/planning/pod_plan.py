@@ -28,11 +28,10 @@ from spdf_jax.planning.gpu import gpu_pod
 from spdf_jax.planning.hlo import Items, executed, executed_collectives, matrix_flops, read_program
 from spdf_jax.planning.pod import GIB, Layout, Need, Pod, Times, estimate, suggest
 from spdf_jax.planning.tpu import tpu_pod
-from spdf_jax.sharding import MeshConfig, batch_devices, batch_sharding, make_mesh, parameter_shardings, replicated
-from spdf_jax.training.loop import make_phase_steps
+from spdf_jax.sharding import MeshConfig, batch_devices, batch_sharding, make_mesh, parameter_shardings
 from spdf_jax.training.phases import PhasePlan, make_plan
 from spdf_jax.training.state import TrainState, abstract_params, abstract_state, state_shardings
-from spdf_jax.training.step import move_topology
+from spdf_jax.training.step import make_steps, move_topology
 
 EXAMPLES = "v5e:4x4, v5e-256, v6e:16x16, v4:4x4x4, v5p:4x4x4, tpu7x:2x2x1, h100:8, h200:2x8"
 # What libtpu says of memory, by its version; what it calls temporaries are arguments too.
@@ -196,15 +195,17 @@ def lower_steps(config: RunConfig, plan: PhasePlan, mesh: Mesh) -> list[tuple[st
       What it is, and the `jax.stages.Lowered`, of each.
     """
     phase, rule, regrowth = plan.config, plan.programme.config.topology_rule, plan.config.optimizer.regrowth
-    state, whole = phase_state(config, plan, mesh), replicated(mesh)
+    state = phase_state(config, plan, mesh)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     shape_ABT = (phase.grad_accumulation_steps, phase.batch_size // phase.grad_accumulation_steps, plan.seq_len)
     array_ABT = partial(jax.ShapeDtypeStruct, shape_ABT, sharding=batch_sharding(mesh, 3))
     segments_ABT = array_ABT(jnp.int32) if config.separates_documents(phase) else None
     batch_ABT: Any = Batch(array_ABT(jnp.int32), array_ABT(jnp.int32), array_ABT(jnp.float32), segments_ABT)  # type: ignore[arg-type]
     groups = plan.programme.groups
-    target_nnz = {name: jax.ShapeDtypeStruct((g.count,), jnp.int32, sharding=whole) for name, g in groups.items()}
-    targets = (target_nnz, jax.ShapeDtypeStruct((), jnp.float32, sharding=whole))
-    steps = make_phase_steps(GPT(config.model), plan, mesh, state)
+    # As the loop gives them: numbers from the host, laid out nowhere.
+    target_nnz = {name: jax.ShapeDtypeStruct((g.count,), jnp.int32) for name, g in groups.items()}
+    targets = (target_nnz, jax.ShapeDtypeStruct((), jnp.float32))
+    steps = make_steps(GPT(config.model), plan.tx, plan.learning_rate, rule, shardings, regrowth)
     pattern, width = plan.programme.attention(0)
 
     with jax.set_mesh(mesh):
@@ -212,9 +213,7 @@ def lower_steps(config: RunConfig, plan: PhasePlan, mesh: Mesh) -> list[tuple[st
         if not rule.moves:
             return [("train step", train)]
         topology = steps.topology.lower(state, batch_ABT, *targets, pattern=pattern, width=width)
-        alone = jax.jit(
-            partial(move_topology, plan.tx, rule, regrowth), out_shardings=state_shardings(mesh, plan.tx, state)
-        )
+        alone = jax.jit(partial(move_topology, plan.tx, rule, regrowth), out_shardings=shardings)
         moved = alone.lower(state, _whole_gradients(config, plan, mesh), *targets)
         return [("train step", train), ("topology step", topology), ("prune and grow alone", moved)]
 
