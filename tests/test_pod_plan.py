@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import jax
@@ -15,6 +16,7 @@ from tiny import as_users, drawn_params, few_matrices, needs_libtpu
 
 import spdf_jax as spdf
 from spdf_jax.config.read import load_config
+from spdf_jax.planning import search as searching
 from spdf_jax.planning.hlo import (
     Collective,
     Instruction,
@@ -26,6 +28,7 @@ from spdf_jax.planning.hlo import (
 )
 from spdf_jax.planning.pod import GIB, Layout, Need, estimate, suggest
 from spdf_jax.planning.pod_plan import collective_table, describe_pod, flags, lower_steps
+from spdf_jax.planning.search import search
 from spdf_jax.planning.tpu import TpuPod, tpu_name
 from spdf_jax.sharding import MeshConfig, batch_sharding, make_mesh, replicated
 from spdf_jax.training.phases import make_plan
@@ -379,14 +382,14 @@ sys.path.insert(0, str(Path("tests").resolve()))
 from test_pod_plan import tiny
 import spdf_jax as spdf
 from spdf_jax.planning.pod_plan import describe_pod
-from spdf_jax.planning.search import search
+from spdf_jax.planning import search as searching
 said = []
 for pod, changes in json.loads(sys.argv[1]):
     c = tiny()
-    searched = changes.pop("search", False)
+    searched = searching.REMATS = changes.pop("search", ())
     c.update_from_flattened_dict(changes)
     try:
-        said.append("\\n".join(search(spdf.resolve(c), pod)) if searched else describe_pod(spdf.resolve(c), pod))
+        said.append("\\n".join(searching.search(spdf.resolve(c), pod)) if searched else describe_pod(spdf.resolve(c), pod))
     except spdf.InputError as error:
         said.append(f"refused: {error}")
 print(json.dumps(said))
@@ -474,25 +477,55 @@ def test_every_generation_is_planned():
 
 @pytest.mark.slow
 @needs_libtpu
-def test_a_search_compiles_every_layout_and_its_frontier_is_what_a_plan_says_of_it():
-    (said,) = plans(("v5e:2x2", {"search": True, "pretrain.sparsity.rule": "static"}))
-    rows = re.findall(r"^  (\d) x (\d) x 1 +(block|mlp|dots|none) +1 +([\d.]+) +([\d.]+) +[\d.]+%$", said, re.MULTILINE)
-    assert [row[:2] for row in rows[::4]] == [("4", "1"), ("2", "2"), ("1", "4")]
-    assert [row[2] for row in rows] == ["block", "mlp", "dots", "none"] * 3
+def test_a_search_compiles_every_layout_and_prints_the_frontier():
+    (said,) = plans(("v5e:2x2", {"search": ("block", "none"), "pretrain.sparsity.rule": "static", "mesh.tensor": 2}))
+    row = r"^  (\d) x (\d) x 2 +(block|none) +1 +([\d.]+) +([\d.]+) +[\d.]+%$"
+    rows = re.findall(row, said, re.MULTILINE)
+    assert [row[:3] for row in rows] == [(*mesh, remat) for mesh in ("21", "12") for remat in ("block", "none")]
     best = re.findall(
         r"^  ([\d.]+) ms, ([\d.]+) GiB: --config.mesh.data=(\d) --config.mesh.fsdp=(\d)", said, re.MULTILINE
     )
     milliseconds = [float(row[0]) for row in best]
     assert milliseconds[0] == min(float(row[4]) for row in rows)
     assert milliseconds == sorted(milliseconds)
-    assert [float(row[1]) for row in best] == sorted((float(row[1]) for row in best), reverse=True)
 
 
-@pytest.mark.slow
-@needs_libtpu
-def test_a_search_takes_more_micro_batches_where_a_layout_does_not_fit():
-    (said,) = plans(("v5e:2x2", {"search": True, "pretrain.sparsity.rule": "static", "pretrain.batch_size": 65536}))
-    for mesh in ("4 x 1 x 1", "2 x 2 x 1", "1 x 4 x 1"):
-        tried = re.findall(rf"^  {mesh} +block +(\d+) +[\d.]+ +(DOES NOT FIT|[\d.]+) ", said + " ", re.MULTILINE)
-        assert tried[0] == ("1", "DOES NOT FIT")
-        assert tried[-1][1] != "DOES NOT FIT"
+def test_a_search_takes_the_fewest_micro_batches_that_fit_and_leaves_out_what_cannot(monkeypatch):
+    """Compiled by a stand-in: a state of 12 GiB, 4 GiB for each sequence at once, a quarter of that with remat."""
+    c = tiny()
+    c.pretrain.batch_size, c.pretrain.sparsity.rule = 64, "static"
+    config, tried = spdf.resolve(c), []
+
+    def compiled(config, phase, layout):
+        tried.append(layout)
+        sequences = 64 / layout.accumulate / (layout.data * layout.fsdp)
+        device_bytes = 12 * GIB / layout.fsdp + sequences * GIB * (1 if layout.remat == "block" else 4)
+        seconds = 1 + (layout.remat == "block") + 0.01 * layout.accumulate + 0.1 * layout.fsdp
+        program = types.SimpleNamespace(times=types.SimpleNamespace(total=seconds))
+        return [program], Need(SQUARE, layout, 64, 256, 12 * GIB / layout.fsdp, device_bytes)
+
+    def pod(mesh, name):
+        if mesh.fsdp == 2:
+            raise spdf.InputError("not along the axes of its torus")
+        return SQUARE, types.SimpleNamespace(shape={"data": 16})
+
+    monkeypatch.setattr(searching, "compile_layout", compiled)
+    monkeypatch.setattr(searching, "make_pod", pod)
+    monkeypatch.setattr(searching, "state_bytes", lambda *_: 16 * GIB)
+    said = list(search(config, "v5e:4x4"))
+    assert {layout.fsdp for layout in tried} == {4, 8, 16}, "1: more state than a device has; 2: no such mesh"
+    rows = [line.split() for line in said if line.startswith("  ") and " x " in line][1:]
+    fits = {(row[2], row[5]): int(row[6]) for row in rows if "DOES" not in row}
+    assert fits == {
+        (fsdp, remat): 1 if remat == "block" else 2  # four sequences at once need 16 GiB without it
+        for fsdp in ("4", "8", "16")
+        for remat in ("block", "mlp", "dots", "none")
+    }
+    frontier = [line.split()[:3:2] for line in said[said.index("  the frontier, by time") + 1 :]]
+    assert frontier == [
+        ["1420.0", "11.00"],
+        ["1820.0", "9.50"],
+        ["2410.0", "7.00"],
+        ["2810.0", "5.50"],
+        ["3610.0", "4.75"],
+    ]
