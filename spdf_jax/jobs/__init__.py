@@ -1,4 +1,7 @@
-"""One file a ``--job``: its `run` does the job for a run, its `run_sweep` for a sweep, where a sweep has that job."""
+"""One file a ``--job``: its `run` does the job for a run, its `run_sweep` for a sweep, where a sweep has that job.
+
+`fit` is no ``--job``: it trains the model of a caller in Python.
+"""
 
 import contextlib
 import io
@@ -58,3 +61,11 @@ def keep_compiled(data: DataConfig) -> None:
             folder = cache_folder(data) / "compiled"
             folder.mkdir(parents=True, exist_ok=True)
             jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
+def write_page(workdir: Path) -> Path:
+    """``report.html`` of a run."""
+    # Imported here, since it brings matplotlib, for a second of which `import spdf_jax` has no use.
+    from spdf_jax.report import write_report
+
+    return write_report(workdir)

@@ -1,6 +1,7 @@
 """The page about a run: its verdict, numbers, command and settings, and the order of all panels."""
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ def write_report(workdir: Path) -> Path:
         title=f"{run.name}{cell}",
         status=run.status,
         verdict=verdict(run),
-        note=COUNTED_NOTE if run.max_sparsity > 0 else "",
+        note=COUNTED_NOTE if run.max_sparsity > 0 and "train_flops" in run.numbers else "",
         panels=panels,
     )
 
@@ -63,6 +64,9 @@ def verdict(run: Run) -> str:
     """A sentence or two: the loss, after how many tokens, for how many FLOPs, and the main scores."""
     numbers = run.numbers
     text = f"Validation loss {numbers['val_loss']:.2f}" if "val_loss" in numbers else "No validation loss yet"
+    if not run.loss_unit:
+        text = text if "val_loss" in numbers else f"Training loss {numbers.get('loss', math.nan):.2f}"
+        text += f" after {numbers.get('steps', 0):,} steps, up to {percent(run.max_sparsity)} sparse"
     if run.evaluation_rows and (task := run.task(run.evaluation_rows[-1])):
         text += f" over {target_name(task)}"
     if "tokens" in numbers:
@@ -100,10 +104,15 @@ def _number_lines(run: Run) -> Iterator[tuple[str, str, str]]:
     """Label, value with its unit, and a remark, for each number there is."""
     zeros, left_out = ("", "") if run.is_dense else ("zeros included", "multiplications by zero left out")
     best = f"at the best evaluation, step {run.numbers['best_step']:,}" if "best_step" in run.numbers else ""
+
+    def loss(value: float) -> str:
+        return f"{value:.4f} {run.loss_unit}".rstrip()
+
     formats: dict[str, tuple[str, Callable[[float], str], str]] = {
-        "val_loss": ("Validation loss", lambda v: f"{v:.4f} nats/token", best or "at the last evaluation"),
-        "initial_val_loss": ("Validation loss before training", lambda v: f"{v:.4f} nats/token", _first_remark(run)),
-        "unigram_loss": ("Loss of token frequencies alone", lambda v: f"{v:.4f} nats/token", "a model must beat this"),
+        "val_loss": ("Validation loss", loss, best or "at the last evaluation"),
+        "initial_val_loss": ("Validation loss before training", loss, _first_remark(run)),
+        "loss": ("Training loss", loss, "at the last step"),
+        "unigram_loss": ("Loss of token frequencies alone", loss, "a model must beat this"),
         "sparsity": ("Sparsity at the last step", percent, f"{percent(run.max_sparsity)} at its highest"),
         "train_flops": ("Training FLOPs, counted", flops, left_out),
         "dense_flops": ("The same tokens, dense", flops, "same model without masks"),
@@ -166,7 +175,7 @@ def _padded(run: Run) -> bool:
 
 def _first_remark(run: Run) -> str:
     """What the loss before training is over, against that at the end."""
-    if not run.evaluation_rows:
+    if not run.evaluation_rows or not run.loss_unit:
         return "step 0"
     first, last = (target_name(run.task(run.evaluation_rows[i])) for i in (0, -1))
     return "same tokens, step 0" if first == last else f"over {first}: not to be compared with the last"
@@ -178,8 +187,10 @@ def _stopped_early(run: Run) -> bool:
     return "best_step" in run.numbers and bool(rows) and run.numbers["best_step"] < rows[-1]["step"]
 
 
-def run_again(run: Run) -> Panel:
-    """The command of the run or, for one started from Python, the lines that repeat it."""
+def run_again(run: Run) -> Panel | None:
+    """The command of the run or, for one started from Python, the lines that repeat it; None where nothing recorded can."""
+    if not run.loss_unit:
+        return None
     seed = f"Seed {run.config['seed']}. " if "seed" in run.config else ""
     remark = f"{seed}In its own workdir the command finds this run and has nothing left to do: give another --workdir."
     if command := run.config.get("command"):
