@@ -6,6 +6,7 @@ The model is a `spdf_jax.training.step.LossFunction`; steps, loop and checkpoint
 import dataclasses
 import hashlib
 import itertools
+import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache
@@ -278,14 +279,20 @@ def _described(leaf: Any) -> str:
 
 def identity(plan: PhasePlan, feed: Feed, state: TrainState, loop: LoopConfig) -> dict[str, Any]:
     """What the run is, for its ``config.json``: its settings, and of what is no setting the shapes and a hash."""
-    shapes = {name: {leaf: _described(x) for leaf, x in named_leaves(tree)} for name, tree in vars(state).items()}
-    of_run = {"params": shapes["params"], "optimizer_state": shapes["opt_state"]}
-    values = {"initial_values": fingerprint(state), "first_batch": feed.fingerprint}
+
+    def shapes(tree: Any) -> dict[str, str]:
+        return {name: _described(leaf) for name, leaf in named_leaves(tree)}
+
     return {
         "steps": plan.end,
-        "sparsity": dataclasses.asdict(plan.programme.config),
+        "sparsity": json.loads(json.dumps(dataclasses.asdict(plan.programme.config))),  # tuples as they are read again
         "loop": dataclasses.asdict(loop),
-        "fit": values | of_run,
+        "fit": {
+            "first_batch": feed.fingerprint,
+            "initial_values": fingerprint(state),
+            "params": shapes(state.params),
+            "optimizer_state": shapes(state.opt_state),
+        },
     }
 
 

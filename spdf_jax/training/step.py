@@ -6,6 +6,7 @@ optimiser is skipped.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -22,14 +23,23 @@ from spdf_jax.training.state import TrainState
 from spdf_jax.tree import named_leaves
 
 
-class LossFunction(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class LossFunction:
     """A model of the caller's own, in the place of `spdf_jax.GPT`: all that a step asks of it.
+
+    Two are equal where `of` is one object, which need not be hashable.
 
     Attributes:
       of: ``(params, batch) -> loss``, a scalar, or ``(loss sum, weight sum)``; see `spdf_jax.fit`.
     """
 
     of: Callable[[Any, Any], Any]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, LossFunction) and self.of is other.of
+
+    def __hash__(self) -> int:
+        return id(self.of)
 
 
 class Steps(NamedTuple):
