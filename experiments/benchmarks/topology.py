@@ -31,9 +31,10 @@ from spdf_jax.sparsity.distributions import target_counts
 from spdf_jax.sparsity.masks import init_masks, matrix_groups
 from spdf_jax.sparsity.rules import RULES
 from spdf_jax.sparsity.topology import prune_and_grow_tree
-from spdf_jax.tree import LINEAR_KERNELS
+
 
 JAXPRUNER = "JaxPruner RigL"
+FILTER = (("kernel$", "stack"),)
 
 
 def kernels(layers: int, d: int) -> dict[str, Any]:
@@ -47,7 +48,7 @@ def kernels(layers: int, d: int) -> dict[str, Any]:
 
 def ours(weights: Any, masks: Any, sparsity: float, rule: str) -> Callable[[Any, Any, Any], Any]:
     """Function of (weights, grads, masks) that returns new masks."""
-    counts = target_counts(matrix_groups(weights, LINEAR_KERNELS), sparsity, "uniform")
+    counts = target_counts(matrix_groups(weights, FILTER), sparsity, "uniform")
     targets = {name: jnp.full((leaf.shape[0],), counts[name]) for name, leaf in named(masks)}
     update = functools.partial(prune_and_grow_tree, drop_fraction=0.3, rule=RULES[rule])
     return lambda w, g, m: update(jax.random.key(7), w, g, m, target_nnz=targets)

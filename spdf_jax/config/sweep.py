@@ -125,7 +125,7 @@ def resolve_sweep(config: ConfigDict) -> SweepConfig:
     return SweepConfig(*names, cells, rows, columns)
 
 
-#: What a column's key can be: a number of ``summary.json`` or ``evaluation.json``, those of the latter also of a part (``seen``).
+#: What a column's key can be: a number of ``summary.json`` or ``evaluation.json``, there also of a part (``seen``).
 SUMMARY = (
     *(
         "steps",
