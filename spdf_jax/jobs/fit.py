@@ -17,13 +17,13 @@ from spdf_jax.sharding import MeshConfig, device_name, make_mesh
 from spdf_jax.sparsity.programme import Programme
 from spdf_jax.training.checkpoint import Checkpoints, DamagedCheckpointError
 from spdf_jax.training.loop import Run, run_phase
+from spdf_jax.training.loss_function import LossFunction
 from spdf_jax.training.metrics import Tracker, read_metrics
 from spdf_jax.training.own_model import PHASE, check_same_fit, identity, own_feed, own_plan, own_state
 from spdf_jax.training.phases import StepCost
 from spdf_jax.training.provenance import add_start
 from spdf_jax.training.resume import elsewhere, has_begun, opened, recorded_evaluations
 from spdf_jax.training.state import TrainState, state_shardings
-from spdf_jax.training.step import LossFunction
 from spdf_jax.workdir import CONFIG_FILE, SUMMARY_FILE, lock, made_workdir, read_json, write_json
 
 

@@ -228,8 +228,7 @@ def changed_settings(config: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """Key, value and default of everything in a config that is not at its default; names and command left out."""
     variant, phases = config["variant"], tuple(config.get("phases", ()))
     if of_fit(config):
-        defaults_of = {"sparsity": SparsityConfig(), "loop": LoopConfig()}
-        sections = {name: dataclasses.asdict(section) for name, section in defaults_of.items()}
+        sections = {"sparsity": dataclasses.asdict(SparsityConfig()), "loop": dataclasses.asdict(LoopConfig())}
     else:
         sections = default_config(config["experiment"], variant, variants=(variant,), phases=phases).to_dict()
     defaults = flat(json.loads(json.dumps(sections)))

@@ -20,11 +20,12 @@ from spdf_jax.training.checkpoint import Checkpoints
 from spdf_jax.training.early_stopping import best_evaluation, of_phase, stops_early
 from spdf_jax.training.feed import Feed
 from spdf_jax.training.invariants import check_invariants
+from spdf_jax.training.loss_function import LossFunction
 from spdf_jax.training.mask_pictures import save_mask_pictures
 from spdf_jax.training.metrics import Tracker
 from spdf_jax.training.phases import PhasePlan, StepCost, task_tokens
 from spdf_jax.training.state import TrainState, state_shardings
-from spdf_jax.training.step import LossFunction, Steps, make_steps
+from spdf_jax.training.step import Steps, make_steps
 from spdf_jax.workdir import PROFILE_FOLDER
 
 

@@ -1,6 +1,6 @@
 """A model of the caller's own as the one phase of a run: its plan, its feed, its first state, and what may not change of them.
 
-The model is a `spdf_jax.training.step.LossFunction`; steps, loop and checkpoints are those of the GPT.
+The model is a `spdf_jax.training.loss_function.LossFunction`; steps, loop and checkpoints are those of the GPT.
 """
 
 import dataclasses
@@ -289,7 +289,7 @@ def identity(plan: PhasePlan, feed: Feed, state: TrainState, loop: LoopConfig) -
         "loop": dataclasses.asdict(loop),
         "fit": {
             "first_batch": feed.fingerprint,
-            "initial_values": fingerprint(state),
+            "initial_values": fingerprint(state.replace(opt_state=())),
             "params": shapes(state.params),
             "optimizer_state": shapes(state.opt_state),
         },
@@ -310,7 +310,9 @@ def check_same_fit(identity: Mapping[str, Any], workdir: Path) -> None:
         raise InputError(f"workdir {workdir}: holds a run of spdf_jax.GPT; choose another workdir")
     was, now = (flat({name: of[name] for name in ("steps", "sparsity", "fit")}) for of in (saved, identity))
     if differing := [key for key in now | was if was.get(key) != now.get(key)]:
-        said = "; ".join(f"{key} was {was.get(key)!s:.60}, is {now.get(key)!s:.60}" for key in differing[:4])
+        said = "; ".join(
+            f"{key} was {was.get(key, 'absent')!s:.32}, is {now.get(key, 'absent')!s:.32}" for key in differing[:4]
+        )
         raise InputError(
             f"workdir {workdir}: holds another run ({said}); choose another workdir, or give what that run was given (its "
             f"initial values are those of params, masks and key)"

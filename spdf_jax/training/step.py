@@ -6,7 +6,6 @@ optimiser is skipped.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -19,27 +18,9 @@ from spdf_jax.data import Batch
 from spdf_jax.sparsity.blocks import compress_tree, expand_tree, move_blocks
 from spdf_jax.sparsity.masks import apply_masks
 from spdf_jax.sparsity.topology import Rule, move_masks
+from spdf_jax.training.loss_function import LossFunction
 from spdf_jax.training.state import TrainState
 from spdf_jax.tree import named_leaves
-
-
-@dataclass(frozen=True, eq=False)
-class LossFunction:
-    """A model of the caller's own, in the place of `spdf_jax.GPT`: all that a step asks of it.
-
-    Two are equal where `of` is one object, which need not be hashable.
-
-    Attributes:
-      of: ``(params, batch) -> loss``, a scalar, or ``(loss sum, weight sum)``; see `spdf_jax.fit`.
-    """
-
-    of: Callable[[Any, Any], Any]
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, LossFunction) and self.of is other.of
-
-    def __hash__(self) -> int:
-        return id(self.of)
 
 
 class Steps(NamedTuple):
@@ -214,9 +195,7 @@ def _sums(
 ) -> tuple[jax.Array, jax.Array]:
     """Summed loss and summed weights: the one place that knows what a model makes of a batch."""
     if isinstance(model, LossFunction):
-        found = model.of(variables["params"], batch_BT)
-        loss, weight = found if isinstance(found, tuple) else (found, 1.0)
-        return jnp.asarray(loss, jnp.float32), jnp.asarray(weight, jnp.float32)
+        return model.sums(variables, batch_BT)
     logits_BTV = model.apply(variables, batch_BT.tokens_BT, segments_BT=batch_BT.segments_BT, **options)
     return cross_entropy(logits_BTV, batch_BT.targets_BT, batch_BT.weights_BT), jnp.sum(batch_BT.weights_BT)
 
