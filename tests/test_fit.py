@@ -4,6 +4,7 @@ As a program it trains a small NNX model and dies by SIGKILL after its third top
 """
 
 import dataclasses
+import itertools
 import json
 import os
 import signal
@@ -148,14 +149,24 @@ def test_the_same_call_again_returns_the_finished_run(whole, capsys):
     assert (workdir / "metrics.jsonl").read_bytes() == before
 
 
-def test_what_was_given_stays_as_it_is(tmp_path):
+def test_what_was_given_stays_as_it_is_and_a_batch_may_hold_a_key(tmp_path):
     params, loss_fn = of_lists()
     masks = spdf.init_masks(KEY, params, sparsity=0.75, filter=FILTER)
     before = jax.device_get((params, masks))
-    state, _ = train((params, loss_fn), tmp_path, masks=masks)
+
+    def dropped(params, batch):
+        kept = jax.random.bernoulli(batch["key"], 0.9, batch["x"].shape)
+        return loss_fn(params, {"x": batch["x"] * kept})
+
+    def keyed(start):
+        return (batch | {"key": jax.random.key(n)} for n, batch in zip(itertools.count(start), batches(start)))
+
+    state, summary = train((params, dropped), tmp_path, masks=masks, batches=keyed)
     assert_same_bits((params, masks), before)
     assert jax.tree.structure(state.params) == jax.tree.structure(params)
-    assert isinstance(state.params[1], tuple)
+    page = (tmp_path / "report.html").read_text().replace("\N{NO-BREAK SPACE}", " ")
+    assert f"Training loss {summary['loss']:.2f} after 12 steps, up to 75 % sparse" in page
+    assert '<p class="status">finished</p>' in page
 
 
 def stopped(monkeypatch, step: int) -> None:

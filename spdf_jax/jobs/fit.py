@@ -71,7 +71,7 @@ def fit(
     Raises:
       InputError: anything the caller can fix, a workdir of another run for one; existing files are untouched.
 
-    >>> import pathlib, tempfile, jax.numpy as jnp, spdf_jax as spdf
+    >>> import tempfile, jax.numpy as jnp, spdf_jax as spdf
     >>> params, filter = {"w": jnp.ones((8, 8))}, [("w", "matrix")]
     >>> masks = spdf.init_masks(jax.random.key(0), params, sparsity=0.75, filter=filter)
     >>> programme = spdf.make_programme(params, 6, filter=filter, rule="rigl", sparsity=0.75, update_every_steps=2)
@@ -79,9 +79,8 @@ def fit(
     ...     return jnp.mean((x @ params["w"] - x) ** 2)
     >>> def batches(start):
     ...     return (jax.random.normal(jax.random.key(i), (4, 8)) for i in range(start, 6))
-    >>> folder = pathlib.Path(tempfile.mkdtemp())
-    >>> state, summary = fit(loss_fn, params, batches, optax.adam(0.1), masks, programme, folder)  # doctest: +ELLIPSIS
-    step 1/6 | fit | ...
+    >>> given = (loss_fn, params, batches, optax.adam(0.1), masks, programme, tempfile.mkdtemp())
+    >>> state, summary = fit(*given, progress=False)  # doctest: +ELLIPSIS
     step 6: loss ... Report: ...report.html
     >>> int(state.masks["w"].sum()), int((state.params["w"] != 0).sum()), summary["steps"]
     (16, 16, 6)

@@ -1,7 +1,6 @@
 """The page about a run: its verdict, numbers, command and settings, and the order of all panels."""
 
 import json
-import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from spdf_jax.report.words import (
     unit,
 )
 
+_LOSSES_IN_VERDICT = {"val_loss": "Validation", "loss": "Training"}
 _SCORES_IN_VERDICT = ("bleu", "rouge_l", "nist", "perplexity_per_byte")
 
 
@@ -63,10 +63,10 @@ def write_report(workdir: Path) -> Path:
 def verdict(run: Run) -> str:
     """A sentence or two: the loss, after how many tokens, for how many FLOPs, and the main scores."""
     numbers = run.numbers
-    text = f"Validation loss {numbers['val_loss']:.2f}" if "val_loss" in numbers else "No validation loss yet"
-    if not run.loss_unit:
-        text = text if "val_loss" in numbers else f"Training loss {numbers.get('loss', math.nan):.2f}"
-        text += f" after {numbers.get('steps', 0):,} steps, up to {percent(run.max_sparsity)} sparse"
+    losses = [f"{kind} loss {numbers[key]:.2f}" for key, kind in _LOSSES_IN_VERDICT.items() if key in numbers]
+    text = losses[0] if losses else "No validation loss yet"
+    if not run.loss_unit and "steps" in numbers:
+        text += f" after {numbers['steps']:,} steps, up to {percent(run.max_sparsity)} sparse"
     if run.evaluation_rows and (task := run.task(run.evaluation_rows[-1])):
         text += f" over {target_name(task)}"
     if "tokens" in numbers:

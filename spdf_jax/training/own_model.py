@@ -69,7 +69,7 @@ def make_programme(params: Any, steps: int, *, filter: Filter = LINEAR_KERNELS, 
     >>> how = {"rule": "gmp", "schedule": "cubic", "sparsity": 0.75, "ramp_end": 0.5, "update_every_steps": 10}
     >>> programme = make_programme(params, 100, filter=[("w", "matrix")], **how)
     >>> [programme.counts(step)["w"] for step in (0, 30, 100)]
-    [64, 23, 16]
+    [64, 26, 16]
     """
     config: SparsityConfig = build_section("sparsity", SparsityConfig, sparsity)
     check_used(list(unused_fields("sparsity", config)))
