@@ -189,15 +189,13 @@ def _no_whole_number(said: str) -> InputError | None:
 
 def _said_by_the_file(error: BaseException | None) -> InputError | None:
     """The innermost InputError, which an experiment file raised; ml_collections and absl wrap it with a traceback."""
-    if error is None:
-        return None
-    inner = _said_by_the_file(error.__cause__ or error.__context__)
-    return inner or (error if isinstance(error, InputError) else None)
+    said = [cause for cause in _causes(error) if isinstance(cause, InputError)]
+    return said[-1] if said else None
 
 
 def _in_the_file(error: BaseException, argv: Sequence[str]) -> InputError | None:
     """An error of the experiment file's own code, as that line of it and what is wrong there."""
-    given = " ".join(argv)
+    given = {os.path.realpath(word.removeprefix("--config=").split(":")[0]) for word in argv[1:]}
     for cause in reversed(list(_causes(error))):
         if isinstance(cause, SyntaxError) and cause.filename:
             lines = [(cause.filename, cause.lineno or 0, (cause.text or "").strip())]
@@ -207,9 +205,8 @@ def _in_the_file(error: BaseException, argv: Sequence[str]) -> InputError | None
             lines = [(frame.filename, frame.lineno or 0, frame.line or "") for frame in frames]
             said = f"{type(cause).__name__}: {_one_line(cause)}"
         for path, number, line in reversed(lines):
-            file = os.path.relpath(path)
-            if file in given or path in given:
-                return InputError(f"{file}:{number}: {line}: {said}")
+            if os.path.realpath(path) in given:
+                return InputError(f"{os.path.relpath(path)}:{number}: {line}: {said}")
     return None
 
 
@@ -217,7 +214,7 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
     """An error and what it came of, the innermost last."""
     while error is not None:
         yield error
-        error = error.__cause__ or error.__context__
+        error = error.__cause__ if error.__suppress_context__ else error.__context__
 
 
 def _one_line(error: BaseException) -> str:

@@ -201,7 +201,9 @@ def test_token_files_without_a_tokenizer_cannot_be_examined(trained, monkeypatch
     config, workdir = trained
     load = load_data
     monkeypatch.setattr("spdf_jax.jobs.evaluate.load_data", lambda *args, **options: (load(*args, **options)[0], None))
-    with pytest.raises(spdf.InputError, match=r"config\.data\.tokenizer: token files came without one"):
+    with pytest.raises(
+        spdf.InputError, match=r"config\.evaluation: needs the tokenizer, and token files came without one"
+    ):
         evaluate_checkpoint(asked(config, exams=True), workdir)
 
 

@@ -173,7 +173,7 @@ def test_a_gpu_in_the_words_of_the_compiler(name):
 def test_suggestions_are_hosts_of_eight():
     pod = gpu_pod("h100:4")
     # 800 GiB in all, and 2 GiB of one sequence.
-    need = Need(pod, Layout("h100:4", 1, 4, 1, 64, "dots"), 64, 1024, 200 * GIB, 202 * GIB)
+    need = Need(pod, Layout("h100:4", 1, 4, 1, 1, "dots"), 64, 1024, 200 * GIB, 202 * GIB)
     assert suggest(need) == Layout("h100:2x8", 1, 16, 1, 1, "dots")
 
 

@@ -194,7 +194,11 @@ def test_an_experiment_that_is_run_as_a_program_says_how_it_is_run(file, capsys,
 #: What stands in an experiment file, the line that is shown of it, and what is said.
 MISTAKES = {
     "a name that is not there": ("c.model.n_layer = n", "c.model.n_layer = n: NameError: name 'n' is not defined"),
-    "a key that is not there": ("c.model.n_layers = 3", "c.model.n_layers = 3: AttributeError: "),
+    "a section of another name": ("c.modell = c.model", "config: unknown key 'modell'; did you mean 'model'?"),
+    "a key that is not there": (
+        "c.model.n_layers = 3",
+        "config.model: unknown key 'n_layers'; did you mean 'n_layer'?",
+    ),
     "a section that is not there": ("c.modle.n_layer = 3", "c.modle.n_layer = 3: AttributeError: "),
     "a list that is too short": ("c.seed = [][1]", "c.seed = [][1]: IndexError: list index out of range"),
     "a module that is not there": (
@@ -220,7 +224,8 @@ def test_a_mistake_in_an_experiment_file_is_shown_with_its_line(mistake, tmp_pat
     result = command("--config", str(file))
     assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
     number = 5 if "function" in mistake else 10
-    assert result.stderr.startswith(f"error: {os.path.relpath(file, ROOT)}:{number}: "), result.stderr
+    shown = f"error: {os.path.relpath(file, ROOT)}:{number}: "
+    assert result.stderr.startswith("error: config" if "unknown key" in said else shown), result.stderr
     assert said in result.stderr
     assert len(result.stderr) < 400
 

@@ -233,6 +233,7 @@ def test_a_run_starts_again_from_a_state_that_it_was_in_or_is_refused(hows, runs
                 assert (step, state) == right[step], what
                 there = list(contents(folder).values())
                 changed = [name for name, content in before.items() if content not in there]
+                changed = [name for name in changed if name != "provenance.json"]  # has another start
                 # Rows after the step are logged again, and what follows the rows that a checkpoint counts on is none.
                 grown = (step, str(file), how) == (12, "metrics.jsonl", "huge")
                 assert changed == [] or (changed == ["metrics.jsonl"] and (step == 6 or grown)), what

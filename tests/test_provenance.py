@@ -61,7 +61,7 @@ def experiment(text, tmp_path):
     return file
 
 
-def short(text: Path) -> spdf.RunConfig:
+def short(text: Path):
     c = tiny_config(text, text.parent / "cache")
     c.pretrain.steps, c.phases = 8, ("pretrain",)
     del c.finetune

@@ -32,7 +32,6 @@ from spdf_jax.sparsity.masks import init_masks, matrix_groups
 from spdf_jax.sparsity.rules import RULES
 from spdf_jax.sparsity.topology import prune_and_grow_tree
 
-
 JAXPRUNER = "JaxPruner RigL"
 FILTER = (("kernel$", "stack"),)
 
@@ -80,7 +79,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     """One row a method: median seconds, scratch memory, compile time, share of the mask that changed."""
     dense = kernels(args.layers, args.width)
     grads = jax.tree.map(lambda w: jnp.flip(w, -1), dense)
-    masks = init_masks(jax.random.key(1), dense, sparsity=args.sparsity)
+    masks = init_masks(jax.random.key(1), dense, sparsity=args.sparsity, filter=FILTER)
     weights = jax.tree.map(lambda w, m: jnp.where(m, w, 0), dense, masks)
     del dense
     largest_bytes = max(leaf.nbytes for leaf in jax.tree.leaves(weights))

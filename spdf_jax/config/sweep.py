@@ -149,6 +149,11 @@ _KEYS = (*(f"summary.{key}" for key in SUMMARY), *(f"evaluation.{key}" for key i
 _FREE_KEYS = ("evaluation.zero_shot.", "evaluation.exams.")  # as the tasks and exams are called
 
 
+def _nearest_key(key: str) -> str:
+    same_end = [known for known in _KEYS if known.rpartition(".")[2] == key.rpartition(".")[2]]
+    return nearest(same_end[0] if same_end else key, list(_KEYS))
+
+
 def _check_column(column: Column, rows: Sequence[Row]) -> None:
     for row in rows:
         choices = list(dict.fromkeys(choice for choice, _ in row.choices))
@@ -166,6 +171,5 @@ def _check_column(column: Column, rows: Sequence[Row]) -> None:
             )
         if names[-1] not in _KEYS and not names[-1].startswith(_FREE_KEYS):
             raise InputError(
-                f"config.columns: {column.header!r} has key {names[-1]!r}, which no run leaves"
-                f"{nearest(names[-1], list(_KEYS))}"
+                f"config.columns: {column.header!r} has key {names[-1]!r}, which no run leaves{_nearest_key(names[-1])}"
             )

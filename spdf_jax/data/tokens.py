@@ -62,6 +62,7 @@ class DataConfig:
         that of `init_from`, or trains a byte-level BPE on the training documents.
       tokenizer_vocab_size: Ids of the tokenizer to train, where none is given.
       validation_fraction: Share of the documents held out where the source has no validation split of its own.
+      token_dtype: token_files: of ids in files that do not say it themselves; "" is uint16.
       separate_documents: Whether nothing passes between documents that share a sequence; False, as most papers have it,
         makes them one stream, in which a document sees those before it.
       end_of_text_id: token_files: the id that stands between documents; -1 is the tokenizer's, and without one GPT-2's

@@ -45,11 +45,13 @@ def fit(
     """Trains any model with masks that move, by the steps, the loop and the checkpoints of `spdf_jax.train`.
 
     The same call again goes on from the last checkpoint, whatever ended it, and ends with the same bits; when the run is
-    finished it returns what that came to.
+    finished it returns what that came to. A dense phase after it is a run of its own, from ``state.params`` with
+    `spdf_jax.dense_masks` and ``make_programme(params, steps)``.
 
     Args:
       loss_fn: ``(params, batch) -> loss``, a scalar, or ``(sum of losses, sum of their weights)``. What it draws at random, it
-        draws from a number or a key in the batch. Its code is not compared when a run goes on.
+        draws from a number or a key in the batch. State beside the parameters, such as running means, is not carried from step
+        to step. Its code is not compared when a run goes on.
       params: the parameters, a pytree of float arrays: a dict, `flax.nnx.State`, an Equinox module. They are not changed.
       batches: ``start_batch -> iterator`` over the batches from that number on, the same every time: pytrees of arrays. A
         step takes one, a topology step too.
@@ -107,7 +109,6 @@ def fit(
                 print(f"{workdir}: resuming after step {step} of {plan.end}.{elsewhere(record)}", flush=True)
             else:
                 write_json(workdir / CONFIG_FILE, {"experiment": PHASE, "variant": workdir.name, **run_is})
-            add_start(workdir, "", step)
             rows = record.get("rows")
             run = Run(
                 loop=how,
@@ -124,6 +125,7 @@ def fit(
                 seconds=record["seconds"],
                 evaluations=recorded_evaluations(workdir, step, record) if step else {},
             )
+            add_start(workdir, "", step)
             try:
                 state = run_phase(run, plan, state)
                 processes.beat(0, 0)

@@ -114,7 +114,6 @@ def train(
             if step:
                 print(f"{workdir}: resuming after step {step} of {plans[-1].end}.{elsewhere(record)}")
             _keep_identity(config, workdir, command, tokenizer, new=step == 0)
-            record_start(config, workdir, experiment, command, step)
             rows = record.get("rows")
             tracker = Tracker(workdir, resume_step=step, total_steps=plans[-1].end, progress=progress, durable=rows)
             run = Run(
@@ -132,6 +131,7 @@ def train(
                 seconds=record["seconds"],
                 evaluations=recorded_evaluations(workdir, step, record) if step else {},
             )
+            record_start(config, workdir, experiment, command, step)
             return _run_phases(config, run, index, state, tokens)
 
 

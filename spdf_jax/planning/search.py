@@ -57,10 +57,10 @@ def search(config: RunConfig, name: str) -> Iterator[str]:
         yield f"{plan.name}: {plan.config.batch_size} sequences of {plan.seq_len} tokens a step"
         yield "  data x fsdp x tensor  remat  micro-batches  GiB a device  ms, estimated  utilisation"
         found = []
-        for layout in _compiled(config, plan, pod, tensor, state_bytes(config, plan, mesh)):
-            found.append(layout)
-            yield _row(layout, config, plan, pod)
-        best = frontier([layout for layout in found if layout.fits])
+        for candidate in _compiled(config, plan, pod, tensor, state_bytes(config, plan, mesh)):
+            found.append(candidate)
+            yield _row(candidate, config, plan, pod)
+        best = frontier([candidate for candidate in found if candidate.fits])
         yield "  the frontier, by time" if best else "  none fits: without --plan_search the plan says what does"
         for layout, device_bytes, _, seconds in best:
             yield f"  {1e3 * seconds:.1f} ms, {device_bytes / GIB:.2f} GiB: {flags(config, plan.name, layout)}"
@@ -75,9 +75,9 @@ def frontier(found: Sequence[Found]) -> list[Found]:
     [(3.0, 1.0), (1.0, 2.0)]
     """
     best: list[Found] = []
-    for layout in sorted(found, key=lambda layout: (layout.seconds, layout.device_bytes)):
-        if not best or layout.device_bytes < best[-1].device_bytes:
-            best.append(layout)
+    for candidate in sorted(found, key=lambda candidate: (candidate.seconds, candidate.device_bytes)):
+        if not best or candidate.device_bytes < best[-1].device_bytes:
+            best.append(candidate)
     return best
 
 

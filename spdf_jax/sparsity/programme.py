@@ -67,8 +67,8 @@ class SparsityConfig:
       exploration: share of the weights that get gradients without being active (Top-KAST); -1 takes the rule's.
       sparsify_head: whether the output head (tied to the embedding or not) is sparse too.
       init: ``random`` or ``magnitude`` initial masks.
-      attention_pattern, attention_width: sparse attention, see `spdf_jax.ops.attention_patterns`, used while progress is in
-        [attention_start, attention_end); causal outside.
+      attention_pattern, attention_width, attention_start, attention_end: sparse attention, see
+        `spdf_jax.ops.attention_patterns`, used while progress is in [attention_start, attention_end); causal outside.
     """
 
     rule: Annotated[str, OneOf(RULES, ("dense",))] = "dense"
