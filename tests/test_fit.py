@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -212,6 +213,20 @@ def test_a_killed_run_ends_with_the_same_bits(whole, tmp_path):
     workdir, state, _ = whole
     assert_same_bits((resumed.params, resumed.masks, resumed.opt_state), (state.params, state.masks, state.opt_state))
     assert read_metrics(tmp_path) == read_metrics(workdir)
+
+
+def test_a_damaged_checkpoint_is_set_aside_for_the_one_before_it(whole, tmp_path, capsys):
+    right, state, summary = whole
+    workdir = tmp_path / "run"
+    shutil.copytree(right, workdir)
+    (workdir / "checkpoints" / "12" / "record" / "metadata").write_text("{")
+    resumed, again = train(of_nnx(), workdir, validation=lambda: [next(batches(99))], eval_every_steps=6)
+    damage, resuming = capsys.readouterr().out.splitlines()[:2]
+    assert "the checkpoint at step 12 is damaged" in damage
+    assert damage.endswith(", at step 10. The damaged one is kept as 12.damaged-1")
+    assert resuming == f"{workdir}: resuming after step 10 of 12."
+    assert_same_bits((resumed.params, resumed.masks, resumed.opt_state), (state.params, state.masks, state.opt_state))
+    assert (again["loss"], again["val_loss"]) == (summary["loss"], summary["val_loss"])
 
 
 @pytest.mark.slow
