@@ -424,6 +424,11 @@ def others():
         "uneven batches": ({"devices": 3}, r"batches: x has shape \(4, 8\), and 3 devices cannot share its first axis"),
         "too many devices": ({"devices": 99}, "mesh: .* asks for 99 devices, 8 are there"),
         "a misspelt key": ({"log_every": 1}, "loop: unknown key 'log_every'; did you mean 'log_every_steps'"),
+        "a size of what is given": ({"eval_batch_size": 8}, r"loop\.eval_batch_size: would be ignored"),
+        "an interval of nothing": (
+            {"eval_every_steps": 8},
+            r"loop\.eval_every_steps: would be ignored without a validation",
+        ),
         "no validation": ({"validation": list}, "validation: no batch came; give at least one"),
         "batches that end": ({"batches": ends}, r"batches: batches\(0\) ends after 7, before the programme does"),
     }
@@ -447,6 +452,7 @@ def test_a_bad_argument_is_one_line(case, tmp_path):
         ({"sparsity": 0.0}, r"sparsity\.sparsity: 0\.0 leaves rule 'rigl' no zeros to place"),
         ({"ramp_end": 0.5}, r"sparsity\.ramp_end: 0\.5 would be ignored"),
         ({"sparsify_head": True}, r"sparsity\.sparsify_head: True is for spdf_jax\.GPT alone; the filter says"),
+        ({"init": "magnitude"}, r"sparsity\.init: 'magnitude' is for spdf_jax\.GPT alone; spdf_jax\.init_masks"),
         ({"steps": 0}, "steps: 0 is no length of a run; give a whole number of at least 1"),
         ({"steps": 2}, r"sparsity\.rule: 'rigl' would never change a mask in 2 steps"),
         ({"filter": [("nothing", "matrix")]}, "filter: pattern 'nothing' matches no leaf"),

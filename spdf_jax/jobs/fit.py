@@ -89,9 +89,9 @@ def fit(
     """
     if jax.process_count() > 1:
         raise InputError(f"fit: runs in one process, and this is one of {jax.process_count()}; start it alone")
-    workdir, how = Path(workdir).expanduser(), build_section("loop", LoopConfig, loop)
+    workdir, how = Path(workdir).expanduser(), _loop_config(loop, validation is not None)
     mesh = make_mesh(MeshConfig(data=devices))
-    plan = own_plan(tx, params, programme, how.eval_every_steps if validation else 0)
+    plan = own_plan(tx, params, programme, how.eval_every_steps if validation is not None else 0)
     with jax.set_mesh(mesh):
         first = own_state(plan, params, masks, jax.random.key(0) if key is None else key, mesh)
         feed = own_feed(loss_fn, params, batches, validation, mesh.size)
@@ -132,6 +132,17 @@ def fit(
                 return state, _finish(run, state)
             finally:
                 run.tracker.close()
+
+
+def _loop_config(loop: dict[str, Any], validates: bool) -> LoopConfig:
+    config: LoopConfig = build_section("loop", LoopConfig, loop)
+    if "eval_batch_size" in loop:
+        raise InputError(
+            "loop.eval_batch_size: would be ignored, since validation gives its batches as they are; leave it out"
+        )
+    if "eval_every_steps" in loop and not validates:
+        raise InputError("loop.eval_every_steps: would be ignored without a validation; leave it out, or give one")
+    return config
 
 
 def _newest(checkpoints: Checkpoints, first: TrainState, shardings: TrainState) -> tuple[TrainState, dict[str, Any]]:

@@ -44,6 +44,7 @@ _OF_THE_GPT = {
     "sparsify_head": (False, "the filter says which leaves are sparse"),
     "sparse_compute": ("masked", "kernels of live blocks need layers that compute with them"),
     "attention_pattern": ("causal", "your loss_fn attends as it likes"),
+    "init": ("random", "spdf_jax.init_masks(..., method='magnitude') makes such masks"),
 }
 
 
