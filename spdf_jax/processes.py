@@ -42,6 +42,17 @@ _terminated = threading.Event()
 _progress: tuple[float, int, float] | None = None  # since when, at which step, seconds allowed; 0: any
 
 
+def device_name() -> str:
+    """The devices at hand, in words, and the cores that this process may use where they are what computes."""
+    device = jax.devices()[0]
+    found = f"{jax.device_count()} x {device.device_kind}"
+    if device.platform != "cpu":
+        return found
+    # Linux alone can keep a process to some of them.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{found}, {cores} {'core' if cores == 1 else 'cores'}"
+
+
 def initialise() -> None:
     """Joins the processes of a run. Before any other use of JAX.
 

@@ -5,7 +5,6 @@ vocabulary. Masks and optimiser moments are laid out like their parameters.
 """
 
 import math
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -84,17 +83,6 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         raise InputError(
             f"mesh: {config} does not lie along the axes of the pod{axes}: each size must be a product of some of them"
         ) from None
-
-
-def device_name() -> str:
-    """The devices at hand, in words, and the cores that this process may use where they are what computes."""
-    device = jax.devices()[0]
-    found = f"{jax.device_count()} x {device.device_kind}"
-    if device.platform != "cpu":
-        return found
-    # Linux alone can keep a process to some of them.
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{found}, {cores} {'core' if cores == 1 else 'cores'}"
 
 
 def batch_devices(mesh: Mesh) -> int:

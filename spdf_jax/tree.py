@@ -76,9 +76,7 @@ def match_filter(filter: Filter, params: Any) -> dict[str, str]:
     names = [name for name, _ in leaves]
     pairs = list(filter) if isinstance(filter, Sequence) and not isinstance(filter, str) else [None]
     if not all(isinstance(pair, tuple | list) and len(pair) == 2 and isinstance(pair[0], str) for pair in pairs):
-        raise InputError(
-            f"filter: {filter!r} is no sequence of (pattern, decision) pairs, such as [('kernel$', 'matrix')]"
-        )
+        raise InputError(f"filter: {filter!r} is no sequence of pairs such as ('kernel$', 'matrix')")
     for pattern, decision in filter:
         if decision not in DECISIONS:
             raise InputError(f"filter: decision {decision!r} of pattern {pattern!r} is not one of {DECISIONS}")

@@ -47,8 +47,8 @@ from spdf_jax import workdir as workdir_files
 from spdf_jax.errors import Restart
 from spdf_jax.jobs import train as jobs
 from spdf_jax.jobs.evaluate import evaluate_checkpoint
+from spdf_jax.processes import device_name
 from spdf_jax.report import write_report
-from spdf_jax.sharding import device_name
 from spdf_jax.training import checkpoint as checkpointing
 from spdf_jax.training import loop, resume, stored_state
 from spdf_jax.training.metrics import read_metrics

@@ -333,7 +333,7 @@ def test_eight_devices_give_the_same_bits_as_one(rule):
     ("change", "message"),
     [
         ({"rule": "rigl"}, r"rule 'rigl' is no spdf\.Rule; give one, such as spdf\.RULES\['rigl'\]"),
-        ({"target_nnz": 3}, r"target_nnz 3 is no mapping from leaf names"),
+        ({"target_nnz": 3}, r"target_nnz has no entry for 'w', which has an element mask"),
         ({"target_nnz": {"v": jnp.array([3])}}, r"target_nnz has no entry for 'w'"),
     ],
 )

@@ -17,7 +17,7 @@ from spdf_jax.config.run import RunConfig
 from spdf_jax.config.sweep import SweepConfig
 from spdf_jax.data import DataConfig, cache_folder
 from spdf_jax.errors import InputError
-from spdf_jax.sharding import device_name
+from spdf_jax.processes import device_name
 
 
 class Request(NamedTuple):

@@ -21,7 +21,8 @@ from spdf_jax.jobs.pages import last_page, live_page, write_run_page
 from spdf_jax.model.flops import parameter_count
 from spdf_jax.model.gpt import GPT
 from spdf_jax.planning.describe import describe
-from spdf_jax.sharding import batch_devices, device_name, make_mesh
+from spdf_jax.processes import device_name
+from spdf_jax.sharding import batch_devices, make_mesh
 from spdf_jax.training.checkpoint import Checkpoints, DamagedCheckpointError
 from spdf_jax.training.early_stopping import best_evaluation, of_phase
 from spdf_jax.training.feed import Feed, load_data, make_feed

@@ -32,8 +32,6 @@ True
 >>> del RULES["mine"]
 """
 
-from collections.abc import Mapping
-
 import jax
 import jax.numpy as jnp
 
@@ -63,5 +61,4 @@ RULES: dict[str, Rule] = {
     "acdc": Rule(drop_fraction=0.0, gradient_share=1.0, schedules=("alternate",)),
     "topkast": Rule(drop_fraction=0.0, exploration=0.3, optimizer=explore, choose_masks=choose_by_magnitude),
 }
-#: Those of this library: a run that uses another keeps the code of it.
-OWN_RULES: Mapping[str, Rule] = dict(RULES)
+OWN_RULES = dict(RULES)  # this library's

@@ -186,13 +186,9 @@ def prune_and_grow_tree(
 
     if not isinstance(rule, Rule):
         raise InputError(f"prune_and_grow_tree: rule {rule!r} is no spdf.Rule; give one, such as spdf.RULES['rigl']")
-    if not isinstance(target_nnz, Mapping):
-        raise InputError(
-            f"prune_and_grow_tree: target_nnz {target_nnz!r} is no mapping from leaf names to int32 [matrices]"
-        )
 
     def update(name: str, w: jax.Array, g: jax.Array, mask: jax.Array) -> jax.Array:
-        if name not in target_nnz:
+        if not isinstance(target_nnz, Mapping) or name not in target_nnz:
             raise InputError(f"prune_and_grow_tree: target_nnz has no entry for {name!r}, which has an element mask")
         targets = target_nnz[name]
         keys = jax.random.split(jax.random.fold_in(key, zlib.crc32(name.encode())), targets.shape[0])

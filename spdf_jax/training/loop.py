@@ -15,7 +15,8 @@ from spdf_jax import processes
 from spdf_jax.config.run import LoopConfig
 from spdf_jax.errors import InputError, Restart
 from spdf_jax.model.gpt import GPT
-from spdf_jax.sharding import batch_sharding, device_name
+from spdf_jax.processes import device_name
+from spdf_jax.sharding import batch_sharding
 from spdf_jax.training.checkpoint import Checkpoints
 from spdf_jax.training.early_stopping import best_evaluation, of_phase, stops_early
 from spdf_jax.training.feed import Feed

@@ -15,8 +15,7 @@ from typing import Any
 
 from spdf_jax.config.run import RunConfig
 from spdf_jax.errors import InputError
-from spdf_jax.processes import is_first
-from spdf_jax.sharding import device_name
+from spdf_jax.processes import device_name, is_first
 from spdf_jax.sparsity.rules import OWN_RULES, RULES
 from spdf_jax.workdir import CODE_FOLDER, PROVENANCE_FILE, read_json, write_atomically, write_json
 
