@@ -2,8 +2,9 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -32,3 +33,7 @@ class LossFunction:
 
     def __hash__(self) -> int:
         return id(self.of)
+
+
+#: What steps are made of.
+Model: TypeAlias = nn.Module | LossFunction

@@ -18,7 +18,7 @@ from spdf_jax.data import Batch
 from spdf_jax.sparsity.blocks import compress_tree, expand_tree, move_blocks
 from spdf_jax.sparsity.masks import apply_masks
 from spdf_jax.sparsity.topology import Rule, move_masks
-from spdf_jax.training.loss_function import LossFunction
+from spdf_jax.training.loss_function import LossFunction, Model
 from spdf_jax.training.state import TrainState
 from spdf_jax.tree import named_leaves
 
@@ -38,7 +38,7 @@ class Steps(NamedTuple):
 
 
 def make_steps(
-    model: nn.Module | LossFunction,
+    model: Model,
     tx: optax.GradientTransformationExtraArgs,
     learning_rate: Callable[[jax.Array], jax.Array] | None,
     rule: Rule,
@@ -80,7 +80,7 @@ def _kept_program(step: Any, bound: tuple[Any, ...], donate: str, treedef: Any, 
 
 
 def train_step(
-    model: nn.Module | LossFunction,
+    model: Model,
     tx: optax.GradientTransformationExtraArgs,
     learning_rate: Callable[[jax.Array], jax.Array] | None,
     state: TrainState,
@@ -99,7 +99,7 @@ def train_step(
 
 
 def topology_step(
-    model: nn.Module | LossFunction,
+    model: Model,
     tx: optax.GradientTransformationExtraArgs,
     rule: Rule,
     regrowth: str,
@@ -158,7 +158,7 @@ def move_topology(
 
 
 def loss_and_grads(
-    model: nn.Module | LossFunction, state: TrainState, batch_ABT: Any, *, pattern: str, width: int
+    model: Model, state: TrainState, batch_ABT: Any, *, pattern: str, width: int
 ) -> tuple[jax.Array, Any]:
     """Mean loss over all tokens of all micro-batches, and its **dense** gradient with respect to the masked parameters."""
     key = jax.random.fold_in(state.key, state.step)
@@ -171,8 +171,9 @@ def loss_and_grads(
     accumulate = jax.tree.leaves(batch_ABT)[0].shape[0]
     value_and_grad = jax.value_and_grad(sums, has_aux=True)
     if accumulate == 1:
-        batch_BT = jax.tree.map(lambda x: x[0], batch_ABT)
-        (loss, weight), grads = value_and_grad(state.params, batch_BT, jnp.zeros((), jnp.int32))
+        (loss, weight), grads = value_and_grad(
+            state.params, jax.tree.map(lambda x: x[0], batch_ABT), jnp.zeros((), jnp.int32)
+        )
     else:
 
         def add(total: Any, micro: Any) -> tuple[Any, None]:
@@ -183,16 +184,12 @@ def loss_and_grads(
     return loss / weight, jax.tree.map(lambda g: (g / weight).astype(g.dtype), grads)
 
 
-def eval_step(
-    model: nn.Module | LossFunction, variables: Any, batch_BT: Any, *, pattern: str, width: int
-) -> tuple[jax.Array, jax.Array]:
+def eval_step(model: Model, variables: Any, batch_BT: Any, *, pattern: str, width: int) -> tuple[jax.Array, jax.Array]:
     """Summed loss and summed weights of one batch."""
     return _sums(model, variables, batch_BT, pattern=pattern, width=width)
 
 
-def _sums(
-    model: nn.Module | LossFunction, variables: Any, batch_BT: Any, **options: Any
-) -> tuple[jax.Array, jax.Array]:
+def _sums(model: Model, variables: Any, batch_BT: Any, **options: Any) -> tuple[jax.Array, jax.Array]:
     """Summed loss and summed weights: the one place that knows what a model makes of a batch."""
     if isinstance(model, LossFunction):
         return model.sums(variables, batch_BT)
