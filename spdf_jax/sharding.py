@@ -95,7 +95,7 @@ def batch_devices(mesh: Mesh) -> int:
 
 
 def batch_sharding(mesh: Mesh, rank: int, axis: int | None = None) -> NamedSharding:
-    """Splits the batch axis, by default the last but one (``[B, T]``, ``[A, B, T]``); an array without it lies whole everywhere."""
+    """Splits the batch axis, by default the last but one (``[B, T]``, ``[A, B, T]``); an array without it lies whole."""
     axis = rank - 2 if axis is None else axis
     return NamedSharding(mesh, PartitionSpec(*(BATCH_AXES if i == axis else None for i in range(rank))))
 

@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
@@ -171,9 +170,8 @@ def loss_and_grads(
     accumulate = jax.tree.leaves(batch_ABT)[0].shape[0]
     value_and_grad = jax.value_and_grad(sums, has_aux=True)
     if accumulate == 1:
-        (loss, weight), grads = value_and_grad(
-            state.params, jax.tree.map(lambda x: x[0], batch_ABT), jnp.zeros((), jnp.int32)
-        )
+        batch_BT = jax.tree.map(lambda x: x[0], batch_ABT)
+        (loss, weight), grads = value_and_grad(state.params, batch_BT, jnp.zeros((), jnp.int32))
     else:
 
         def add(total: Any, micro: Any) -> tuple[Any, None]:
