@@ -12,7 +12,7 @@ FOLDER = Path(__file__).parent.parent / "experiments" / "benchmarks"
 SMALLEST = {
     "attention": ["--lengths", "64", "--batch", "1", "--repeats", "1"],
     "block_sparse": ["--layer", "--repeats", "1"],
-    "compile_time": ["--layers", "1", "2", "--width", "32", "--context", "32", "--repeats", "1"],
+    "compile_time": ["--layers", "1", "2", "--width", "64", "--context", "32", "--repeats", "1"],
     "mask_overhead": ["--sizes", "mini", "--repeats", "1"],
     "topology": ["--layers", "2", "--width", "64", "--repeats", "1"],
     "train_step": ["--shapes", "4x256", "--repeats", "1"],

@@ -550,15 +550,22 @@ def test_a_checkpoint_that_is_rotated_away_while_it_is_read_is_no_damage(whole, 
 # --- what a finished run leaves -----------------------------------------------------------------------------------------
 
 
-def test_a_finished_run_has_its_report(whole, text, tmp_path, capsys):
+@pytest.mark.parametrize("why", ["was missing", "is of before its end"])
+def test_a_finished_run_has_its_report(why, whole, text, tmp_path, capsys):
+    """Killed after summary.json: before the first page or, with the page of a run that goes on, before the last."""
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
-    (tmp_path / "report.html").unlink()  # as where it was killed after summary.json
+    (tmp_path / "report.html").unlink()
+    (tmp_path / ".report.html.x.tmp").mkdir()
     before = {p: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()}
+    if why != "was missing":
+        (tmp_path / "report.html").write_text("running")
+        os.utime(tmp_path / "report.html", ns=(0, (tmp_path / "summary.json").stat().st_mtime_ns - 1))
     jobs.train(spdf.resolve(short(text)), tmp_path, progress=False)
     assert (tmp_path / "report.html").read_bytes() == (whole / "report.html").read_bytes()
     assert {p: p.read_bytes() for p in before} == before
     said = capsys.readouterr().out.splitlines()
-    assert said[0] == f"{tmp_path}: its report was missing, and is written again: {tmp_path / 'report.html'}"
+    assert said[0] == f"{tmp_path}: its report {why}, and is written again: {tmp_path / 'report.html'}"
+    assert not list(tmp_path.glob(".*.tmp")), "what the kill left is gone"
     assert said[1].endswith("; nothing to do.")
 
 

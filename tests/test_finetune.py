@@ -393,7 +393,7 @@ def test_a_sweep_runs_its_cells_chooses_and_tabulates_and_resumes(text, tmp_path
     columns = (
         ("perplexity", "evaluation.perplexity", ".3f", True),
         ("FLOPs", "summary.train_flops+summary.before.train_flops", ".3g"),
-        ("METEOR", "evaluation.nothing", ".2f"),
+        ("METEOR", "evaluation.seen.meteor", ".2f"),
     )
     config = resolve_sweep(
         spdf.sweep_config(

@@ -434,12 +434,10 @@ def test_a_small_model_is_planned_for_a_pod_that_is_not_there():
 def test_what_libtpu_does_not_know_and_what_does_not_fit_is_said_and_following_suggestions_ends_in_what_does():
     static = {"pretrain.sparsity.rule": "static"}
     large = static | {"pretrain.batch_size": 65536}
-    odd, indivisible, too_large, nearly, split, one_sequence, across = plans(
+    odd, indivisible, too_large, one_sequence, across = plans(
         ("v5e:3x3", {}),
         ("v5e:4x4", {}),
         ("v5e-4", large),
-        ("v5e:2x2", large | {"pretrain.grad_accumulation_steps": 8}),
-        ("v5e:2x2", large | {"pretrain.grad_accumulation_steps": 16}),
         ("v5e:2x4", static),
         ("v5p:4x4x4", static | {"mesh.data": 32, "mesh.fsdp": 2, "pretrain.batch_size": 64}),
     )
@@ -459,10 +457,6 @@ def test_what_libtpu_does_not_know_and_what_does_not_fit_is_said_and_following_s
         r"--config\.model\.remat=dots --config\.pretrain\.grad_accumulation_steps=16 \([\d.]+ GiB a device\)",
         too_large,
     )
-    assert re.search(
-        r"DOES NOT FIT, by 0\.\d+ GiB.* --config\.pretrain\.grad_accumulation_steps=16 ", nearly, re.DOTALL
-    )
-    assert " of 15.75 GiB: fits" in split
     assert "splash attention 0." in one_sequence
 
 

@@ -289,6 +289,11 @@ def _finished(config: RunConfig, workdir: Path, mesh: Mesh) -> dict[str, Any] | 
             return None
     except DamagedCheckpointError:
         return None
-    if processes.is_first() and not (workdir / "report.html").is_file():
-        print(f"{workdir}: its report was missing, and is written again: {write_run_page(workdir)}", flush=True)
+    if processes.is_first():
+        sweep(workdir)
+        page = workdir / "report.html"
+        # The last page is written after the summary: an older one is of a run that went on.
+        if not page.is_file() or page.stat().st_mtime_ns < (workdir / SUMMARY_FILE).stat().st_mtime_ns:
+            why = "is of before its end" if page.is_file() else "was missing"
+            print(f"{workdir}: its report {why}, and is written again: {write_run_page(workdir)}", flush=True)
     return summary
