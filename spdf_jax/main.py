@@ -125,8 +125,12 @@ def _parse(argv: Sequence[str]) -> list[str]:
     except (KeyError, AttributeError) as error:  # ml_collections: an override of a key that is not there
         refused = _in_the_file(error, argv) or _unknown_key(argv)
         raise refused or InputError(f"--config: unknown key {_one_line(error)}") from error
-    except Exception as error:
+    except (TypeError, ValueError, IndexError) as error:
         raise _in_the_file(error, argv) or InputError(f"--config: {_one_line(error)}") from error
+    except Exception as error:  # whatever else the file does; what is not of it is no fault of the user's
+        if refused := _in_the_file(error, argv):
+            raise refused from error
+        raise
     if _JOB.value == "compare":
         for flag in (_CONFIG, _WORKDIR):
             if flag.present:
