@@ -13,8 +13,9 @@ from spdf_jax import processes
 from spdf_jax.config.read import build_section
 from spdf_jax.config.run import LoopConfig
 from spdf_jax.errors import InputError
-from spdf_jax.jobs.pages import last_page, live_page, write_run_page
-from spdf_jax.sharding import MeshConfig, device_name, make_mesh
+from spdf_jax.jobs.pages import finished_page, last_page, live_page, write_run_page
+from spdf_jax.processes import device_name
+from spdf_jax.sharding import MeshConfig, make_mesh
 from spdf_jax.sparsity.programme import Programme
 from spdf_jax.training.checkpoint import Checkpoints, DamagedCheckpointError
 from spdf_jax.training.loop import Run, run_phase
@@ -165,8 +166,7 @@ def _finished(workdir: Path, step: int) -> dict[str, Any] | None:
     summary = read_json(workdir / SUMMARY_FILE, "delete it, and call fit again: the run makes it again")
     if summary.get("steps") != step:
         return None
-    if not (workdir / "report.html").is_file():
-        write_run_page(workdir)
+    finished_page(workdir)
     print(f"{workdir}: this run is finished; nothing to do.", flush=True)
     return summary
 

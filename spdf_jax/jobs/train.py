@@ -17,7 +17,7 @@ from spdf_jax.data import TokenData, unigram_loss
 from spdf_jax.data.tokenizer import Tokenizer
 from spdf_jax.errors import InputError
 from spdf_jax.jobs import Request, keep_compiled
-from spdf_jax.jobs.pages import last_page, live_page, write_run_page
+from spdf_jax.jobs.pages import finished_page, last_page, live_page, write_run_page
 from spdf_jax.model.flops import parameter_count
 from spdf_jax.model.gpt import GPT
 from spdf_jax.planning.describe import describe
@@ -289,11 +289,5 @@ def _finished(config: RunConfig, workdir: Path, mesh: Mesh) -> dict[str, Any] | 
             return None
     except DamagedCheckpointError:
         return None
-    if processes.is_first():
-        sweep(workdir)
-        page = workdir / "report.html"
-        # The last page is written after the summary: an older one is of a run that went on.
-        if not page.is_file() or page.stat().st_mtime_ns < (workdir / SUMMARY_FILE).stat().st_mtime_ns:
-            why = "is of before its end" if page.is_file() else "was missing"
-            print(f"{workdir}: its report {why}, and is written again: {write_run_page(workdir)}", flush=True)
+    finished_page(workdir)
     return summary

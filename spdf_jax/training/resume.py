@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from spdf_jax.errors import InputError
-from spdf_jax.sharding import device_name
+from spdf_jax.processes import device_name
 from spdf_jax.training.checkpoint import Checkpoints
 from spdf_jax.training.metrics import read_metrics
 from spdf_jax.workdir import BEST, CHECKPOINTS, CONFIG_FILE, SUMMARY_FILE, sweep
