@@ -178,6 +178,7 @@ def test_a_preempted_run_ends_with_the_same_bits(whole, text, tmp_path, monkeypa
     assert_ends_as(tmp_path, whole)
 
 
+@pytest.mark.slow
 def test_what_hangs_is_ended_with_its_stacks():
     program = """
 import time
