@@ -17,6 +17,7 @@ Optimiser   `sparse`, `reset_masked_state`, `scale_by_smet_adam`, `scale_by_dens
 Model       `GPT`, `GPTConfig`, `forward`, `widen`, `train_flops`
 Experiment  `default_config`, `model_section`, `shared_value`, `sweep_config`; what several share: `spdf_jax.config.recipes`
 Run         `resolve`, `run_cost`, `train`, `watch_training`, `saved_run`, `TrainState`, `drop_masks`, `as_masks`
+Any model   `fit`, `make_programme`
 Refusals    `InputError`: one line that says what is wrong and how to fix it
 
 Constants:
@@ -38,6 +39,7 @@ from spdf_jax.config.read import resolve as resolve
 from spdf_jax.config.read import shared_value as shared_value
 from spdf_jax.config.sweep import sweep_config as sweep_config
 from spdf_jax.errors import InputError as InputError
+from spdf_jax.jobs.fit import fit as fit
 from spdf_jax.jobs.train import train as train
 from spdf_jax.model.config import GPT_SIZES as GPT_SIZES
 from spdf_jax.model.config import GPTConfig as GPTConfig
@@ -60,6 +62,7 @@ from spdf_jax.sparsity.topology import Rule as Rule
 from spdf_jax.sparsity.topology import prune_and_grow as prune_and_grow
 from spdf_jax.sparsity.topology import prune_and_grow_tree as prune_and_grow_tree
 from spdf_jax.sparsity.transforms import sparse as sparse
+from spdf_jax.training.own_model import make_programme as make_programme
 from spdf_jax.training.phases import run_cost as run_cost
 from spdf_jax.training.restore import saved_run as saved_run
 from spdf_jax.training.state import TrainState as TrainState
@@ -87,9 +90,11 @@ __all__ = [
     "default_config",
     "dense_masks",
     "drop_masks",
+    "fit",
     "forward",
     "init_masks",
     "load_masks",
+    "make_programme",
     "mask_report",
     "model_section",
     "prune_and_grow",

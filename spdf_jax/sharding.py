@@ -94,9 +94,10 @@ def batch_devices(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
-def batch_sharding(mesh: Mesh, rank: int) -> NamedSharding:
-    """Batch axis is the last but one (``[B, T]``, or ``[A, B, T]`` with gradient accumulation)."""
-    return NamedSharding(mesh, PartitionSpec(*(None,) * (rank - 2), BATCH_AXES, None))
+def batch_sharding(mesh: Mesh, rank: int, axis: int | None = None) -> NamedSharding:
+    """Splits the batch axis, by default the last but one (``[B, T]``, ``[A, B, T]``); an array without it lies whole."""
+    axis = rank - 2 if axis is None else axis
+    return NamedSharding(mesh, PartitionSpec(*(BATCH_AXES if i == axis else None for i in range(rank))))
 
 
 def split_wide(x: jax.Array) -> jax.Array:

@@ -50,7 +50,7 @@ from spdf_jax.jobs.evaluate import evaluate_checkpoint
 from spdf_jax.processes import device_name
 from spdf_jax.report import write_report
 from spdf_jax.training import checkpoint as checkpointing
-from spdf_jax.training import loop, stored_state
+from spdf_jax.training import loop, resume, stored_state
 from spdf_jax.training.metrics import read_metrics
 from spdf_jax.training.restore import saved_run
 
@@ -178,6 +178,7 @@ def test_a_preempted_run_ends_with_the_same_bits(whole, text, tmp_path, monkeypa
     assert_ends_as(tmp_path, whole)
 
 
+@pytest.mark.slow
 def test_what_hangs_is_ended_with_its_stacks():
     program = """
 import time
@@ -311,7 +312,7 @@ def test_a_damaged_checkpoint_is_noticed_set_aside_and_the_one_before_it_gone_on
 
 def test_a_run_that_goes_on_on_another_number_of_cores_says_so(interrupted, text, capsys, monkeypatch):
     """XLA splits sums of 65,536 and more over them."""
-    monkeypatch.setattr(jobs, "device_name", lambda: "8 x cpu, 1001 cores")
+    monkeypatch.setattr(resume, "device_name", lambda: "8 x cpu, 1001 cores")
     jobs.train(spdf.resolve(short(text)), interrupted, progress=False)
     resuming = capsys.readouterr().out.splitlines()[0]
     assert resuming == (

@@ -577,6 +577,7 @@ def test_tpu_pod_gives_up_on_what_cannot_be_set_up(tmp_path, broken, did):
     assert result.stderr.endswith(", and --restarts 1 is used up\n")
 
 
+@pytest.mark.slow
 def test_tpu_worker_follows_one_run_through_connections(tmp_path):
     """A connection breaks and comes back: the command was started once. A new run ends the one before."""
     shutil.copytree(ROOT / "launch", tmp_path / "launch")

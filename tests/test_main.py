@@ -243,6 +243,7 @@ def test_a_good_override_works_and_plan_trains_nothing(tmp_path):
     assert not (tmp_path / "w").exists()
 
 
+@pytest.mark.slow
 def test_of_a_run_the_workdir_says_it_all(half_run, tmp_path):
     run = str(shutil.copytree(half_run, tmp_path / "run"))
     result = command("--job", "report", "--workdir", run)

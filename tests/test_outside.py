@@ -135,6 +135,7 @@ def recorded(folder: Path) -> str:
     return repr(dataclasses.replace(read_run(folder), saved_step=0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["summary.json", "metrics.jsonl", "evaluation.json", "config.json", "mask_pictures"])
 def test_records_are_read_right_or_refused(name, runs, tmp_path):
     run, other = runs
@@ -196,8 +197,8 @@ def resumed(config: RunConfig, folder: Path, monkeypatch: pytest.MonkeyPatch) ->
     return int(state.step), digest(state.replace(key=jax.random.key_data(state.key)))
 
 
-@pytest.mark.parametrize("hows", [("cut",), pytest.param(tuple(HARMS), marks=pytest.mark.slow)])
-def test_a_run_starts_again_from_a_state_that_it_was_in_or_is_refused(hows, runs, text, tmp_path, monkeypatch):
+@pytest.mark.slow
+def test_a_run_starts_again_from_a_state_that_it_was_in_or_is_refused(runs, text, tmp_path, monkeypatch):
     """Every file that a start reads. A damaged checkpoint makes way for the one before it, and is kept."""
     run, other = runs
     c = short(text)
@@ -215,7 +216,7 @@ def test_a_run_starts_again_from_a_state_that_it_was_in_or_is_refused(hows, runs
     files, rows = checkpoint_files(run), (run / "metrics.jsonl").read_bytes()
     others = sorted(p for p in (other / "checkpoints" / "12").rglob("*") if p.is_file())
     folder = tmp_path / "harmed"
-    for how in hows:
+    for how in HARMS:
         for file in files:
             what = f"{file} {how}"
             shutil.copytree(run, folder, ignore=kept)

@@ -125,6 +125,7 @@ def test_code_of_a_rule_is_found_where_it_is_written(text, monkeypatch):
     assert OWN_RULES["rigl"] is not spdf.RULES["rigl"]
 
 
+@pytest.mark.slow
 def test_a_run_does_not_go_on_with_another_rule_of_its_name(experiment, tmp_path):
     run = ["--config", str(experiment), "--workdir", str(tmp_path / "run")]
     result = command(*run)
@@ -153,6 +154,7 @@ def test_a_run_does_not_go_on_with_another_rule_of_its_name(experiment, tmp_path
     assert (result.returncode, result.stderr) == (0, "")
 
 
+@pytest.mark.slow
 def test_of_a_file_whose_code_the_run_does_not_use_it_is_only_said(experiment, tmp_path):
     run = ["--config", f"{experiment}:theirs", "--workdir", str(tmp_path / "run")]
     assert command(*run).returncode == 0

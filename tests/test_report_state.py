@@ -205,6 +205,7 @@ def seen_pages(monkeypatch: pytest.MonkeyPatch, *, share: float) -> list[str]:
     return seen
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_says_so_until_it_is_finished(text, tmp_path, monkeypatch):
     config, one_step = short(text), loop.one_step
 

@@ -6,6 +6,7 @@ from spdf_jax.fields import (
     Unused,
     unused_fields,
 )
+from spdf_jax.sparsity.programme import SparsityConfig
 
 
 def unused_settings(run: RunConfig) -> list[Unused]:
@@ -19,26 +20,35 @@ def check_effect(run: RunConfig) -> None:
     if run.variant not in run.variants:
         near = nearest(run.variant, list(run.variants))
         raise InputError(f"config.variant: {run.experiment} has no variant {run.variant!r}{near}")
-    if unused := unused_settings(run):
-        first, *others = unused
-        likewise = ", ".join(f"{other.place} at {other.default!r}" for other in others)
-        raise InputError(
-            f"{first.place}: {first.value!r} would be ignored, since it is for {first.by}; leave it at {first.default!r}"
-            + (f" (likewise {likewise})" if likewise else "")
-        )
+    check_used(unused_settings(run))
     for index, (name, phase) in enumerate(run.phases.items()):
-        sparsity = phase.sparsity
-        if not sparsity.dense and not any(map(sparsity.curve.value, (0.0, *sparsity.curve.turns))):
-            raise InputError(
-                f"config.{name}.sparsity.sparsity: {sparsity.sparsity} leaves rule {sparsity.rule!r} no zeros to place; set a "
-                f"share of zeros, 0.75 for one, or rule 'dense'"
-            )
+        check_zeros(f"config.{name}.sparsity", phase.sparsity)
         if index == 0 and not phase.reset_optimizer and not run.init_from:
             raise InputError(
                 f"config.{name}.reset_optimizer: False has nothing to carry over, without a phase before or init_from; use True"
             )
         if not phase.epochs:
             check_length(name, phase)
+
+
+def check_used(unused: list[Unused]) -> None:
+    """Raises `InputError` if there is any."""
+    if unused:
+        first, *others = unused
+        likewise = ", ".join(f"{other.place} at {other.default!r}" for other in others)
+        raise InputError(
+            f"{first.place}: {first.value!r} would be ignored, since it is for {first.by}; leave it at {first.default!r}"
+            + (f" (likewise {likewise})" if likewise else "")
+        )
+
+
+def check_zeros(place: str, sparsity: SparsityConfig) -> None:
+    """Raises `InputError` where a rule has no zeros to place."""
+    if not sparsity.dense and not any(map(sparsity.curve.value, (0.0, *sparsity.curve.turns))):
+        raise InputError(
+            f"{place}.sparsity: {sparsity.sparsity} leaves rule {sparsity.rule!r} no zeros to place; set a "
+            f"share of zeros, 0.75 for one, or rule 'dense'"
+        )
 
 
 def check_length(name: str, phase: PhaseConfig) -> None:

@@ -127,8 +127,8 @@ def _built(values: dict[str, Any]) -> RunConfig:
     hints, values = typing.get_type_hints(RunConfig), _expanded(RunConfig, values)
     run = RunConfig(
         **{name: _typed(f"config.{name}", hints[name], values[name]) for name in SCALARS},
-        **{name: _build(f"config.{name}", cls, values[name]) for name, cls in SECTIONS.items()},
-        phases={name: _build(f"config.{name}", PhaseConfig, values[name]) for name in phases},
+        **{name: build_section(f"config.{name}", cls, values[name]) for name, cls in SECTIONS.items()},
+        phases={name: build_section(f"config.{name}", PhaseConfig, values[name]) for name in phases},
     )
     for name, phase in run.phases.items():
         check_phase(run, name, phase)
@@ -146,6 +146,10 @@ def load_config(path: Path) -> RunConfig:
     fix = "restore it, or give the workdir of a run"
     values = read_json(path, fix)
     values.pop("command", None)
+    if of_fit(values):
+        raise InputError(
+            f"{path}: of a run of spdf_jax.fit, whose model is its caller's; call that again to go on with it"
+        )
     with reading(f"{path}: no config of a run", fix):
         values = _as_of_today(values)
         while unused := list(
@@ -158,6 +162,11 @@ def load_config(path: Path) -> RunConfig:
                     node = node[section]
                 node[name] = field_.default
     return run
+
+
+def of_fit(values: Mapping[str, Any]) -> bool:
+    """Whether the content of a ``config.json`` is of `spdf_jax.fit`; any other names its phases, of which one may be "fit"."""
+    return "fit" in values and "phases" not in values
 
 
 #: What a run did before a field was there, by the field's place (``phase`` stands for every phase), where that is not the
@@ -192,7 +201,12 @@ def _check_keys(where: str, values: Mapping[str, Any], known: list[str]) -> None
             raise unknown_key(where, key, known)
 
 
-def _build(where: str, cls: type, values: Mapping[str, Any]) -> Any:
+def build_section(where: str, cls: type, values: Mapping[str, Any]) -> Any:
+    """A dataclass of the values of a section.
+
+    Raises:
+      InputError: an unknown key, a value of the wrong type or out of its range.
+    """
     hints = typing.get_type_hints(cls)
     _check_keys(where, values, list(hints))
     fields = {key: _typed(f"{where}.{key}", hints[key], value) for key, value in _expanded(cls, values).items()}
@@ -215,7 +229,7 @@ def _typed(where: str, hint: Any, value: Any) -> Any:
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, Mapping):
             raise InputError(f"{where}: expected a section, got {value!r}")
-        return _build(where, typing.cast(type, hint), value)
+        return build_section(where, typing.cast(type, hint), value)
     if typing.get_origin(hint) is tuple:
         items = typing.get_args(hint)
         items = items[:1] * len(value) if items[-1] is Ellipsis and isinstance(value, list | tuple) else items

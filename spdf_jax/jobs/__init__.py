@@ -1,6 +1,7 @@
 """One file a ``--job``: its `run` does the job for a run, its `run_sweep` for a sweep, where a sweep has that job.
 
-`compare` is of many runs, and of no config. `pages` is no job: it keeps the pages of those that train.
+`compare` is of many runs, and of no config. `pages` is no job: it keeps the pages of those that train. `fit` is none either: it
+trains the model of a caller in Python.
 """
 
 import contextlib

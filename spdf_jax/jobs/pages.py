@@ -11,7 +11,7 @@ from spdf_jax.processes import is_first
 from spdf_jax.training.loop import Run
 from spdf_jax.training.metrics import Tracker
 from spdf_jax.training.provenance import record_failure
-from spdf_jax.workdir import METRICS_FILE
+from spdf_jax.workdir import METRICS_FILE, SUMMARY_FILE, sweep
 
 #: All that writing pages may take of the time since the start.
 SHARE_OF_TIME = 0.05
@@ -87,6 +87,18 @@ def last_page(run: Run) -> Iterator[None]:
             record_failure(run.workdir, run.step, one_line(error))
         LivePage(partial(write_run_page, run.workdir, running=False, figures=False), run.tracker.message).write()
         raise
+
+
+def finished_page(workdir: Path) -> None:
+    """Writes the page of a finished run again where it is missing or of before the end, since the end was killed."""
+    if not is_first():
+        return
+    sweep(workdir)
+    page = workdir / "report.html"
+    # The last page is written after the summary: an older one is of a run that went on.
+    if not page.is_file() or page.stat().st_mtime_ns < (workdir / SUMMARY_FILE).stat().st_mtime_ns:
+        why = "is of before its end" if page.is_file() else "was missing"
+        print(f"{workdir}: its report {why}, and is written again: {write_run_page(workdir)}", flush=True)
 
 
 def write_run_page(workdir: Path, *, running: bool | None = None, figures: bool = True) -> Path:

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from spdf_jax.data import TokenData, unigram_loss
 from spdf_jax.data.tokenizer import Tokenizer
 from spdf_jax.errors import InputError
 from spdf_jax.jobs import Request, keep_compiled
-from spdf_jax.jobs.pages import last_page, live_page, write_run_page
+from spdf_jax.jobs.pages import finished_page, last_page, live_page, write_run_page
 from spdf_jax.model.flops import parameter_count
 from spdf_jax.model.gpt import GPT
 from spdf_jax.planning.describe import describe
@@ -28,7 +27,7 @@ from spdf_jax.training.checkpoint import Checkpoints, DamagedCheckpointError
 from spdf_jax.training.early_stopping import best_evaluation, of_phase
 from spdf_jax.training.feed import Feed, load_data, make_feed
 from spdf_jax.training.loop import Run, run_phase
-from spdf_jax.training.metrics import Tracker, read_metrics
+from spdf_jax.training.metrics import Tracker
 from spdf_jax.training.phases import PhasePlan, make_plan, recorded_cost
 from spdf_jax.training.provenance import check_same_code, record_start
 from spdf_jax.training.restore import (
@@ -43,19 +42,10 @@ from spdf_jax.training.restore import (
     saved_run,
     source_folder,
 )
+from spdf_jax.training.resume import elsewhere, has_begun, opened, recorded_evaluations
 from spdf_jax.training.state import TrainState
 from spdf_jax.training.stored_state import fingerprint
-from spdf_jax.workdir import (
-    BEST,
-    CHECKPOINTS,
-    CONFIG_FILE,
-    SUMMARY_FILE,
-    lock,
-    made_workdir,
-    sweep,
-    write_atomically,
-    write_json,
-)
+from spdf_jax.workdir import CONFIG_FILE, SUMMARY_FILE, lock, made_workdir, write_atomically, write_json
 
 
 def run(config: RunConfig, request: Request) -> None:
@@ -107,7 +97,7 @@ def train(
     processes.agree("config", json.dumps(config.as_dict()), "start all of them with the same command and files")
     plans = make_plan(config)
     with made_workdir(workdir), lock(workdir), jax.set_mesh(mesh):
-        begun = _has_begun(workdir)
+        begun = has_begun(workdir)
         moved = check_same_run(config, workdir)
         check_same_code(config, workdir, experiment)
         finished = _finished(config, workdir, mesh)
@@ -116,7 +106,8 @@ def train(
         tokens, tokenizer = load_data(config, workdir, plans, begun=begun, progress=progress)
         feeds = [make_feed(config, plan, tokens, tokenizer, mesh) for plan in plans]
         processes.agree("config.data", "".join(f.fingerprint for f in feeds), "give all of them the same data")
-        with _opened(config, workdir, plans[-1]) as (checkpoints, best):
+        stops_early = plans[-1].config.patience_evaluations > 0
+        with opened(workdir, config.loop.keep_checkpoints, best=stops_early) as (checkpoints, best):
             if best:
                 _go_back_for_best(config, workdir, plans[-1], mesh, checkpoints, best)
             state, index, record = _first_state(config, workdir, feeds, plans, mesh, checkpoints, moved)
@@ -124,12 +115,12 @@ def train(
                 return _nothing_to_do(workdir, finished)
             step = int(state.step)
             if step:
-                print(f"{workdir}: resuming after step {step} of {plans[-1].end}.{_elsewhere(record)}")
+                print(f"{workdir}: resuming after step {step} of {plans[-1].end}.{elsewhere(record)}")
             _keep_identity(config, workdir, command, tokenizer, new=step == 0)
             rows = record.get("rows")
             tracker = Tracker(workdir, resume_step=step, total_steps=plans[-1].end, progress=progress, durable=rows)
             run = Run(
-                config=config,
+                loop=config.loop,
                 workdir=workdir,
                 mesh=mesh,
                 model=GPT(config.model),
@@ -141,37 +132,12 @@ def train(
                 tracker=tracker,
                 total=recorded_cost(record, plans, step),
                 seconds=record["seconds"],
-                evaluations=_evaluations(workdir, step, record) if step else {},
+                evaluations=recorded_evaluations(workdir, step, record) if step else {},
                 step=step,
                 write_page=live_page(workdir, tracker).update,
             )
             record_start(config, workdir, experiment, command, step)
-            return _run_phases(run, index, state, tokens)
-
-
-@contextlib.contextmanager
-def _opened(config: RunConfig, workdir: Path, last: PhasePlan) -> Iterator[tuple[Checkpoints, Checkpoints | None]]:
-    """The run's checkpoints, and that of the best state where the `last` phase may stop early; closed at the end.
-
-    What killed processes left half-written in the workdir is removed first.
-    """
-    sweep(workdir)
-    checkpoints = Checkpoints(workdir / CHECKPOINTS, config.loop.keep_checkpoints)
-    with contextlib.closing(checkpoints), contextlib.ExitStack() as stack:
-        best = None
-        if last.config.patience_evaluations:
-            best = stack.enter_context(contextlib.closing(Checkpoints(workdir / BEST, keep=1)))
-            best.sweep()
-        checkpoints.sweep()
-        yield checkpoints, best
-
-
-def _has_begun(workdir: Path) -> bool:
-    """Whether a run has saved something there; without its config, nobody knows whose it is."""
-    begun = any(path.name.isdecimal() for path in (workdir / CHECKPOINTS).glob("*"))
-    if (begun or (workdir / SUMMARY_FILE).exists()) and not (workdir / CONFIG_FILE).exists():
-        raise InputError(f"{workdir / CONFIG_FILE}: gone, but a run is there; restore it, or choose another --workdir")
-    return begun
+            return _run_phases(config, run, index, state, tokens)
 
 
 def _keep_identity(config: RunConfig, workdir: Path, command: str, tokenizer: Tokenizer | None, *, new: bool) -> None:
@@ -182,7 +148,7 @@ def _keep_identity(config: RunConfig, workdir: Path, command: str, tokenizer: To
         write_atomically(workdir / "tokenizer.json", tokenizer.to_str(pretty=True).encode())
 
 
-def _run_phases(run: Run, index: int, state: TrainState, tokens: TokenData | None) -> dict[str, Any]:
+def _run_phases(config: RunConfig, run: Run, index: int, state: TrainState, tokens: TokenData | None) -> dict[str, Any]:
     """Phases from `index` on, whose state it is, and the summary at their end."""
     with contextlib.closing(run.tracker), last_page(run):
         for plan in run.plans[index:]:
@@ -190,7 +156,7 @@ def _run_phases(run: Run, index: int, state: TrainState, tokens: TokenData | Non
                 state = enter_phase(state, plan, run.mesh)
             state = run_phase(run, plan, state)
         processes.beat(0, 0)
-        return _finish(run, int(state.step), tokens)
+        return _finish(config, run, int(state.step), tokens)
 
 
 def _nothing_to_do(workdir: Path, summary: dict[str, Any]) -> dict[str, Any]:
@@ -238,7 +204,7 @@ def _go_back_for_best(
       InputError: there is nothing before it to go back to.
     """
     newest, kept = checkpoints.latest_step(), best.latest_step()
-    losses = of_phase(_evaluations(workdir, newest, {}), plan.name) if newest is not None else {}
+    losses = of_phase(recorded_evaluations(workdir, newest, {}), plan.name) if newest is not None else {}
     if newest is None or not losses or (kept is not None and kept > newest):
         return
     wanted = best_evaluation(losses)
@@ -263,24 +229,7 @@ def _go_back_for_best(
     checkpoints.drop_from(again)
 
 
-def _elsewhere(record: dict[str, Any]) -> str:
-    """What to know where the steps so far were not computed on what is at hand."""
-    here = device_name()
-    before = record.get("device", here)  # absent: of an older version
-    # XLA splits long float32 sums by the cores it may use, and any sum by devices: another number of them, another rounding.
-    what = f" It was computed on {before} so far, and is on {here} now: it will not end with the same bits as on either alone."
-    return what if before != here else ""
-
-
-def _evaluations(workdir: Path, step: int, record: dict[str, Any]) -> dict[tuple[str, int], float]:
-    """Those up to a checkpoint, from its record; one of an older release leaves them to the rows."""
-    if "evaluations" in record:
-        return {(phase, step): loss for phase, step, loss in record["evaluations"]}
-    rows = (row for row in read_metrics(workdir) if "val_loss" in row and row["step"] <= step)
-    return {(row["phase"], row["step"]): row["val_loss"] for row in rows}
-
-
-def _finish(run: Run, step: int, tokens: TokenData | None) -> dict[str, Any]:
+def _finish(config: RunConfig, run: Run, step: int, tokens: TokenData | None) -> dict[str, Any]:
     run.checkpoints.wait()
     last = run.plans[-1]
     seconds = run.seconds + time.perf_counter() - run.clock
@@ -288,8 +237,8 @@ def _finish(run: Run, step: int, tokens: TokenData | None) -> dict[str, Any]:
     result = best_evaluation(losses) if last.config.patience_evaluations else max(losses)
     summary: dict[str, Any] = {
         "status": "finished",
-        "experiment": run.config.experiment,
-        "variant": run.config.variant,
+        "experiment": config.experiment,
+        "variant": config.variant,
         "steps": step,
         **run.total._asdict(),
         "val_loss": losses[result],
@@ -299,12 +248,12 @@ def _finish(run: Run, step: int, tokens: TokenData | None) -> dict[str, Any]:
         "tokens_per_second": run.total.tokens / seconds,
         "wall_seconds": seconds,
         "device": device_name(),
-        "parameters": parameter_count(run.config.model),
+        "parameters": parameter_count(config.model),
         "rows": run.tracker.make_durable(),
     }
     yardstick = ""
     if not last.config.task.name and tokens is not None:
-        summary["unigram_loss"] = unigram_loss(tokens.train, tokens.validation, run.config.model.vocab_size)
+        summary["unigram_loss"] = unigram_loss(tokens.train, tokens.validation, config.model.vocab_size)
         yardstick = f"; predicting every token by its training frequency gives {summary['unigram_loss']:.3f}"
     if last.config.patience_evaluations:
         summary["best_step"] = result
@@ -315,7 +264,7 @@ def _finish(run: Run, step: int, tokens: TokenData | None) -> dict[str, Any]:
         p.name for p, feed in zip(run.plans, run.feeds, strict=True) if feed.fingerprint == run.feeds[-1].fingerprint
     }
     first = next(loss for (phase, _), loss in run.evaluations.items() if phase in same_data)
-    in_blocks = any(phase.sparsity.sparse_compute == "blocks" for phase in run.config.phases.values())
+    in_blocks = any(phase.sparsity.sparse_compute == "blocks" for phase in config.phases.values())
     why = (
         "blocks of zeros are skipped, for less than that in seconds"
         if in_blocks
@@ -340,11 +289,5 @@ def _finished(config: RunConfig, workdir: Path, mesh: Mesh) -> dict[str, Any] | 
             return None
     except DamagedCheckpointError:
         return None
-    if processes.is_first():
-        sweep(workdir)
-        page = workdir / "report.html"
-        # The last page is written after the summary: an older one is of a run that went on.
-        if not page.is_file() or page.stat().st_mtime_ns < (workdir / SUMMARY_FILE).stat().st_mtime_ns:
-            why = "is of before its end" if page.is_file() else "was missing"
-            print(f"{workdir}: its report {why}, and is written again: {write_run_page(workdir)}", flush=True)
+    finished_page(workdir)
     return summary

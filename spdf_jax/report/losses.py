@@ -38,14 +38,16 @@ def loss_by_step(run: Run) -> Panel | None:
     _mark_unigram(axes, run)
     _mark_sparse_window(axes, run)
     mark_phases(axes, run.all_rows)
-    axes.set(xlabel="step", ylabel="loss (nats/token)")
+    axes.set(xlabel="step", ylabel=f"loss ({run.loss_unit})" if run.loss_unit else "loss")
     axes.xaxis.set_major_formatter(count_tick)
     legend(figure)
     every = math.ceil(len(run.train_rows) / MAX_LINE_POINTS)
     line = "each logged step" if every <= 1 else f"means of {every} logged steps"
     captions = [f"Line: training, {line}."] if run.train_rows else []
     tasks = list(dict.fromkeys(run.task(row) for row in run.evaluation_rows))
-    if tasks:
+    if tasks and not run.loss_unit:
+        captions.append("Points: validation.")
+    elif tasks:
         captions.append(f"Points: {', then '.join(target_name(task) for task in tasks)}.")
     plot = Plot("loss over steps", figure, "loss against steps", _table(run, "step", lambda rows: column(rows, "step")))
     return plot_panel("Loss over steps", plot, " ".join(captions))
@@ -54,7 +56,7 @@ def loss_by_step(run: Run) -> Panel | None:
 def loss_by_flops(run: Run) -> Panel | None:
     """Losses over counted FLOPs, and over those of the same steps dense; None without a count."""
     rows = [*run.train_rows, *run.evaluation_rows]
-    if not rows or max(row["dense_flops"] for row in rows) <= 0:
+    if max((row.get("dense_flops", 0) for row in rows), default=0) <= 0:
         return None
     scale, name = unit(max(row["dense_flops"] for row in rows), FLOP_UNITS)
     figure, axes = new_figure()

@@ -1,5 +1,6 @@
 """What a run or a sweep recorded, read from its folder."""
 
+import dataclasses
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -11,10 +12,11 @@ from urllib.parse import quote
 
 import numpy as np
 
-from spdf_jax.config.read import default_config
-from spdf_jax.config.run import flat
+from spdf_jax.config.read import default_config, of_fit
+from spdf_jax.config.run import LoopConfig, flat
 from spdf_jax.errors import InputError, reading
 from spdf_jax.report.words import setting
+from spdf_jax.sparsity.programme import SparsityConfig
 from spdf_jax.training.metrics import check_rows, read_metrics
 from spdf_jax.workdir import (
     CHECKPOINTS,
@@ -33,7 +35,7 @@ Row = Mapping[str, Any]
 #: Connections into each output and out of each input of a matrix.
 Degrees = tuple[np.ndarray, np.ndarray]
 
-_NAMES = ("experiment", "variant", "variants", "phases", "command")
+_NAMES = ("experiment", "variant", "variants", "phases", "command", "fit")
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,11 @@ class Run:
     def name(self) -> str:
         """Experiment and variant."""
         return f"{self.config['experiment']}: {self.config['variant']}"
+
+    @property
+    def loss_unit(self) -> str:
+        """Of its losses; "" of a model of the caller's own (`spdf_jax.fit`), which may be of anything."""
+        return "" if of_fit(self.config) else "nats/token"
 
     @cached_property
     def all_rows(self) -> list[Row]:
@@ -96,7 +103,9 @@ class Run:
         status = f"{state}, nothing logged yet" if step is None else f"{state}, at step {step:,}"
         if self.is_finished:
             status = str(self.numbers["status"])
-        first = self.all_rows[0]["step"] if self.all_rows else 0  # every run begins with an evaluation at step 0
+        # Every run begins with an evaluation at step 0, but for one of `spdf_jax.fit` that has nothing to evaluate on.
+        begins = self.all_rows and (self.loss_unit or self.evaluation_rows)
+        first = self.all_rows[0]["step"] if begins else 0
         return f"{status}; the rows before step {first:,} are lost" if first else status
 
     def task(self, row: Row) -> str:
@@ -253,7 +262,10 @@ def read_sweep(workdir: Path, running: bool | None = None, *, beside: Path | Non
 def changed_settings(config: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """Key, value and default of everything in a config that is not at its default; names and command left out."""
     variant, phases = config["variant"], tuple(config.get("phases", ()))
-    sections = default_config(config["experiment"], variant, variants=(variant,), phases=phases).to_dict()
+    if of_fit(config):
+        sections = {"sparsity": dataclasses.asdict(SparsityConfig()), "loop": dataclasses.asdict(LoopConfig())}
+    else:
+        sections = default_config(config["experiment"], variant, variants=(variant,), phases=phases).to_dict()
     defaults = flat(json.loads(json.dumps(sections)))
     ours = flat({key: value for key, value in config.items() if key not in _NAMES})
     return [

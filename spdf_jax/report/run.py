@@ -57,7 +57,7 @@ def write_report(
     workdir, folder = Path(workdir), Path(output or workdir)
     run = read_run(workdir, running)
     cell = f", {workdir.name}" if workdir.parent.name == "cells" else ""  # of a sweep, whose runs share a name
-    title = f"{run.name}{cell}"
+    title, counted = f"{run.name}{cell}", run.max_sparsity > 0 and "train_flops" in run.numbers
     with matplotlib.rc_context(STYLE):
         panels = [panel for make in _PANELS if (panel := make(run)) is not None]
         if figures:
@@ -67,7 +67,7 @@ def write_report(
         title=title,
         status=run.status if run.is_finished else f"{run.status} as of {when(now())}",
         verdict=verdict(run),
-        note=" ".join(filter(None, [_what_next(run), COUNTED_NOTE if run.max_sparsity > 0 else ""])),
+        note=" ".join(filter(None, [_what_next(run), COUNTED_NOTE if counted else ""])),
         panels=panels,
         curves=write_curves(folder, title, panels) if figures and not cell else None,
     )
@@ -81,16 +81,19 @@ def _what_next(run: Run) -> str:
         return f"It failed at {when(run.failure['time'])}: {run.failure['why']}".rstrip(".") + "."
     if run.running:
         return "This page is written again as the run goes on."
+    same = "command" if run.loss_unit else "call"
     unknown = "Its disk has no locks, so whether it runs nobody knows. " if run.running is None else ""
     if run.saved_step:
-        return f"{unknown}The same command resumes it from its checkpoint at step {run.saved_step:,}."
-    return f"{unknown}Nothing is saved yet: the same command starts at step 0."
+        return f"{unknown}The same {same} resumes it from its checkpoint at step {run.saved_step:,}."
+    return f"{unknown}Nothing is saved yet: the same {same} starts at step 0."
 
 
 def verdict(run: Run) -> str:
     """A sentence or two: the loss, after how many tokens, for how many FLOPs, and the main scores."""
     numbers = run.numbers
     text = _last_losses(run)
+    if not run.loss_unit and "steps" in numbers:
+        text += f" after {numbers['steps']:,} steps, up to {percent(run.max_sparsity)} sparse"
     if numbers.get("tokens"):
         text += f" after {quantity(numbers['tokens'], COUNT_UNITS)} tokens"
     if "flops_reduction" in numbers:
@@ -109,8 +112,9 @@ def verdict(run: Run) -> str:
 
 def _last_losses(run: Run) -> str:
     """The validation loss, before it the training loss where that is newer, each with its step where it is not of the end."""
-    if "val_loss" not in run.numbers:
-        text = "No validation loss yet"
+    if "val_loss" not in run.numbers:  # which a run of `spdf_jax.fit` may end without
+        ended = run.is_finished and "loss" in run.numbers
+        text = f"Training loss {run.numbers['loss']:.2f}" if ended else "No validation loss yet"
     else:
         text = f"Validation loss {run.numbers['val_loss']:.2f}"
     if run.evaluation_rows and (task := run.task(run.evaluation_rows[-1])):
@@ -145,10 +149,15 @@ def _number_lines(run: Run) -> Iterator[tuple[str, str, str]]:
     """Label, value with its unit, and a remark, for each number there is."""
     zeros, left_out = ("", "") if run.is_dense else ("zeros included", "multiplications by zero left out")
     best = f"at the best evaluation, step {run.numbers['best_step']:,}" if "best_step" in run.numbers else ""
+
+    def loss(value: float) -> str:
+        return f"{value:.4f} {run.loss_unit}".rstrip()
+
     formats: dict[str, tuple[str, Callable[[float], str], str]] = {
-        "val_loss": ("Validation loss", lambda v: f"{v:.4f} nats/token", best or _last_evaluation(run)),
-        "initial_val_loss": ("Validation loss before training", lambda v: f"{v:.4f} nats/token", _first_remark(run)),
-        "unigram_loss": ("Loss of token frequencies alone", lambda v: f"{v:.4f} nats/token", "a model must beat this"),
+        "val_loss": ("Validation loss", loss, best or _last_evaluation(run)),
+        "initial_val_loss": ("Validation loss before training", loss, _first_remark(run)),
+        "loss": ("Training loss", loss, "at the last step"),
+        "unigram_loss": ("Loss of token frequencies alone", loss, "a model must beat this"),
         "sparsity": ("Sparsity at the last step", percent, f"{percent(run.max_sparsity)} at its highest"),
         "train_flops": ("Training FLOPs, counted", flops, left_out),
         "dense_flops": ("The same tokens, dense", flops, "same model without masks"),
@@ -207,7 +216,7 @@ def _padded(run: Run) -> bool:
 
 def _first_remark(run: Run) -> str:
     """What the loss before training is over, against that at the end."""
-    if not run.evaluation_rows:
+    if not run.evaluation_rows or not run.loss_unit:
         return "step 0"
     first, last = (target_name(run.task(run.evaluation_rows[i])) for i in (0, -1))
     return "same tokens, step 0" if first == last else f"over {first}: not to be compared with the last"
@@ -219,8 +228,10 @@ def _stopped_early(run: Run) -> bool:
     return "best_step" in run.numbers and bool(rows) and run.numbers["best_step"] < rows[-1]["step"]
 
 
-def run_again(run: Run) -> Panel:
-    """The command of the run or, for one started from Python, the lines that repeat it."""
+def run_again(run: Run) -> Panel | None:
+    """The command of the run or, for one started from Python, the lines that repeat it; None where nothing recorded can."""
+    if not run.loss_unit:
+        return None
     seed = f"Seed {run.config['seed']}. " if "seed" in run.config else ""
     found = "finds this run and has nothing left to do" if run.is_finished else "goes on with this run"
     remark = f"{seed}In its own workdir the command {found}: give another --workdir to begin anew."

@@ -128,9 +128,8 @@ def prune_and_grow(
     [True, True, False, True]
     """
     if not weights.shape == grads.shape == mask.shape:
-        raise InputError(
-            f"prune_and_grow: weights {weights.shape}, grads {grads.shape} and mask {mask.shape} must have one shape"
-        )
+        found = f"weights {weights.shape}, grads {grads.shape} and mask {mask.shape}"
+        raise InputError(f"prune_and_grow: {found} must have one shape")
     p = parse_pattern(pattern)
     p.check_shape(weights.shape, "weights")
     if isinstance(target_nnz, int | np.integer):
@@ -184,9 +183,6 @@ def prune_and_grow_tree(
     [[True, True, False, True]]
     """
 
-    if not isinstance(rule, Rule):
-        raise InputError(f"prune_and_grow_tree: rule {rule!r} is no spdf.Rule; give one, such as spdf.RULES['rigl']")
-
     def update(name: str, w: jax.Array, g: jax.Array, mask: jax.Array) -> jax.Array:
         if not isinstance(target_nnz, Mapping) or name not in target_nnz:
             raise InputError(f"prune_and_grow_tree: target_nnz has no entry for {name!r}, which has an element mask")
@@ -214,6 +210,8 @@ def prune_and_grow_tree(
         )
         return jnp.swapaxes(new, axis, -2).reshape(mask.shape)
 
+    if not isinstance(rule, Rule):
+        raise InputError(f"prune_and_grow_tree: rule {rule!r} is no spdf.Rule; give one, such as spdf.RULES['rigl']")
     leaves = [
         mask if mask.ndim == 0 else update(name, w, g, mask)
         for (name, mask), (_, w), (_, g) in zip(

@@ -5,7 +5,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
 
@@ -36,7 +36,7 @@ NAME_TOKENIZER = "name it by --config.data.tokenizer=FILE"
 
 
 class Feed(NamedTuple):
-    """The batches of one phase, this process's rows of them.
+    """The batches of one phase, this process's rows of them: `Batch`, or what a model of the caller's own takes.
 
     Attributes:
       train: ``start_batch -> endless batches``, the same from there on whatever came before.
@@ -45,9 +45,9 @@ class Feed(NamedTuple):
       fingerprint: changes when the data changes; a run does not go on with other data.
     """
 
-    train: Callable[[int], Iterator[Batch]]
-    validation: Callable[[], Iterator[Batch]]
-    test: Callable[[], Iterator[Batch]] | None
+    train: Callable[[int], Iterator[Any]]
+    validation: Callable[[], Iterator[Any]]
+    test: Callable[[], Iterator[Any]] | None
     fingerprint: str
 
 

@@ -4,7 +4,6 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from spdf_jax import processes
-from spdf_jax.config.run import RunConfig
-from spdf_jax.data import Batch
+from spdf_jax.config.run import LoopConfig
 from spdf_jax.errors import InputError, Restart
 from spdf_jax.model.gpt import GPT
 from spdf_jax.processes import device_name
@@ -23,6 +21,7 @@ from spdf_jax.training.checkpoint import Checkpoints
 from spdf_jax.training.early_stopping import best_evaluation, of_phase, stops_early
 from spdf_jax.training.feed import Feed
 from spdf_jax.training.invariants import check_invariants
+from spdf_jax.training.loss_function import LossFunction
 from spdf_jax.training.mask_pictures import save_mask_pictures
 from spdf_jax.training.metrics import Tracker
 from spdf_jax.training.phases import PhasePlan, StepCost, task_tokens
@@ -39,10 +38,10 @@ class NonFiniteLossError(InputError):
 class Run:
     """What every part of the loop needs, and the counters that move."""
 
-    config: RunConfig
+    loop: LoopConfig
     workdir: Path
     mesh: Mesh
-    model: GPT
+    model: GPT | LossFunction
     plans: list[PhasePlan]
     feeds: list[Feed]
     origin: dict[str, Any]  # of a run that goes on from another: what of, see `jobs`
@@ -60,9 +59,9 @@ class Run:
 
 def run_phase(run: Run, plan: PhasePlan, state: TrainState) -> TrainState:
     """Steps of one phase. Step n + 1 is dispatched before the metrics of step n are fetched."""
-    loop, first = run.config.loop, int(state.step)
+    loop, first = run.loop, int(state.step)
     steps = make_phase_steps(run.model, plan, run.mesh, state)
-    if first == plan.start and starts_anew(run.feeds, plan):
+    if first == plan.start and plan.eval_every_steps and starts_anew(run.feeds, plan):
         _evaluate_and_log(run, plan, steps, state, first)
     run.last_log = (time.perf_counter(), run.total.tokens)
     _save_pictures(run, plan, state, first if first < plan.end else -1)
@@ -91,7 +90,7 @@ def run_phase(run: Run, plan: PhasePlan, state: TrainState) -> TrainState:
     return state
 
 
-def make_phase_steps(model: GPT, plan: PhasePlan, mesh: Mesh, state: TrainState) -> Steps:
+def make_phase_steps(model: GPT | LossFunction, plan: PhasePlan, mesh: Mesh, state: TrainState) -> Steps:
     """The compiled steps of a phase, for states laid out as `state` is (arrays or shapes)."""
     shardings = state_shardings(mesh, plan.tx, state)
     rule, regrowth = plan.programme.config.topology_rule, plan.config.optimizer.regrowth
@@ -127,7 +126,7 @@ def take_steps(
         state, metrics = one_step(steps, plan, local, state, batch_ABT)
         if plan.config.task.name:
             metrics |= {"tokens": task_tokens(batch_ABT.weights_BT)}
-        yield step, state, metrics, plan.cost(local, batch_ABT.tokens_BT.shape[-1])
+        yield step, state, metrics, plan.cost(local, batch_ABT.tokens_BT.shape[-1] if plan.seq_len else 0)
 
 
 def _watched(numbers: Iterable[int], seconds: int) -> Iterator[int]:
@@ -143,7 +142,7 @@ def _save_pictures(run: Run, plan: PhasePlan, state: TrainState, done: int) -> N
         save_mask_pictures(run.workdir, done, state.element_masks())
 
 
-def one_step(steps: Steps, plan: PhasePlan, local: int, state: TrainState, batch_ABT: Batch) -> tuple[TrainState, Any]:
+def one_step(steps: Steps, plan: PhasePlan, local: int, state: TrainState, batch_ABT: Any) -> tuple[TrainState, Any]:
     """Dispatches step `local` of a phase: a topology step or an optimiser step."""
     pattern, width = plan.programme.attention(local)
     target = plan.programme.topology(local)
@@ -154,12 +153,16 @@ def one_step(steps: Steps, plan: PhasePlan, local: int, state: TrainState, batch
     return steps.topology(state, batch_ABT, target_nnz, drop_fraction, pattern=pattern, width=width)
 
 
-def device_batches(feed: Feed, mesh: Mesh, plan: PhasePlan, start_batch: int) -> Iterator[Batch]:
-    """Endless ``[A, B, T]`` batches on the mesh; each process loads its rows only."""
+def device_batches(feed: Feed, mesh: Mesh, plan: PhasePlan, start_batch: int) -> Iterator[Any]:
+    """Endless ``[A, B, ...]`` batches on the mesh; each process loads its rows only."""
     accumulate = plan.config.grad_accumulation_steps
-    load = partial(jax.make_array_from_process_local_data, batch_sharding(mesh, rank=3))
+
+    def load(x: Any) -> jax.Array:
+        rows = x.reshape(accumulate, -1, *x.shape[1:]) if x.ndim else x[None]
+        return jax.make_array_from_process_local_data(batch_sharding(mesh, rows.ndim, axis=1), rows)
+
     for batch in feed.train(start_batch):
-        yield jax.tree.map(lambda x: load(x.reshape(accumulate, -1, x.shape[-1])), batch)
+        yield jax.tree.map(load, batch)
 
 
 def starts_anew(feeds: Sequence[Feed], plan: PhasePlan) -> bool:
@@ -181,19 +184,15 @@ def _fetch_and_log(run: Run, plan: PhasePlan, step: int, cost: StepCost, metrics
     run.total = run.total.plus(cost.of_tokens(int(metrics["tokens"])) if "tokens" in metrics else cost)
     run.tracker.advance(done)
     row = {"step": done, "phase": plan.name}
-    if done % run.config.loop.log_every_steps == 0 or done == plan.end:
+    if done % run.loop.log_every_steps == 0 or done == plan.end:
         now = time.perf_counter()
         rate = (run.total.tokens - run.last_log[1]) / (now - run.last_log[0])
         run.last_log = (now, run.total.tokens)
-        scalars = {name: float(metrics[name]) for name in ("loss", "learning_rate", "grad_norm")}
+        names = ("loss", "learning_rate", "grad_norm") if plan.learning_rate else ("loss", "grad_norm")
         # The sparsity that this step computed with; the masks of a topology step count from the next one.
-        run.tracker.log(
-            row
-            | scalars
-            | {"sparsity": plan.programme.sparsity(local)}
-            | run.total._asdict()
-            | {"tokens_per_second": round(rate, 1)}
-        )
+        row_of_step = {name: float(metrics[name]) for name in names} | {"sparsity": plan.programme.sparsity(local)}
+        counted = run.total._asdict() | {"tokens_per_second": round(rate, 1)} if plan.seq_len else {}
+        run.tracker.log(row | row_of_step | counted)
     if "churn" in metrics:
         counts = plan.programme.counts(local + 1)
         density = {n: [c / plan.programme.groups[n].size] * plan.programme.groups[n].count for n, c in counts.items()}
@@ -204,15 +203,15 @@ def _fetch_and_log(run: Run, plan: PhasePlan, step: int, cost: StepCost, metrics
 def _evaluate_and_log(run: Run, plan: PhasePlan, steps: Steps, state: TrainState, done: int) -> None:
     started = time.perf_counter()
 
-    def validation() -> Iterator[Batch]:
+    def validation() -> Iterator[Any]:
         for batch in run.feeds[plan.index].validation():
-            processes.beat(done, run.config.loop.watchdog_seconds)
+            processes.beat(done, run.loop.watchdog_seconds)
             yield batch
 
     loss = evaluate(validation(), run.mesh, steps, state.variables, *plan.attention_after(done))
     run.evaluations[plan.name, done] = loss
     row = {"step": done, "phase": plan.name, "val_loss": loss, "sparsity": plan.programme.sparsity(done - plan.start)}
-    run.tracker.log(row | run.total._asdict())
+    run.tracker.log(row | (run.total._asdict() if plan.seq_len else {}))
     if plan.config.patience_evaluations and best_evaluation(of_phase(run.evaluations, plan.name)) == done:
         assert run.best is not None, "a phase that may stop early has where to keep its best state"
         _save(run, run.best.drop_from(done), plan, state)
@@ -221,9 +220,12 @@ def _evaluate_and_log(run: Run, plan: PhasePlan, steps: Steps, state: TrainState
     run.last_log = (run.last_log[0] + time.perf_counter() - started, run.last_log[1])  # tokens/s is of training
 
 
-def evaluate(batches: Iterator[Batch], mesh: Mesh, steps: Steps, variables: Any, pattern: str, width: int) -> float:
-    """Mean loss in nats a target over all batches of a validation or test set."""
-    load = partial(jax.make_array_from_process_local_data, batch_sharding(mesh, rank=2))
+def evaluate(batches: Iterator[Any], mesh: Mesh, steps: Steps, variables: Any, pattern: str, width: int) -> float:
+    """Mean loss over all batches of a validation or test set; of the GPT in nats a target."""
+
+    def load(x: Any) -> jax.Array:
+        return jax.make_array_from_process_local_data(batch_sharding(mesh, x.ndim, axis=0), x)
+
     sums = [steps.evaluate(variables, jax.tree.map(load, batch), pattern=pattern, width=width) for batch in batches]
     # Batch sums are float32; adding them up in Python keeps the total exact enough for any set.
     losses, weights = zip(*jax.device_get(sums), strict=True)

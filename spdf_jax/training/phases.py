@@ -66,19 +66,19 @@ class PhasePlan:
     start: int
     end: int
     config: PhaseConfig
-    seq_len: int
+    seq_len: int  # 0 of a model of the caller's own, whose batches hold no tokens that could be counted
     filter: Filter
     programme: Programme
     tx: optax.GradientTransformationExtraArgs
-    learning_rate: Callable[[jax.Array], jax.Array]
+    learning_rate: Callable[[jax.Array], jax.Array] | None  # None: `tx` has its own
     cost: Callable[..., StepCost]  # of a step; (step, seq_len) where its rows are shorter than the phase's
     epoch_steps: int  # 0 where the phase is counted in steps
-    eval_every_steps: int
+    eval_every_steps: int  # 0 where there is nothing to evaluate on
 
     def evaluates_after(self, step: int) -> bool:
         """Whether there is an evaluation after `step` steps of the run: at intervals or epochs, and at the end."""
         since, every = (step - self.start, self.epoch_steps) if self.epoch_steps else (step, self.eval_every_steps)
-        return step == self.end or since % every == 0
+        return every > 0 and (step == self.end or since % every == 0)
 
     def attention_after(self, step: int) -> tuple[str, int]:
         """Attention pattern and width of the model that the run's first `step` steps made: those of the last of them.

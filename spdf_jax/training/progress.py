@@ -82,12 +82,13 @@ def make_progress(progress: bool, resume_step: int, total_steps: int) -> Progres
 
 def _train_text(row: Mapping[str, Any]) -> str:
     """The numbers of a train row that a person watches, in ASCII for any terminal."""
+    text = f"loss {row['loss']:.3f} | {row['sparsity']:.0%} sparse"
+    if "tokens" not in row:  # a model of the caller's own
+        return text
     flops_reduction = row["dense_flops"] / max(row["train_flops"], 1)
-    return (
-        f"loss {row['loss']:.3f} | {row['sparsity']:.0%} sparse | {flops_reduction:.1f}x fewer FLOPs"
-        f" | {row['tokens_per_second']:,.0f} tokens/s"
-    )
+    return f"{text} | {flops_reduction:.1f}x fewer FLOPs | {row['tokens_per_second']:,.0f} tokens/s"
 
 
 def _evaluation_text(row: Mapping[str, Any]) -> str:
-    return f"validation loss {row['val_loss']:.4f} | {row['tokens'] / 1e6:,.2f}M tokens"
+    read = f" | {row['tokens'] / 1e6:,.2f}M tokens" if "tokens" in row else ""
+    return f"validation loss {row['val_loss']:.4f}{read}"

@@ -61,6 +61,15 @@ def record_start(config: RunConfig, workdir: Path, file: Path | None, command: s
       command: as it was given; "" for a run from Python.
       step: after which the run goes on.
     """
+    add_start(workdir, command, step)
+    if is_first() and not step:
+        (workdir / CODE_FOLDER).mkdir(exist_ok=True)
+        for name, source in code_files(config, file).items():
+            write_atomically(workdir / CODE_FOLDER / name, source.read_bytes())
+
+
+def add_start(workdir: Path, command: str, step: int) -> None:
+    """Adds a start to ``provenance.json``: when, after which step, with which versions."""
     if not is_first():
         return
     path = workdir / PROVENANCE_FILE
@@ -78,10 +87,6 @@ def record_start(config: RunConfig, workdir: Path, file: Path | None, command: s
         "device": device_name(),
     }
     write_json(path, {"starts": [*before, start]})
-    if not step:
-        (workdir / CODE_FOLDER).mkdir(exist_ok=True)
-        for name, source in code_files(config, file).items():
-            write_atomically(workdir / CODE_FOLDER / name, source.read_bytes())
 
 
 def record_failure(workdir: Path, step: int, why: str) -> None:

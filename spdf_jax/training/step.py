@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
@@ -18,6 +17,7 @@ from spdf_jax.data import Batch
 from spdf_jax.sparsity.blocks import compress_tree, expand_tree, move_blocks
 from spdf_jax.sparsity.masks import apply_masks
 from spdf_jax.sparsity.topology import Rule, move_masks
+from spdf_jax.training.loss_function import LossFunction, Model
 from spdf_jax.training.state import TrainState
 from spdf_jax.tree import named_leaves
 
@@ -37,9 +37,9 @@ class Steps(NamedTuple):
 
 
 def make_steps(
-    model: nn.Module,
+    model: Model,
     tx: optax.GradientTransformationExtraArgs,
-    learning_rate: Callable[[jax.Array], jax.Array],
+    learning_rate: Callable[[jax.Array], jax.Array] | None,
     rule: Rule,
     shardings: TrainState | None = None,
     regrowth: str = "reset",
@@ -49,9 +49,9 @@ def make_steps(
     Of equal arguments the same: a run made again in one process, in a notebook say, or resumed, or watched, compiles nothing.
 
     Args:
-      model: `spdf_jax.GPT`.
-      tx: from `spdf_jax.optim.make_optimizer`.
-      learning_rate: of the run's step.
+      model: `spdf_jax.GPT`, or a `LossFunction`.
+      tx: from `spdf_jax.optim.make_optimizer`, or any that `spdf_jax.sparse` made.
+      learning_rate: of the run's step; None where `tx` takes none.
       rule: of the topology steps.
       shardings: of the state; None leaves placement to JAX.
       regrowth: see `spdf_jax.optim.OptimizerConfig`.
@@ -79,9 +79,9 @@ def _kept_program(step: Any, bound: tuple[Any, ...], donate: str, treedef: Any, 
 
 
 def train_step(
-    model: nn.Module,
+    model: Model,
     tx: optax.GradientTransformationExtraArgs,
-    learning_rate: Callable[[jax.Array], jax.Array],
+    learning_rate: Callable[[jax.Array], jax.Array] | None,
     state: TrainState,
     batch_ABT: Batch,
     *,
@@ -90,15 +90,15 @@ def train_step(
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One optimiser step. The parameters are already exactly 0 where masked, so the forward pass needs no masks."""
     loss, grads = loss_and_grads(model, state, batch_ABT, pattern=pattern, width=width)
-    rate = learning_rate(state.step)
-    updates, opt_state = tx.update(grads, state.opt_state, state.params, masks=state.masks, learning_rate=rate)
+    rate = {} if learning_rate is None else {"learning_rate": learning_rate(state.step)}
+    updates, opt_state = tx.update(grads, state.opt_state, state.params, masks=state.masks, **rate)
     params = optax.apply_updates(state.params, updates)
-    metrics = {"loss": loss, "learning_rate": rate, "grad_norm": optax.tree.norm(apply_masks(grads, state.masks))}
+    metrics = {"loss": loss, **rate, "grad_norm": optax.tree.norm(apply_masks(grads, state.masks))}
     return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
 
 def topology_step(
-    model: nn.Module,
+    model: Model,
     tx: optax.GradientTransformationExtraArgs,
     rule: Rule,
     regrowth: str,
@@ -157,41 +157,42 @@ def move_topology(
 
 
 def loss_and_grads(
-    model: nn.Module, state: TrainState, batch_ABT: Batch, *, pattern: str, width: int
+    model: Model, state: TrainState, batch_ABT: Any, *, pattern: str, width: int
 ) -> tuple[jax.Array, Any]:
     """Mean loss over all tokens of all micro-batches, and its **dense** gradient with respect to the masked parameters."""
     key = jax.random.fold_in(state.key, state.step)
 
-    def loss_sum(params: Any, batch_BT: Batch, i: jax.Array) -> jax.Array:
+    def sums(params: Any, batch_BT: Any, i: jax.Array) -> tuple[jax.Array, jax.Array]:
         variables = {"params": params, "topology": state.topology}
         how: Any = {"pattern": pattern, "width": width, "rngs": {"dropout": jax.random.fold_in(key, i)}}
-        return _loss_sum(model, variables, batch_BT, deterministic=False, **how)
+        return _sums(model, variables, batch_BT, deterministic=False, **how)
 
-    accumulate = batch_ABT.tokens_BT.shape[0]
-    value_and_grad = jax.value_and_grad(loss_sum)
+    accumulate = jax.tree.leaves(batch_ABT)[0].shape[0]
+    value_and_grad = jax.value_and_grad(sums, has_aux=True)
     if accumulate == 1:
-        loss, grads = value_and_grad(state.params, jax.tree.map(lambda x: x[0], batch_ABT), jnp.zeros((), jnp.int32))
+        batch_BT = jax.tree.map(lambda x: x[0], batch_ABT)
+        (loss, weight), grads = value_and_grad(state.params, batch_BT, jnp.zeros((), jnp.int32))
     else:
 
         def add(total: Any, micro: Any) -> tuple[Any, None]:
             return jax.tree.map(jnp.add, total, value_and_grad(state.params, *micro)), None
 
-        zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params))
-        (loss, grads), _ = jax.lax.scan(add, zero, (batch_ABT, jnp.arange(accumulate)))
-    tokens = jnp.sum(batch_ABT.weights_BT)
-    return loss / tokens, jax.tree.map(lambda g: g / tokens, grads)
+        zero = ((jnp.zeros(()), jnp.zeros(())), jax.tree.map(jnp.zeros_like, state.params))
+        ((loss, weight), grads), _ = jax.lax.scan(add, zero, (batch_ABT, jnp.arange(accumulate)))
+    return loss / weight, jax.tree.map(lambda g: (g / weight).astype(g.dtype), grads)
 
 
-def eval_step(
-    model: nn.Module, variables: Any, batch_BT: Batch, *, pattern: str, width: int
-) -> tuple[jax.Array, jax.Array]:
+def eval_step(model: Model, variables: Any, batch_BT: Any, *, pattern: str, width: int) -> tuple[jax.Array, jax.Array]:
     """Summed loss and summed weights of one batch."""
-    return _loss_sum(model, variables, batch_BT, pattern=pattern, width=width), jnp.sum(batch_BT.weights_BT)
+    return _sums(model, variables, batch_BT, pattern=pattern, width=width)
 
 
-def _loss_sum(model: nn.Module, variables: Any, batch_BT: Batch, **options: Any) -> jax.Array:
+def _sums(model: Model, variables: Any, batch_BT: Any, **options: Any) -> tuple[jax.Array, jax.Array]:
+    """Summed loss and summed weights: the one place that knows what a model makes of a batch."""
+    if isinstance(model, LossFunction):
+        return model.sums(variables, batch_BT)
     logits_BTV = model.apply(variables, batch_BT.tokens_BT, segments_BT=batch_BT.segments_BT, **options)
-    return cross_entropy(logits_BTV, batch_BT.targets_BT, batch_BT.weights_BT)
+    return cross_entropy(logits_BTV, batch_BT.targets_BT, batch_BT.weights_BT), jnp.sum(batch_BT.weights_BT)
 
 
 def cross_entropy(logits_BTV: Any, targets_BT: Any, weights_BT: Any) -> jax.Array:

@@ -1,0 +1,54 @@
+"""What a run finds in its folder when it starts: nothing, or what it left there before."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from spdf_jax.errors import InputError
+from spdf_jax.processes import device_name
+from spdf_jax.training.checkpoint import Checkpoints
+from spdf_jax.training.metrics import read_metrics
+from spdf_jax.workdir import BEST, CHECKPOINTS, CONFIG_FILE, SUMMARY_FILE, sweep
+
+
+def has_begun(workdir: Path) -> bool:
+    """Whether a run has saved something there; without its config, nobody knows whose it is."""
+    begun = any(path.name.isdecimal() for path in (workdir / CHECKPOINTS).glob("*"))
+    if (begun or (workdir / SUMMARY_FILE).exists()) and not (workdir / CONFIG_FILE).exists():
+        raise InputError(f"{workdir / CONFIG_FILE}: gone, but a run is there; restore it, or choose another --workdir")
+    return begun
+
+
+@contextlib.contextmanager
+def opened(workdir: Path, keep: int, *, best: bool = False) -> Iterator[tuple[Checkpoints, Checkpoints | None]]:
+    """The run's checkpoints, of which the newest `keep` stay, and, if wanted, that of its best state; closed at the end.
+
+    What killed processes left half-written in the workdir is removed first.
+    """
+    sweep(workdir)
+    checkpoints = Checkpoints(workdir / CHECKPOINTS, keep)
+    with contextlib.closing(checkpoints), contextlib.ExitStack() as stack:
+        best_one = None
+        if best:
+            best_one = stack.enter_context(contextlib.closing(Checkpoints(workdir / BEST, keep=1)))
+            best_one.sweep()
+        checkpoints.sweep()
+        yield checkpoints, best_one
+
+
+def elsewhere(record: dict[str, Any]) -> str:
+    """What to know where the steps so far were not computed on what is at hand."""
+    here = device_name()
+    before = record.get("device", here)  # absent: of an older version
+    # XLA splits long float32 sums by the cores it may use, and any sum by devices: another number of them, another rounding.
+    what = f" It was computed on {before} so far, and is on {here} now: it will not end with the same bits as on either alone."
+    return what if before != here else ""
+
+
+def recorded_evaluations(workdir: Path, step: int, record: dict[str, Any]) -> dict[tuple[str, int], float]:
+    """Those up to a checkpoint, from its record; one of an older release leaves them to the rows."""
+    if "evaluations" in record:
+        return {(phase, step): loss for phase, step, loss in record["evaluations"]}
+    rows = (row for row in read_metrics(workdir) if "val_loss" in row and row["step"] <= step)
+    return {(row["phase"], row["step"]): row["val_loss"] for row in rows}
