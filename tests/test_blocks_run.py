@@ -190,6 +190,7 @@ def test_phases_go_from_dense_to_blocks_to_masks_to_dense_and_carry_the_optimise
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_masks_are_not_dropped_from_blocks_by_hand():
     *_, state = first_state(blocks_config())
     with pytest.raises(spdf.InputError, match=r"use spdf_jax.as_masks\(tx, state\) first"):

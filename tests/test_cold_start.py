@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import optax
 import pytest
-from tiny import NO_WINDOW, slow_but, tiny_config, write_text
+from tiny import NO_WINDOW, tiny_config, write_text
 
 import spdf_jax as spdf
 from spdf_jax.jobs import train as jobs
@@ -73,7 +73,8 @@ def test_a_cell_measures_the_first_updates_that_adam_and_smet_make(arm, text, mo
     assert cell["regrown_update_rms"][0] == pytest.approx(expected, rel=0.02)
 
 
-@pytest.mark.parametrize("arm", slow_but(["reset"], ["reset", "keep"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("arm", ["reset", "keep"])
 def test_a_topology_step_resets_what_left_or_came_or_keeps_everything(arm, text):
     run = itertools.islice(spdf.watch_training(small(f"b999_{arm}", text)), 27)  # step 26 is the topology step
     states = [jax.tree.map(np.array, (state.masks, state.opt_state)) for state, _ in run]

@@ -409,6 +409,7 @@ def _prepare_slowly(config, started):
     prepare(config, progress=False)
 
 
+@pytest.mark.slow
 def test_a_run_killed_half_way_leaves_nothing_to_read(text_folder, tmp_path):
     config = config_of(text_folder, tmp_path)
     spawn = multiprocessing.get_context("spawn")

@@ -99,6 +99,7 @@ def test_the_exams_are_our_own_by_default_in_the_mode_asked_for(trained, monkeyp
     assert result["exams"]["questions_file"] == ""
 
 
+@pytest.mark.slow
 def test_a_run_is_used_with_the_attention_of_its_last_step(trained):
     config, workdir = trained
     saved, tokenizer = saved_run(workdir), load_tokenizer(workdir / "tokenizer.json")

@@ -216,6 +216,7 @@ def test_a_watched_run_has_no_cell_beside_it_to_start_from(text):
         next(spdf.watch_training(spdf.resolve(c)))
 
 
+@pytest.mark.slow
 def test_early_stopping_keeps_the_best_and_survives_a_restart(text, pretrained, tmp_path, monkeypatch):
     losses = iter([5.0, 4.0, 3.0, 3.5, 3.0, 9.0])  # at steps 0, 2, 4, 6, 8: two in a row no better than 3.0
     monkeypatch.setattr(loop, "evaluate", lambda *_: next(losses))
@@ -279,6 +280,7 @@ def test_where_the_first_evaluation_is_the_best_its_state_is_the_result(text, pr
     assert jobs.train(config, tmp_path, progress=False) == summary, "it is finished"
 
 
+@pytest.mark.slow
 def test_a_best_state_that_is_damaged_or_gone_is_made_again_or_said_to_be_lost(text, pretrained, tmp_path, monkeypatch):
     by_step = {0: 5.0, 2: 4.0, 4: 3.0, 6: 3.5, 8: 3.2}
     c = finetuning(text, pretrained)

@@ -255,7 +255,8 @@ def test_what_would_repeat_in_random_ragged_rows():
         np.testing.assert_array_equal(found_RV, expected)
 
 
-@pytest.mark.parametrize("method", ["beam", pytest.param("sample", marks=SLOW)])
+@SLOW
+@pytest.mark.parametrize("method", ["beam", "sample"])
 def test_results_do_not_depend_on_the_batch(method):
     alone = decode(method=method, no_repeat_ngram=2)
     others = [[9, 9], PROMPTS[1], [3, 8, 8, 1], PROMPTS[3], [0] * 20, [12]]  # [0] * 20 is padded to another length

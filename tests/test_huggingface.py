@@ -239,6 +239,7 @@ def without_end_of_text():
     return Tokenizer.from_str(bpe.to_str())
 
 
+@pytest.mark.slow
 def test_refused_exports_leave_nothing(tmp_path, tokenizer):
     params, wide = random_params(TINY), dataclasses.replace(TINY, vocab_size=300)
     wide_params = random_params(wide)

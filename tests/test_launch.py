@@ -361,6 +361,7 @@ def test_local_marks_lines_and_says_who_is_who():
     assert len(set(addresses)) == 1
 
 
+@pytest.mark.slow
 def test_local_ends_the_others_and_returns_what_failed(tmp_path):
     # Process 1 does not end by itself, and says when it is ended; process 2 ends only when killed.
     program = f"""

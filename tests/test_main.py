@@ -171,6 +171,7 @@ def test_the_table_of_keys_in_the_docs_is_of_today():
     assert text.partition(START)[2].partition(END)[0] == table() + "\n"
 
 
+@pytest.mark.slow
 def test_the_package_itself_is_the_command():
     said = subprocess.run(
         [sys.executable, "-m", "spdf_jax", "--version"], cwd=ROOT, capture_output=True, text=True, check=True
@@ -357,6 +358,7 @@ def test_checkpoint_of_another_model_names_the_shapes(text, half_run):
     assert "(2, 32" in message
 
 
+@pytest.mark.slow
 def test_checkpoint_without_masks_where_the_phase_is_sparse(text, tmp_path):
     dense = fresh(text)
     dense.phases, dense.pretrain.steps = ("pretrain",), 10

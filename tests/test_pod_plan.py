@@ -347,6 +347,7 @@ def test_prune_and_grow_sends_counts_of_rows_and_columns_and_no_weights(sizes):
     assert max(sent) <= 4 * 4 * 256, "at most an integer for each row or column of the widest matrix"
 
 
+@pytest.mark.slow
 def test_the_planned_topology_step_moves_live_blocks_where_kernels_are_stored_so():
     c = tiny()
     c.mesh.data = 1

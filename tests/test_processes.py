@@ -75,6 +75,7 @@ def assert_same_losses(workdir: Path, alone: dict[tuple[int, str], float]) -> No
 # --- one process -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_nobody_to_join_is_said_at_once():
     command = [sys.executable, "-m", "spdf_jax.main", "--distributed", "--config", "experiments/gpt2_mst.py"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

@@ -79,6 +79,7 @@ def test_numbers_are_those_recorded(run):
     assert float(numbers["val_loss"]) == 3.9123
 
 
+@pytest.mark.slow
 def test_files_are_the_same_when_written_again(run):
     before = {path: path.read_bytes() for path in (run / "figures").iterdir()}
     write_report(run)

@@ -229,6 +229,7 @@ def test_tokens_of_a_trained_tokenizer_are_found_by_the_tokenizer_too(text, trai
     assert {p.name for p in cache.iterdir()} == before
 
 
+@pytest.mark.slow
 def test_a_run_on_the_library_of_another_python_is_refused_with_the_way_out(text, tmp_path, monkeypatch):
     """As Python 3.11's run is by 3.13: here a library is a share of this one's files."""
     walk, c = corpora.walk, one_phase(text, steps=4)
@@ -247,6 +248,7 @@ def test_a_run_on_the_library_of_another_python_is_refused_with_the_way_out(text
 # --- places --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_data_tokenizer_and_source_may_move_while_a_run_rests(text, trained, tmp_path, monkeypatch):
     """All three at once; what lies in the new places is told by its content."""
     source, moved, run = tmp_path / "source", tmp_path / "moved", tmp_path / "run"
