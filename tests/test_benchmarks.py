@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiny import needs_libtpu
 
 FOLDER = Path(__file__).parent.parent / "experiments" / "benchmarks"
 SMALLEST = {
@@ -14,6 +15,7 @@ SMALLEST = {
     "block_sparse": ["--layer", "--repeats", "1"],
     "compile_time": ["--layers", "1", "2", "--width", "64", "--context", "32", "--repeats", "1"],
     "mask_overhead": ["--sizes", "mini", "--repeats", "1"],
+    "pods": ["--only", "experiments/gpt2_static.py:124m --job plan --plan_topology v6e"],
     "topology": ["--layers", "2", "--width", "64", "--repeats", "1"],
     "train_step": ["--shapes", "4x256", "--repeats", "1"],
 }
@@ -24,7 +26,7 @@ def test_all_are_here():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SMALLEST)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[needs_libtpu] * (name == "pods")) for name in SMALLEST])
 def test_a_benchmark_runs_and_leaves_its_figures(name, tmp_path):
     done = subprocess.run(
         [sys.executable, FOLDER / f"{name}.py", *SMALLEST[name], "--json", tmp_path / "figures.json"],

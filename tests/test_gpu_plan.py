@@ -4,7 +4,7 @@ import importlib.metadata
 import re
 
 import pytest
-from test_pod_plan import plans, tiny
+from test_pod_plan import plans, refusals, tiny
 from tiny import needs_plan_gpu
 
 import spdf_jax as spdf
@@ -186,12 +186,13 @@ def test_a_small_model_is_planned_for_gpus_that_are_not_there():
         ("h100:4", {}), ("h100:4", dense), ("h100:4", blocks | {"pretrain.sparsity.rule": "static"}),
         ("h100:2x2", dense), ("a100:4", dense),
     )  # fmt: skip
-    for said in (masked, plain, stored, hosts, old):
+    held = {"h100": KINDS["h100"].hbm_bytes / GIB, "a100": KINDS["a100"].hbm_bytes / GIB}
+    for said, name in ((masked, "h100"), (plain, "h100"), (stored, "h100"), (hosts, "h100"), (old, "a100")):
         assert "attention             causal by cudnn" in said
         assert re.search(
-            r"4 devices of \d+ TFLOP/s and 55\.88 GiB \(75% of a GPU's, as JAX takes by itself\), mesh", said
+            rf"4 devices of \d+ TFLOP/s and {held[name]:.2f} GiB \(75% of a GPU's, as JAX takes by itself\), mesh", said
         )
-        assert re.search(r"memory a device +0\.\d+ GiB of 55\.88 GiB: fits", said)
+        assert re.search(rf"memory a device +0\.\d+ GiB of {held[name]:.2f} GiB: fits", said)
     weights, head = 3 * 12 * 256**2, 512 * 256
     # Two products, again in the backward pass, and five there; each GPU has its share, with documents kept apart or without.
     attention = 3 * 9 * 2 * 8 * 256 * (256 * 257 // 2)
@@ -210,13 +211,4 @@ def test_a_small_model_is_planned_for_gpus_that_are_not_there():
 @pytest.mark.slow
 @needs_plan_gpu
 def test_a_model_too_large_for_each_kind_is_refused_in_the_same_sentence():
-    large = {"pretrain.sparsity.rule": "static", "pretrain.batch_size": 2**20}
-    for kind, said in zip(KINDS, plans(*((f"{kind}:2", large) for kind in KINDS)), strict=True):
-        held = KINDS[kind].hbm_bytes / GIB
-        needed, missing = re.search(rf"([\d.]+) GiB of {held:.2f} GiB: DOES NOT FIT, by ([\d.]+) GiB", said).groups()
-        assert float(needed) - float(missing) == pytest.approx(held, abs=0.011)
-        assert re.search(
-            r"suggestion +it should fit with --config\.mesh\.data=1 --config\.mesh\.fsdp=2 --config\.mesh\.tensor=1 "
-            r"--config\.pretrain\.grad_accumulation_steps=\d+ \(about [\d.]+ GiB a device\)",
-            said,
-        )
+    refusals({f"{name}:2": kind for name, kind in KINDS.items()})

@@ -26,10 +26,10 @@ from spdf_jax.planning.hlo import (
     matrix_flops,
     read_program,
 )
-from spdf_jax.planning.pod import GIB, Layout, Need, estimate, suggest
+from spdf_jax.planning.pod import GIB, Kind, Layout, Need, estimate, suggest
 from spdf_jax.planning.pod_plan import collective_table, describe_pod, flags, lower_steps
 from spdf_jax.planning.search import search
-from spdf_jax.planning.tpu import TpuPod, tpu_name
+from spdf_jax.planning.tpu import GENERATIONS, TpuPod, tpu_name
 from spdf_jax.sharding import MeshConfig, batch_sharding, make_mesh, replicated
 from spdf_jax.training.phases import make_plan
 
@@ -459,6 +459,24 @@ def test_what_libtpu_does_not_know_and_what_does_not_fit_is_said_and_following_s
         too_large,
     )
     assert "splash attention 0." in one_sequence
+
+
+def refusals(pods: dict[str, Kind]) -> None:
+    """What no pod of its kind holds is refused in the same sentence, whatever the kind."""
+    large = {"pretrain.sparsity.rule": "static", "model.d_model": 16384, "model.n_layer": 32}
+    asked = [(pod, large | {"pretrain.batch_size": kind.devices(pod.partition(":")[2])}) for pod, kind in pods.items()]
+    for (pod, kind), said in zip(pods.items(), plans(*asked), strict=True):
+        held = kind.hbm_bytes / GIB
+        needed, missing = re.search(rf"([\d.]+) GiB of {held:.2f} GiB: DOES NOT FIT, by ([\d.]+) GiB", said).groups()
+        assert float(needed) - float(missing) == pytest.approx(held, abs=0.011)
+        fix = "set --config.model.remat=block, or a larger --config.mesh.tensor"
+        assert f"suggestion            no {pod.partition(':')[0]} pod does: {fix}" in said
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_a_model_too_large_for_each_generation_is_refused_in_the_same_sentence():
+    refusals({f"{name}:{generation.sizes[0]}": generation for name, generation in GENERATIONS.items()})
 
 
 @pytest.mark.slow
