@@ -105,6 +105,17 @@ def test_the_table_is_one_in_three_formats(there):
     assert r"half|50\%\_0 & interrupted" in rows[2]
 
 
+def test_a_column_has_one_unit(tmp_path, undrawn):
+    """That of its largest, so that rows can be read against each other."""
+    runs = [make(tmp_path / "large", 0.0), make(tmp_path / "small", 0.0)]
+    summary = json.loads((runs[1] / "summary.json").read_text())
+    write_json(runs[1] / "summary.json", summary | {"train_flops": 6e13, "tokens": 41_000})
+    compared(tmp_path / "there", *runs)
+    _, _, large, small = (tmp_path / "there" / "compare.md").read_text().splitlines()
+    assert " | 4.10M | 5.00 PFLOP | " in large
+    assert " | 0.0410M | 0.0600 PFLOP | " in small
+
+
 def test_curves_are_files_of_their_own(there):
     names = [f"validation_loss_text_by_{axis}" for axis in ("steps", "tokens", "flops", "seconds")]
     kinds = {path.name for path in (there / "figures").iterdir()}

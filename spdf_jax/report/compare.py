@@ -159,7 +159,7 @@ def different(workdirs: Mapping[str, Path], runs: Mapping[str, Run]) -> str:
 class _Column(NamedTuple):
     header: str
     of: Callable[[Run], Any]
-    render: Callable[[Any], str]
+    render: Callable[[Any, Any], str]  # a value, and the largest of the column
 
 
 def _number(key: str) -> Callable[[Run], Any]:
@@ -172,14 +172,14 @@ def _both_flops(run: Run) -> float | None:
 
 
 _COLUMNS = (
-    _Column("validation loss (nats/token)", _number("val_loss"), "{:.4f}".format),
-    _Column("training tokens", _number("tokens"), lambda v: quantity(v, COUNT_UNITS)),
+    _Column("validation loss (nats/token)", _number("val_loss"), lambda v, _: f"{v:.4f}"),
+    _Column("training tokens", _number("tokens"), lambda v, most: quantity(v, COUNT_UNITS, most)),
     _Column("training FLOPs (counted)", _number("train_flops"), flops),
     _Column("FLOPs with the run before (counted)", _both_flops, flops),
-    _Column("FLOP reduction", _number("flops_reduction"), "{:.2f}x".format),
-    _Column("time (s)", _number("wall_seconds"), "{:,.0f}".format),
-    _Column("parameters", _number("parameters"), "{:,}".format),
-    _Column("highest sparsity", lambda run: run.max_sparsity, percent),
+    _Column("FLOP reduction", _number("flops_reduction"), lambda v, _: f"{v:.2f}x"),
+    _Column("time (s)", _number("wall_seconds"), lambda v, _: f"{v:,.0f}"),
+    _Column("parameters", _number("parameters"), lambda v, _: f"{v:,}"),
+    _Column("highest sparsity", lambda run: run.max_sparsity, lambda v, _: percent(v)),
 )
 
 
@@ -194,12 +194,15 @@ class _Comparison(NamedTuple):
         columns = [c for c in _COLUMNS if any(c.of(run) is not None for run in sweep.cells.values())]
         configs = {name: flat(run.config) for name, run in sweep.cells.items()}
         keys = _settings(list(sweep.cells.values()))
+        largest = [max(v for run in sweep.cells.values() if (v := column.of(run)) is not None) for column in columns]
         numbers, texts = [], []
         for name, run in sweep.cells.items():
             values = [column.of(run) for column in columns]
             settings = [setting(configs[name][key]) if key in configs[name] else None for key in keys]
             numbers.append([name, run.status, *values, *settings])
-            rendered = ["-" if v is None else c.render(v) for c, v in zip(columns, values, strict=True)]
+            rendered = [
+                "-" if v is None else c.render(v, most) for c, v, most in zip(columns, values, largest, strict=True)
+            ]
             texts.append([name, run.status, *rendered, *(text or "-" for text in settings)])
         return cls(Table(["run", "status", *(column.header for column in columns), *keys], numbers), texts)
 

@@ -1,6 +1,6 @@
 """Of the page about a sweep: its cells with the settings in which they differ, and how their scores are computed."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from markupsafe import Markup
@@ -11,11 +11,12 @@ from spdf_jax.report.page import Panel, template
 from spdf_jax.report.records import Sweep, differing_settings
 from spdf_jax.report.words import duration, flops, score_name, setting
 
-_FIGURES: dict[str, Callable[[float], str]] = {
-    "val_loss": "{:.4f}".format,
-    "flops_reduction": "{:.2f}x".format,
+#: Of a figure, and the largest of its column.
+_FIGURES: dict[str, Callable[[float, float], str]] = {
+    "val_loss": lambda value, _: f"{value:.4f}",
+    "flops_reduction": lambda value, _: f"{value:.2f}x",
     "train_flops": flops,
-    "wall_seconds": duration,
+    "wall_seconds": lambda value, _: duration(value),
 }
 
 
@@ -27,7 +28,8 @@ def cells(sweep: Sweep) -> list[Panel]:
     panels = []
     for phases, names in shapes.items():
         keys = differing_settings([sweep.cells[name].config for name in names])
-        rows = [_cell(sweep, name, keys) for name in names]
+        largest = {key: max((sweep.cells[n].numbers.get(key, 0) for n in names), default=0) for key in _FIGURES}
+        rows = [_cell(sweep, name, keys, largest) for name in names]
         body = Markup(_CELLS.render(keys=keys, rows=rows))
         figures = [[sweep.cells[name].numbers.get(key) for key in _FIGURES] for name in names]
         table = Table(
@@ -45,10 +47,12 @@ def cells(sweep: Sweep) -> list[Panel]:
     return panels
 
 
-def _cell(sweep: Sweep, name: str, keys: Sequence[str]) -> dict[str, Any]:
+def _cell(sweep: Sweep, name: str, keys: Sequence[str], largest: Mapping[str, float]) -> dict[str, Any]:
     run = sweep.cells[name]
     values = flat(run.config)
-    figures = [render(run.numbers[key]) if key in run.numbers else "-" for key, render in _FIGURES.items()]
+    figures = [
+        render(run.numbers[key], largest[key]) if key in run.numbers else "-" for key, render in _FIGURES.items()
+    ]
     status = "" if run.status == "finished" else run.status
     return {
         "name": name,

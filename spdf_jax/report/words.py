@@ -61,23 +61,23 @@ def decimals(value: float, significant: int) -> int:
     return max(significant - 1 - math.floor(math.log10(abs(value))), 0) if value else 0
 
 
-def quantity(value: float, units: Sequence[tuple[float, str]]) -> str:
-    """A large number with its unit.
+def quantity(value: float, units: Sequence[tuple[float, str]], largest: float | None = None) -> str:
+    """A large number with its unit, or in a column with that of the column's largest.
 
-    >>> quantity(983_040, COUNT_UNITS), quantity(12, COUNT_UNITS)
-    ('983k', '12')
+    >>> quantity(983_040, COUNT_UNITS), quantity(12, COUNT_UNITS), quantity(983_040, COUNT_UNITS, 2e6)
+    ('983k', '12', '0.983M')
     """
-    scale, name = unit(value, units)
+    scale, name = unit(largest or value, units)
     return f"{digits(value / scale)}{name}" if scale > 1 else f"{value:,.0f}"
 
 
-def flops(value: float) -> str:
-    """A count of FLOPs with its unit.
+def flops(value: float, largest: float | None = None) -> str:
+    """A count of FLOPs with its unit, or in a column with that of the column's largest.
 
-    >>> flops(3.7e13)
-    '37.0 TFLOP'
+    >>> flops(3.7e13), flops(3.7e13, 1.2e15)
+    ('37.0 TFLOP', '0.0370 PFLOP')
     """
-    scale, name = unit(value, FLOP_UNITS)
+    scale, name = unit(largest or value, FLOP_UNITS)
     return f"{digits(value / scale)} {name}"
 
 
