@@ -21,7 +21,7 @@ ROWS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     (SMALL, "h100:8", ()),
     (SMALL, "h200:8", ()),
     (SMALL, "b200:8", ()),
-    (SMALL, "v5e:4x4", ("--config.mesh.fsdp=16", "--config.pretrain.grad_accumulation_steps=2")),
+    (SMALL, "v5e:4x4", ("--config.pretrain.grad_accumulation_steps=3",)),
     (SMALL, "v6e:16x16", LARGER),
     (SMALL, "v5p:8x8x8", LARGER),
     (SMALL, "tpu7x:4x4x4", LARGER),
