@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -27,6 +28,7 @@ from tiny import die, set_sparsity, slow_but, tiny_config, write_text
 
 import spdf_jax as spdf
 from spdf_jax.config.read import load_config
+from spdf_jax.jobs import Request, compare
 from spdf_jax.jobs import train as jobs
 from spdf_jax.sharding import make_mesh
 from spdf_jax.sparsity.programme import SparsityConfig
@@ -135,6 +137,19 @@ def test_it_leaves_what_a_run_of_main_leaves(whole):
     assert not any(np.asarray(params[name])[~np.asarray(masks[name])].any() for name in masks)
     page = (workdir / "report.html").read_text().replace("\N{NO-BREAK SPACE}", " ")
     assert f"Validation loss {summary['val_loss']:.2f} after 12 steps, up to 75 % sparse" in page
+    assert "nats" not in page
+    assert "FLOP" not in page
+
+
+def test_runs_are_set_beside_each_other(whole, tmp_path):
+    """By steps: their losses have no unit, and nobody has counted tokens or FLOPs."""
+    shutil.copytree(whole[0], tmp_path / "copy")
+    compare.run(Request(Path(), output=tmp_path / "there", runs=(whole[0], tmp_path / "copy")))
+    header, *_ = (tmp_path / "there" / "compare.md").read_text().splitlines()
+    assert header.startswith("| run | status | validation loss | time (s) | parameters | highest sparsity |")
+    page = (tmp_path / "there" / "report.html").read_text().replace("\N{NO-BREAK SPACE}", " ")
+    assert re.findall(r">(step|training [^<]*)</text>", page) == ["step"]
+    assert "by the steps of each run by itself" in page
     assert "nats" not in page
     assert "FLOP" not in page
 

@@ -19,7 +19,7 @@ from spdf_jax.report.figures import csv_text, write_figures
 from spdf_jax.report.page import Panel, template, write_page
 from spdf_jax.report.records import Run, Sweep, address, changed_settings, differing_settings, read_run
 from spdf_jax.report.sweep import lowest_losses
-from spdf_jax.report.sweep_curves import STEPS, curves
+from spdf_jax.report.sweep_curves import STEPS, curves, with_unit
 from spdf_jax.report.words import (
     COUNT_UNITS,
     COUNTED_NOTE,
@@ -95,7 +95,10 @@ def read_runs(workdirs: Sequence[Path], beside: Path) -> Sweep:
             raise InputError(f"{workdir}: no run is there; give the folders of runs, by their --workdir")
     names = dict(zip(short_names(list(found)), found.values(), strict=True))
     cells = {name: read_run(workdir) for name, workdir in names.items()}
-    remark = [different(names, cells), COUNTED_NOTE if any(run.max_sparsity for run in cells.values()) else ""]
+    remark = [
+        different(names, cells),
+        COUNTED_NOTE if any(run.max_sparsity and "train_flops" in run.numbers for run in cells.values()) else "",
+    ]
     return Sweep(
         title=f"{len(cells)} runs beside each other",
         remark=" ".join(filter(None, remark)),
@@ -171,8 +174,9 @@ def _both_flops(run: Run) -> float | None:
     return before["train_flops"] + run.numbers["train_flops"] if before and "train_flops" in run.numbers else None
 
 
+_LOSS = "validation loss"
 _COLUMNS = (
-    _Column("validation loss (nats/token)", _number("val_loss"), lambda v, _: f"{v:.4f}"),
+    _Column(_LOSS, _number("val_loss"), lambda v, _: f"{v:.4f}"),
     _Column("training tokens", _number("tokens"), lambda v, most: quantity(v, COUNT_UNITS, most)),
     _Column("training FLOPs (counted)", _number("train_flops"), flops),
     _Column("FLOPs with the run before (counted)", _both_flops, flops),
@@ -204,7 +208,8 @@ class _Comparison(NamedTuple):
                 "-" if v is None else c.render(v, most) for c, v, most in zip(columns, values, largest, strict=True)
             ]
             texts.append([name, run.status, *rendered, *(text or "-" for text in settings)])
-        return cls(Table(["run", "status", *(column.header for column in columns), *keys], numbers), texts)
+        headers = [with_unit(sweep, column.header) if column.header == _LOSS else column.header for column in columns]
+        return cls(Table(["run", "status", *headers, *keys], numbers), texts)
 
     def panel(self, sweep: Sweep) -> Panel:
         rows = [(texts[0], sweep.page_of(texts[0]), texts[1], texts[2:]) for texts in self.texts]

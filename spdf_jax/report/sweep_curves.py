@@ -102,8 +102,15 @@ class Axis(NamedTuple):
     units: Sequence[tuple[float, str]]
 
 
-def _column(key: str) -> Callable[[Run, Sequence[Row]], np.ndarray]:
-    return lambda _, rows: column(rows, key)
+def _column(key: str) -> Callable[[Run, Sequence[Row]], np.ndarray | None]:
+    """None where rows lack it: those of a caller's own model count no tokens and no FLOPs."""
+    return lambda _, rows: column(rows, key) if all(key in row for row in rows) else None
+
+
+def with_unit(sweep: Sweep, loss: str) -> str:
+    """What a loss is called, with its unit where all cells have the same."""
+    units = {run.loss_unit for run in sweep.cells.values()}
+    return f"{loss} ({min(units)})" if len(units) == 1 and any(units) else loss
 
 
 STEPS = Axis("steps", "step", _column("step"), ((1.0, ""),))
@@ -145,14 +152,14 @@ def _groups(sweep: Sweep) -> dict[str, set[str]]:
 
 
 def _curves_of(sweep: Sweep, task: str, choice: str, rows: dict[str, list[Row]], axes: Sequence[Axis]) -> Panel:
-    by = ", ".join(axis.name.split(" ")[0] for axis in axes[:-1])
-    caption = f"Loss over {target_name(task)}, by the {by} and time of each run by itself."
     of_choice = f", {choice}" if choice else ""
     trained = {name: [row for row in found if row["step"] > 0] for name, found in rows.items()}
+    left_out = ""
     if any(found[0]["step"] == 0 for found in rows.values()) and all(len(found) > 1 for found in trained.values()):
-        rows, caption = trained, f"{caption} The evaluation at step 0 is left out."
+        rows, left_out = trained, " The evaluation at step 0 is left out."
     series = series_of(sweep, list(rows), choice)
     title = f"Validation loss: {task or 'text'}{of_choice}"
+    drawn = {axis: figure for axis in axes if (figure := _curves_figure(sweep, series, rows, axis)) is not None}
     plots = [
         Plot(
             f"{title} by {axis.name.split(' ')[0]}",
@@ -160,9 +167,11 @@ def _curves_of(sweep: Sweep, task: str, choice: str, rows: dict[str, list[Row]],
             f"validation loss over {target_name(task)}, {axis.label}{of_choice}",
             _table(sweep, series, rows, axis),
         )
-        for axis in axes
-        if (figure := _curves_figure(sweep, series, rows, axis)) is not None
+        for axis, figure in drawn.items()
     ]
+    *others, last = [axis.name.split(" ")[0].replace("seconds", "time") for axis in drawn] or [""]
+    by = " and ".join(filter(None, [", ".join(others), last]))
+    caption = f"Loss over {target_name(task)}, by the {by} of each run by itself.{left_out}"
     body = key(series) + Markup(_CURVES.render(figures=[plot.inline for plot in plots]))
     return Panel(title, body, caption, wide=True, plots=plots)
 
@@ -173,7 +182,7 @@ def _table(sweep: Sweep, series: Sequence[Series], rows: Mapping[str, Sequence[R
         for cell in one.cells:
             if (xs := axis.of(sweep.cells[cell], rows[cell])) is not None:
                 lines += [(one.label, cell, x, row["val_loss"]) for x, row in zip(xs, rows[cell], strict=True)]
-    return Table(("line", "run", axis.name, "validation loss (nats/token)"), lines)
+    return Table(("line", "run", axis.name, with_unit(sweep, "validation loss")), lines)
 
 
 _CURVES = template("""\
@@ -204,7 +213,7 @@ def _curves_figure(
             losses = column(rows[cell], "val_loss")
             every = math.ceil(shown.sum() / _MAX_MARKERS)
             axes.plot(xs[cell][shown] / scale, losses[shown], markevery=(place % every, every), label=cell, **line)
-    axes.set(xlabel=axis.label.format(name), ylabel="loss (nats/token)")
+    axes.set(xlabel=axis.label.format(name), ylabel=with_unit(sweep, "loss"))
     if is_log:
         axes.set_xscale("log")
         axes.xaxis.set_minor_formatter(NullFormatter())
