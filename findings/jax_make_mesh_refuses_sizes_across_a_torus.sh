@@ -29,7 +29,7 @@ def try_mesh(name, devices, *sizes):
     try:
         jax.make_mesh(sizes, ("a", "b"), devices=devices)
         print(f"{name}: {asked} is a mesh")
-    except NotImplementedError:
+    except NotImplementedError:  # what jax itself raises, and this script is about
         split = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
         print(f"{name}: {asked} NotImplementedError; split axes allowed: {split.shape}")
 

@@ -77,7 +77,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     automatic = (AxisType.Auto,) * 3
     try:
         return jax.make_mesh(tuple(sizes), (*BATCH_AXES, WIDE_AXIS), axis_types=automatic, devices=devices[:count])
-    except NotImplementedError as error:  # JAX's word for sizes that are no products of the axes of a TPU's torus
+    except NotImplementedError as error:  # JAX's own, for sizes that are no products of a TPU torus's axes
         found = re.search(r"\[[\d, ]+\]", str(error))
         axes = f" ({found[0]} are left of it)" if found else ""
         raise InputError(

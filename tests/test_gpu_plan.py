@@ -4,7 +4,7 @@ import importlib.metadata
 import re
 
 import pytest
-from test_pod_plan import plans, refusals, tiny
+from test_pod_plan import plans, refusal, refusals, tiny
 from tiny import needs_plan_gpu
 
 import spdf_jax as spdf
@@ -211,4 +211,5 @@ def test_a_small_model_is_planned_for_gpus_that_are_not_there():
 @pytest.mark.slow
 @needs_plan_gpu
 def test_a_model_too_large_for_each_kind_is_refused_in_the_same_sentence():
-    refusals({f"{name}:2": kind for name, kind in KINDS.items()})
+    pods = {f"{name}:2": kind for name, kind in KINDS.items()}
+    assert refusals(pods) == [refusal(pod, kind) for pod, kind in pods.items()]
