@@ -6,7 +6,9 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
+from orbax.checkpoint.experimental import v1
 
 from spdf_jax.config.read import load_config
 from spdf_jax.jobs.train import train
@@ -44,6 +46,30 @@ def test_a_run_of_an_earlier_release_goes_on_to_the_same_end(release, tmp_path, 
         # query alike: its gradient is rounding alone, which Adam makes steps of.
         atol = 1e-3 if name.endswith("attn_k/bias") else 1e-5
         np.testing.assert_allclose(jax.device_get(leaf), expected[name], rtol=0, atol=atol, err_msg=name)
+
+
+@pytest.mark.parametrize("release", RELEASES)
+def test_the_next_api_of_orbax_reads_what_an_earlier_release_saved(release):
+    """The V1 API, which becomes orbax's own with 1.0: every leaf to the bit, masks (packed, eight to a byte) among them."""
+    folder = next((GOLDEN / release / "run" / "checkpoints").iterdir()).absolute()
+    with ocp.StandardCheckpointer() as checkpointer:
+        shapes = checkpointer.metadata(folder / "state").item_metadata.tree
+        target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=_here()), shapes)
+        expected = dict(named_leaves(checkpointer.restore(folder / "state", target)))
+    found = dict(named_leaves(v1.load(folder, target, checkpointable_name="state")))
+    assert found.keys() == expected.keys()
+    assert any(name.startswith("masks/") and leaf.dtype == np.uint8 for name, leaf in found.items())
+    for name, leaf in found.items():
+        assert leaf.dtype == expected[name].dtype
+        np.testing.assert_array_equal(_bits(leaf), _bits(expected[name]), err_msg=name, strict=True)
+
+
+def _bits(leaf):
+    return jax.random.key_data(leaf) if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) else jax.device_get(leaf)
+
+
+def _here():
+    return jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
 
 def _check_rows(rows, expected):
