@@ -73,7 +73,7 @@ def test_the_page_has_a_table_curves_and_where_the_runs_come_from(there, runs):
     assert re.findall(r'<a href="(\.\.[^"]+)"', page) == [
         f"../../{runs[0].relative_to(runs[0].parents[2])}/report.html"
     ]
-    assert "interrupted, at step 1,000" in page
+    assert "interrupted, at step 1,000 of 1,000" in page
     assert "2026-11-30 08:00:01 UTC" in page
     assert "spdf_jax 0.2.0 at commit abc+, JAX 0.12, Python 3.13.1" in page
     assert "Losses are not comparable" not in page
@@ -94,7 +94,7 @@ def test_the_table_is_one_in_three_formats(there):
     lines = (there / "compare.md").read_text().splitlines()
     assert len({line.count("|") for line in lines}) == 1
     assert lines[2].startswith("| dense_0 | finished | 4.1270 | 4.10M | 5.00 PFLOP | 1.00x | ")
-    assert lines[3].startswith("| half&#124;50%_0 | interrupted, at step 1,000 | 4.3270 | ")
+    assert lines[3].startswith("| half&#124;50%_0 | interrupted, at step 1,000 of 1,000 | 4.3270 | ")
 
     table = (there / "compare.tex").read_text()
     rows = [line for line in table.splitlines() if line.endswith(r"\\")]

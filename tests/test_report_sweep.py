@@ -12,9 +12,9 @@ from report_folders import SIGNATURE, drawn, make_cell, make_sweep, read, sweep_
 
 from spdf_jax import report
 from spdf_jax.errors import InputError
-from spdf_jax.report.records import read_sweep
 from spdf_jax.report.sweep import verdict
 from spdf_jax.report.sweep_curves import curves
+from spdf_jax.report.sweep_records import read_sweep
 from spdf_jax.report.sweep_table import main_charts
 from spdf_jax.workdir import write_json
 
@@ -146,7 +146,7 @@ def test_a_sweep_under_way_shows_the_runs_that_are_there(tmp_path):
     assert "0.767 over the target tokens of restaurant (finetune_0_0.001_0)" in page
     assert "4.127 over held-out text (pretrain_0)" in page
     assert titles(page)[:2] == ["Validation loss: text", "Validation loss: restaurant"]
-    assert "interrupted, at step 100" in page
+    assert "interrupted, at step 100 of 100" in page
     assert 'href="cells/finetune_75_0.002_1/' not in page
     assert "not_begun" not in page
 

@@ -17,9 +17,10 @@ from spdf_jax.report.closer import write_curves
 from spdf_jax.report.draw import STYLE, Table
 from spdf_jax.report.figures import csv_text, write_figures
 from spdf_jax.report.page import Panel, template, write_page
-from spdf_jax.report.records import Run, Sweep, address, changed_settings, differing_settings, read_run
+from spdf_jax.report.records import Run, changed_settings, differing_settings, read_run
 from spdf_jax.report.sweep import lowest_losses
 from spdf_jax.report.sweep_curves import STEPS, curves, with_unit
+from spdf_jax.report.sweep_records import Sweep, address
 from spdf_jax.report.words import (
     COUNT_UNITS,
     COUNTED_NOTE,

@@ -10,9 +10,9 @@ from spdf_jax.report.closer import write_curves
 from spdf_jax.report.draw import STYLE
 from spdf_jax.report.figures import write_figures
 from spdf_jax.report.page import Panel, command_panel, write_page
-from spdf_jax.report.records import Sweep, read_sweep
 from spdf_jax.report.sweep_cells import cells, signatures
 from spdf_jax.report.sweep_curves import curves
+from spdf_jax.report.sweep_records import Sweep, read_sweep
 from spdf_jax.report.sweep_table import main_charts, results
 from spdf_jax.report.words import (
     COUNT_UNITS,

@@ -8,7 +8,8 @@ from markupsafe import Markup
 from spdf_jax.config.run import flat
 from spdf_jax.report.draw import Table
 from spdf_jax.report.page import Panel, template
-from spdf_jax.report.records import Sweep, differing_settings
+from spdf_jax.report.records import differing_settings
+from spdf_jax.report.sweep_records import Sweep
 from spdf_jax.report.words import duration, flops, score_name, setting
 
 #: Of a figure, and the largest of its column.

@@ -16,7 +16,8 @@ from matplotlib.ticker import NullFormatter
 
 from spdf_jax.report.draw import DASHES, SERIES, SOFT_INK, Plot, Table, column, new_figure
 from spdf_jax.report.page import Panel, template
-from spdf_jax.report.records import Row, Run, Sweep
+from spdf_jax.report.records import Row, Run
+from spdf_jax.report.sweep_records import Sweep
 from spdf_jax.report.words import FLOP_UNITS, TIME_UNITS, count_tick, target_name, unit
 
 # Further apart than this, the ends of the curves share an axis only if it is logarithmic.

@@ -10,8 +10,8 @@ from matplotlib.axes import Axes
 
 from spdf_jax.report.draw import SOFT_INK, Plot, Table, new_figure
 from spdf_jax.report.page import Panel, plot_panel, template
-from spdf_jax.report.records import Sweep, TableRow, Value
 from spdf_jax.report.sweep_curves import key, series_of
+from spdf_jax.report.sweep_records import Sweep, TableRow, Value
 from spdf_jax.report.words import FLOP_UNITS, capitalised, figure_text, unit
 
 
