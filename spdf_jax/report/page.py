@@ -99,10 +99,17 @@ def held(text: str) -> Markup:
 
 def command_panel(command: str, remark: str) -> Panel:
     """How to run it again."""
+    return Panel("Run it again", whole(command), remark, wide=True)
+
+
+def whole(command: str) -> Markup:
+    """A command to read and to copy, all of it at any width: it goes on in the next line, between flags if it can.
+
+    >>> whole("python x.py --quiet")
+    Markup('<pre><code>python x.py <span>--quiet</span></code></pre>')
+    """
     words = (Markup("<span>{}</span>").format(word) if word.startswith("--") else word for word in command.split(" "))
-    return Panel(
-        "Run it again", Markup("<pre><code>{}</code></pre>").format(Markup(" ").join(words)), remark, wide=True
-    )
+    return Markup("<pre><code>{}</code></pre>").format(Markup(" ").join(words))
 
 
 def _alone(panels: Sequence[Panel]) -> set[int]:
@@ -153,11 +160,12 @@ header { margin-bottom: 1.75rem; }
 }
 .caption { margin: 0 0 .7rem; color: var(--soft); font-size: .88rem; line-height: 1.45; overflow-wrap: anywhere; }
 .soft { color: var(--soft); font-size: .88rem; }
+.command { margin: 0; }
 .closer { margin: .75rem 0 0; }
 .plot svg { display: block; width: 100%; height: auto; }
 .plot svg text { font-family: inherit !important; }
-.three { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 17rem), 1fr)); gap: .8rem; }
-.two { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); gap: .8rem 1.6rem; }
+.three { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 17rem), 1fr)); gap: .8rem; }
+.two { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 22rem), 1fr)); gap: .8rem 1.6rem; }
 .key { display: flex; flex-wrap: wrap; align-content: start; gap: .1rem 1.2rem; margin: 0 0 .7rem; padding: 0;
        font-size: .85rem; list-style: none; }
 .key svg { width: 1.9rem; height: .6rem; margin-right: .4rem; vertical-align: middle; }

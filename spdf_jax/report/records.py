@@ -13,7 +13,7 @@ import numpy as np
 from spdf_jax.config.read import default_config, of_fit
 from spdf_jax.config.run import LoopConfig, flat
 from spdf_jax.errors import InputError, reading
-from spdf_jax.report.words import setting
+from spdf_jax.report.words import OF_FIT, setting
 from spdf_jax.sparsity.programme import SparsityConfig
 from spdf_jax.training.metrics import check_rows, read_metrics
 from spdf_jax.workdir import (
@@ -131,7 +131,9 @@ class Run:
         return f"{status}; the rows before step {first:,} are lost" if first else status
 
     def task(self, row: Row) -> str:
-        """The task whose target tokens a row's loss is over; "" for text."""
+        """The task whose target tokens a row's loss is over; "" for text, `OF_FIT` where it is over neither."""
+        if of_fit(self.config):
+            return OF_FIT
         return str(self.config.get(row["phase"], {}).get("task", {}).get("name", ""))
 
     def training_seconds(self, rows: Sequence[Row]) -> np.ndarray | None:

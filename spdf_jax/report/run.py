@@ -120,7 +120,7 @@ def _last_losses(run: Run) -> str:
         text = f"Training loss {run.numbers['loss']:.2f}" if ended else "No validation loss yet"
     else:
         text = f"Validation loss {run.numbers['val_loss']:.2f}"
-    if run.evaluation_rows and (task := run.task(run.evaluation_rows[-1])):
+    if run.loss_unit and run.evaluation_rows and (task := run.task(run.evaluation_rows[-1])):
         text += f" over {target_name(task)}"
     if run.loss_step is not None:
         text += f" at its best, step {run.loss_step:,}," if run.is_finished else f" at step {run.loss_step:,}"

@@ -5,7 +5,7 @@ The key is the page's: a row of the table has one colour and one marker in the c
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -108,9 +108,9 @@ def _column(key: str) -> Callable[[Run, Sequence[Row]], np.ndarray | None]:
     return lambda _, rows: column(rows, key) if all(key in row for row in rows) else None
 
 
-def with_unit(sweep: Sweep, loss: str) -> str:
-    """What a loss is called, with its unit where all cells have the same."""
-    units = {run.loss_unit for run in sweep.cells.values()}
+def with_unit(runs: Iterable[Run], loss: str) -> str:
+    """What a loss is called, with its unit where all runs have the same."""
+    units = {run.loss_unit for run in runs}
     return f"{loss} ({min(units)})" if len(units) == 1 and any(units) else loss
 
 
@@ -173,6 +173,8 @@ def _curves_of(sweep: Sweep, task: str, choice: str, rows: dict[str, list[Row]],
     *others, last = [axis.name.split(" ")[0].replace("seconds", "time") for axis in drawn] or [""]
     by = " and ".join(filter(None, [", ".join(others), last]))
     caption = f"Loss over {target_name(task)}, by the {by} of each run by itself.{left_out}"
+    if "time" in by:
+        caption += " Training time is without evaluations."
     body = key(series) + Markup(_CURVES.render(figures=[plot.inline for plot in plots]))
     return Panel(title, body, caption, wide=True, plots=plots)
 
@@ -183,7 +185,7 @@ def _table(sweep: Sweep, series: Sequence[Series], rows: Mapping[str, Sequence[R
         for cell in one.cells:
             if (xs := axis.of(sweep.cells[cell], rows[cell])) is not None:
                 lines += [(one.label, cell, x, row["val_loss"]) for x, row in zip(xs, rows[cell], strict=True)]
-    return Table(("line", "run", axis.name, with_unit(sweep, "validation loss")), lines)
+    return Table(("line", "run", axis.name, with_unit([sweep.cells[name] for name in rows], "validation loss")), lines)
 
 
 _CURVES = template("""\
@@ -214,7 +216,7 @@ def _curves_figure(
             losses = column(rows[cell], "val_loss")
             every = math.ceil(shown.sum() / _MAX_MARKERS)
             axes.plot(xs[cell][shown] / scale, losses[shown], markevery=(place % every, every), label=cell, **line)
-    axes.set(xlabel=axis.label.format(name), ylabel=with_unit(sweep, "loss"))
+    axes.set(xlabel=axis.label.format(name), ylabel=with_unit([sweep.cells[name] for name in rows], "loss"))
     if is_log:
         axes.set_xscale("log")
         axes.xaxis.set_minor_formatter(NullFormatter())
