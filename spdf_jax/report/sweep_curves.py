@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from markupsafe import Markup
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.markers import MarkerStyle
 from matplotlib.ticker import NullFormatter
 
@@ -38,6 +39,17 @@ class Series(NamedTuple):
     dashes: tuple[float, ...]
     marker: str = ""
     is_faint: bool = False
+
+    @property
+    def style(self) -> dict[str, Any]:
+        """Of its lines, for matplotlib."""
+        line: dict[str, Any] = {"color": self.colour, "linestyle": (0, self.dashes) if self.dashes else "-"}
+        return line | (_FAINT if self.is_faint else _CLEAR | {"marker": self.marker})
+
+    @property
+    def key_line(self) -> Line2D:
+        """The line and the marker in the key of a file."""
+        return Line2D([], [], label=self.label, **self.style)
 
     @property
     def key_style(self) -> str:
@@ -167,6 +179,7 @@ def _curves_of(sweep: Sweep, task: str, choice: str, rows: dict[str, list[Row]],
             figure,
             f"validation loss over {target_name(task)}, {axis.label}{of_choice}",
             _table(sweep, series, rows, axis),
+            [one.key_line for one in series],
         )
         for axis, figure in drawn.items()
     ]
@@ -209,13 +222,11 @@ def _curves_figure(
     is_log = max(ends) > _LOG_RATIO * min(ends)
     figure, axes = new_figure(height_inches=2.5 if len(series) <= _FEW_LINES else 3.6, width_inches=3.4)
     for place, one in enumerate(series):
-        line: dict[str, Any] = {"color": one.colour, "linestyle": (0, one.dashes) if one.dashes else "-"}
-        line |= _FAINT if one.is_faint else _CLEAR | {"marker": one.marker}
         for cell in (name for name in one.cells if name in xs):
             shown = xs[cell] > 0 if is_log else np.full(len(xs[cell]), True)
             losses = column(rows[cell], "val_loss")
             every = math.ceil(shown.sum() / _MAX_MARKERS)
-            axes.plot(xs[cell][shown] / scale, losses[shown], markevery=(place % every, every), label=cell, **line)
+            axes.plot(xs[cell][shown] / scale, losses[shown], markevery=(place % every, every), label=cell, **one.style)
     axes.set(xlabel=axis.label.format(name), ylabel=with_unit([sweep.cells[name] for name in rows], "loss"))
     if is_log:
         axes.set_xscale("log")

@@ -119,8 +119,10 @@ def _trade_off(sweep: Sweep, header: str) -> Panel | None:
         ("row", "training FLOPs (counted)", header, "deviation", "seeds"),
         [(row.label, row.train_flops(row.values[header].choice), *row.values[header][:3]) for row in sweep.rows],
     )
-    plot = Plot(f"{header} over compute", figure, f"{header} against training FLOPs", table)
-    body = key([one for one in series if not one.is_faint]) + plot.inline
+    series = [one for one in series if not one.is_faint]
+    lines = [one.key_line for one in series]
+    plot = Plot(f"{header} over compute", figure, f"{header} against training FLOPs", table, lines)
+    body = key(series) + plot.inline
     return Panel(f"{capitalised(header)} over compute", body, caption, plots=(plot,))
 
 
