@@ -11,7 +11,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 from matplotlib.image import imread
-from report_folders import STEPS, make_exam_run, make_finetuned, make_rows, make_run, make_sweep, save_pictures
+from report_folders import (
+    STEPS,
+    make_exam_run,
+    make_finetuned,
+    make_rows,
+    make_run,
+    make_sweep,
+    save_pictures,
+    sweep_cells,
+)
 
 from spdf_jax.report import write_report, write_sweep_report
 from spdf_jax.report.compare import read_runs, write_comparison
@@ -168,8 +177,10 @@ def test_curves_are_looked_at_closer(kind, folders, tmp_path):
         models.find(one => one.type == "Tabs").active = 2;
         await wait(300);
         const scales = models.filter(one => one.type == "Figure").slice(0, 3).map(one => one.x_scale.type + one.y_scale.type);
+        const key = models.find(one => one.type == "Legend").items.flatMap(one => one.get_labels_list_from_label_prop());
+        const stepped = models.filter(one => one.type == "Step").map(one => one.mode);
         const loaded = performance.getEntriesByType("resource").map(entry => entry.name);
-        document.title = JSON.stringify({x, y, values, zoomed, scales, loaded});
+        document.title = JSON.stringify({x, y, values, zoomed, scales, loaded, key, stepped});
       })()"""
     page = tmp_path / "page.html"
     page.write_text(html.replace("</body>", f"<script>{script}</script></body>"))
@@ -179,6 +190,9 @@ def test_curves_are_looked_at_closer(kind, folders, tmp_path):
     values = {value.strip().replace(",", "") for value in found["values"]}
     assert {f"{found[axis]:.4f}".rstrip("0").rstrip(".") for axis in "xy"} <= values
     assert found["zoomed"] < 0.9
+    names = {"mst": ["training", "validation"], "sweep": list(sweep_cells())[:3]}
+    assert found["key"] == names.get(kind, [folders[name].name for name in ("mst", "dense", "static")])
+    assert ("before" in found["stepped"]) == (kind == "mst")  # sparsity changes at a step, not on the way to it
     assert found["scales"] == ["LinearScaleLinearScale", "LogScaleLinearScale", "LogScaleLogScale"]
     assert found["loaded"] == []
 
