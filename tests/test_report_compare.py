@@ -83,7 +83,8 @@ def test_the_page_has_a_table_curves_and_where_the_runs_come_from(there, runs):
     commands = [re.sub("<[^>]*>", "", one) for one in re.findall("<pre><code>(.*?)</code></pre>", page)]
     assert commands == [read_run(run).config["command"] for run in runs]
     assert "Wall-clock time is all of it" in page
-    assert "Training time is without evaluations." in page
+    assert "Training time is without evaluations; compilation is in it." in page
+    assert 'aria-label="validation loss over held-out text, training compute (PFLOP, counted)"' in page
     assert "Losses are not comparable" not in page
     assert not re.findall(r"<script|<link|@import|<iframe", page)
 

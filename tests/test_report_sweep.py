@@ -45,6 +45,7 @@ def test_a_sweep_says_in_words_what_came_out(sweep_page):
         " at 0.40 of its counted FLOPs)." in sweep_page
     )
     assert "15 runs: 12 of finetune, 3 of pretrain." in sweep_page
+    assert not [label for label in re.findall('aria-label="([^"]*)"', sweep_page) if "{" in label]
 
 
 def test_a_sweep_whose_rows_are_alike_says_so(tmp_path):

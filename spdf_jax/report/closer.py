@@ -96,7 +96,7 @@ def _drawn(plot: Plot, x_scale: Any, y_scale: Any) -> Any:
             drawn.scatter(x[positive], y[positive], size=6, **how)
     if drawn.legend:
         key = drawn.legend[0]
-        key.ncols, key.click_policy = 2, "hide"
+        key.ncols, key.click_policy, key.location, key.border_line_color = 2, "hide", "left", None
         drawn.add_layout(key, "below")
         drawn.height = _HEIGHT_PIXELS + _KEY_LINE_PIXELS * math.ceil(len(key.items) / key.ncols)
     return drawn

@@ -177,7 +177,7 @@ def _curves_of(sweep: Sweep, task: str, choice: str, rows: dict[str, list[Row]],
         Plot(
             f"{title} by {axis.name.split(' ')[0]}",
             figure,
-            f"validation loss over {target_name(task)}, {axis.label}{of_choice}",
+            f"validation loss over {target_name(task)}, {figure.axes[0].get_xlabel()}{of_choice}",
             _table(sweep, series, rows, axis),
             [one.key_line for one in series],
         )
@@ -187,7 +187,7 @@ def _curves_of(sweep: Sweep, task: str, choice: str, rows: dict[str, list[Row]],
     by = " and ".join(filter(None, [", ".join(others), last]))
     caption = f"Loss over {target_name(task)}, by the {by} of each run by itself.{left_out}"
     if "time" in by:
-        caption += " Training time is without evaluations."
+        caption += " Training time is without evaluations; compilation is in it."
     body = key(series) + Markup(_CURVES.render(figures=[plot.inline for plot in plots]))
     return Panel(title, body, caption, wide=True, plots=plots)
 
