@@ -44,7 +44,7 @@ def test_a_sweep_says_in_words_what_came_out(sweep_page):
         " the reference at 0.60 of its counted FLOPs), lowest 31.00 for “75 %, dense fine-tuning” (0.76 of the reference"
         " at 0.40 of its counted FLOPs)." in sweep_page
     )
-    assert "15 runs: 12 of finetune, 3 of pretrain." in sweep_page
+    assert "15 runs: 12 of finetune, 3 of pretrain. 17.2M training tokens, 1 h 18 min on 2-core CPU." in sweep_page
     assert not [label for label in re.findall('aria-label="([^"]*)"', sweep_page) if "{" in label]
 
 
@@ -170,6 +170,7 @@ def test_a_sweep_under_way_shows_the_runs_that_are_there(tmp_path):
     assert "4.127 over held-out text (pretrain_0)" in page
     assert titles(page)[:2] == ["Validation loss: text", "Validation loss: restaurant"]
     assert "interrupted, at step 100 of 100" in page
+    assert "17.2M training tokens so far; those that are finished took 1 h 12 min on 2-core CPU." in page
     assert 'href="cells/finetune_75_0.002_1/' not in page
     assert "not_begun" not in page
 

@@ -126,7 +126,8 @@ def _what_ran(sweep: Sweep) -> str:
     text = f"{len(numbers)} {'run' if len(numbers) == 1 else 'runs'}: {runs}."
     text += f" {quantity(sum(n.get('tokens', 0) for n in numbers), COUNT_UNITS)} training tokens"
     if seconds := sum(n.get("wall_seconds", 0) for n in numbers):
-        text += f", {duration(seconds)}"
+        finished = all("wall_seconds" in n for n in numbers)
+        text += f"{', ' if finished else ' so far; those that are finished took '}{duration(seconds)}"
     devices = list(dict.fromkeys(n["device"] for n in numbers if "device" in n))
     return f"{text} on {', '.join(devices)}." if devices else f"{text}."
 
