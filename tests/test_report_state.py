@@ -81,9 +81,12 @@ def test_what_failed_says_why_until_it_is_started_again(halfway):
     record_failure(halfway, 123, "step 123: loss nan; lower the learning rate")
     page = read(write_report(halfway))
     assert status(page).startswith("failed, at step 123 of 400 as of ")
+    assert '<p class="status failed">' in page
     assert re.match(f"It failed at {TIME}: step 123: loss nan; lower the learning rate. FLOPs", note(page))
     with lock(halfway):
-        assert status(read(write_report(halfway))).startswith("running, at step 120 of 400")
+        page = read(write_report(halfway))
+        assert status(page).startswith("running, at step 120 of 400")
+        assert '<p class="status">' in page
     starts = json.loads((halfway / "provenance.json").read_text())["starts"]
     write_json(halfway / "provenance.json", {"starts": [*starts, START | {"step": 80}]})
     assert status(read(write_report(halfway))).startswith("interrupted, at step 120 of 400")

@@ -219,7 +219,8 @@ summary { margin-top: .8rem; cursor: pointer; font-weight: 600; }
 @media (max-width: 34rem) {
   body { padding: 1.25rem .75rem 3rem; }
   .card { padding: .9rem .8rem; }
-  .numbers tr { display: grid; grid-template-columns: 1fr 1fr; border-bottom: 1px solid var(--line); }
+  .numbers tr { display: grid; grid-template: auto 1fr / 1fr 1fr; border-bottom: 1px solid var(--line); }
+  .numbers th:first-child { grid-row: span 2; }
   .numbers tr:last-child { border-bottom: 0; }
   .numbers :is(td, th) { border-bottom: 0; }
   .numbers :is(td, th):nth-child(3) { grid-column: 2; padding-top: 0; overflow-wrap: anywhere; }
