@@ -15,7 +15,8 @@ import numpy as np
 import spdf_jax as spdf
 from spdf_jax.evals.exams import CertificationResult, ExamResults
 from spdf_jax.report.draw import STYLE
-from spdf_jax.report.records import Run, Sweep
+from spdf_jax.report.records import Run
+from spdf_jax.report.sweep_records import Sweep
 from spdf_jax.training.mask_pictures import save_mask_pictures
 from spdf_jax.workdir import write_json
 
@@ -203,13 +204,13 @@ def sweep_cell(name: str, sparsity: float, rate: float = 0.0, seed: int = 0) -> 
     """Config and rows of a pre-training, or with a rate of a fine-tuning."""
     phase = "finetune" if rate else "pretrain"
     c = spdf.default_config("table", "mini", variants=("mini",), phases=(phase,))
-    c.seed = seed
+    scale, floor = (20, 0.6) if rate else (200, 4.0)
+    c.seed, c[phase].steps = seed, 5 * scale
     if rate:
         c.init_from, c.finetune.task.name, c.finetune.optimizer.peak_learning_rate = f"cell:{name}", "restaurant", rate
     else:
         c.pretrain.sparsity.rule, c.pretrain.sparsity.sparsity = ("static", sparsity) if sparsity else ("dense", 0.0)
     config = spdf.resolve(c).as_dict() | {"command": "python -m spdf_jax.main --config experiments/table.py"}
-    scale, floor = (20, 0.6) if rate else (200, 4.0)
     rows = []
     for step in range(0, 5 * scale + 1, scale):
         loss = floor + 0.4 * sparsity + 40 * rate + 0.01 * seed + 4 * np.exp(-step / scale)

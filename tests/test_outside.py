@@ -33,7 +33,8 @@ from spdf_jax.errors import Restart
 from spdf_jax.huggingface import load_gpt2, save_gpt2
 from spdf_jax.jobs import train as jobs
 from spdf_jax.processes import RESTART_CODE
-from spdf_jax.report.records import read_run, read_sweep
+from spdf_jax.report.records import read_run
+from spdf_jax.report.sweep_records import read_sweep
 from spdf_jax.sparsity.mask_files import load_masks, save_masks
 from spdf_jax.sparsity.masks import init_masks
 from spdf_jax.training.restore import saved_run

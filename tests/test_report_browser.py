@@ -11,7 +11,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 from matplotlib.image import imread
-from report_folders import STEPS, make_exam_run, make_finetuned, make_rows, make_run, make_sweep, save_pictures
+from report_folders import (
+    STEPS,
+    make_exam_run,
+    make_finetuned,
+    make_rows,
+    make_run,
+    make_sweep,
+    save_pictures,
+    sweep_cells,
+)
 
 from spdf_jax.report import write_report, write_sweep_report
 from spdf_jax.report.compare import read_runs, write_comparison
@@ -34,7 +43,8 @@ def measured(html: str, width: int, folder: Path) -> dict:
     """What a page is like in a frame of a width.
 
     The width that it `needs`, its `cards`, the `smallest` text of its figures in CSS pixels, which texts of a figure `overlap`
-    or are `cut` at its edge, what it has `loaded`, and what the `console` says.
+    or are `cut` at its edge, as are commands at that of their card and cells that are hidden, what it has `loaded`, and what
+    the `console` says.
     """
     script = """
       const d = frame.contentDocument, overlap = [], cut = [];
@@ -54,6 +64,11 @@ def measured(html: str, width: int, folder: Path) -> dict:
         });
       }
       const loaded = frame.contentWindow.performance.getEntriesByType("resource").map(entry => entry.name);
+      const right = one => one.getBoundingClientRect().right;
+      for (const code of d.querySelectorAll(".card > pre > code, .scroll code"))  // to be read and copied: not scrolled to
+        if (right(code) > right(code.closest(".card"))) cut.push(code.textContent);
+      for (const cell of d.querySelectorAll(".card > table :is(td, th)"))
+        if (cell.textContent && !cell.getClientRects().length) cut.push(cell.textContent);
       const needs = d.documentElement.scrollWidth, cards = d.querySelectorAll(".card").length;
       document.title = JSON.stringify({needs, cards, smallest, overlap, cut, loaded})"""
     frame = f'<iframe id=frame style="width:{width}px;height:800px;border:0" srcdoc="{escape(html)}"></iframe>'
@@ -162,8 +177,10 @@ def test_curves_are_looked_at_closer(kind, folders, tmp_path):
         models.find(one => one.type == "Tabs").active = 2;
         await wait(300);
         const scales = models.filter(one => one.type == "Figure").slice(0, 3).map(one => one.x_scale.type + one.y_scale.type);
+        const key = models.find(one => one.type == "Legend").items.flatMap(one => one.get_labels_list_from_label_prop());
+        const stepped = models.filter(one => one.type == "Step").map(one => one.mode);
         const loaded = performance.getEntriesByType("resource").map(entry => entry.name);
-        document.title = JSON.stringify({x, y, values, zoomed, scales, loaded});
+        document.title = JSON.stringify({x, y, values, zoomed, scales, loaded, key, stepped});
       })()"""
     page = tmp_path / "page.html"
     page.write_text(html.replace("</body>", f"<script>{script}</script></body>"))
@@ -173,6 +190,9 @@ def test_curves_are_looked_at_closer(kind, folders, tmp_path):
     values = {value.strip().replace(",", "") for value in found["values"]}
     assert {f"{found[axis]:.4f}".rstrip("0").rstrip(".") for axis in "xy"} <= values
     assert found["zoomed"] < 0.9
+    names = {"mst": ["training", "validation"], "sweep": list(sweep_cells())[:3]}
+    assert found["key"] == names.get(kind, [folders[name].name for name in ("mst", "dense", "static")])
+    assert ("before" in found["stepped"]) == (kind == "mst")  # sparsity changes at a step, not on the way to it
     assert found["scales"] == ["LinearScaleLinearScale", "LogScaleLinearScale", "LogScaleLogScale"]
     assert found["loaded"] == []
 
@@ -184,12 +204,16 @@ def test_what_does_not_fit_is_noticed(folders, tmp_path):
     assert ">200<" in html
     html = html.replace(">200<", f">{'200 ' * 60}<", 1)  # the label of a tick
     bad = '<div style="width: 1500px"><img src="http://127.0.0.1:9/a.png"></div><script>nothing()</script><main'
+    bad = bad.replace("<main", f"<div class=card><div class=scroll><code>{'x' * 300}</code></div></div><main")
+    bad = bad.replace(
+        "<main", "<div class=card><table><tr><td style='display: none'>hidden</td></tr></table></div><main"
+    )
     found = measured(html.replace("<main", bad), 1280, tmp_path)
     assert found["needs"] > 1500
     assert found["loaded"] == ["http://127.0.0.1:9/a.png"]
     assert "nothing is not defined" in "".join(found["console"])
     assert found["overlap"]
-    assert found["cut"]
+    assert {"x" * 300, "hidden"} < set(found["cut"])
 
 
 @pytest.mark.slow

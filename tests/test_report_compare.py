@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 from forks import command
 from matplotlib.figure import Figure
-from report_folders import make_config, make_run, make_summary, make_sweep, read, sweep_cell, titles
+from report_folders import make_config, make_run, make_summary, make_sweep, read, sweep_cell, titles, write_lines
 from tiny import empty_figure
 
 from spdf_jax.errors import InputError
 from spdf_jax.jobs import Request, compare
 from spdf_jax.report import closer
 from spdf_jax.report.compare import read_runs
+from spdf_jax.report.records import read_run
 from spdf_jax.workdir import write_json
 
 START = {"time": "2026-11-30T08:00:01+00:00", "packages": {"spdf_jax": "0.2.0", "jax": "0.12"}, "commit": "abc+"}
@@ -73,9 +74,17 @@ def test_the_page_has_a_table_curves_and_where_the_runs_come_from(there, runs):
     assert re.findall(r'<a href="(\.\.[^"]+)"', page) == [
         f"../../{runs[0].relative_to(runs[0].parents[2])}/report.html"
     ]
-    assert "interrupted, at step 1,000" in page
+    assert "interrupted, at step 1,000 of 1,000" in page
     assert "2026-11-30 08:00:01 UTC" in page
-    assert "spdf_jax 0.2.0 at commit abc+, JAX 0.12, Python 3.13.1" in page
+    assert (
+        "Begun 2026-11-30 08:00:01 UTC on 2-core CPU, with spdf_jax 0.2.0 at commit abc+, JAX 0.12, Python 3.13.1."
+        in page
+    )
+    commands = [re.sub("<[^>]*>", "", one) for one in re.findall("<pre><code>(.*?)</code></pre>", page)]
+    assert commands == [read_run(run).config["command"] for run in runs]
+    assert "Wall-clock time is all of it" in page
+    assert "Training time is without evaluations; compilation is in it." in page
+    assert 'aria-label="validation loss over held-out text, training compute (PFLOP, counted)"' in page
     assert "Losses are not comparable" not in page
     assert not re.findall(r"<script|<link|@import|<iframe", page)
 
@@ -93,8 +102,8 @@ def test_the_table_is_one_in_three_formats(there):
 
     lines = (there / "compare.md").read_text().splitlines()
     assert len({line.count("|") for line in lines}) == 1
-    assert lines[2].startswith("| dense_0 | finished | 4.1270 | 4.10M | 5.00 PFLOP | 1.00x | ")
-    assert lines[3].startswith("| half&#124;50%_0 | interrupted, at step 1,000 | 4.3270 | ")
+    assert lines[2].startswith("| dense_0 | finished | 4.1270 | 1,000 | 4.10M | 5.00 PFLOP | 1.00x | ")
+    assert lines[3].startswith("| half&#124;50%_0 | interrupted, at step 1,000 of 1,000 | 4.3270 | ")
 
     table = (there / "compare.tex").read_text()
     rows = [line for line in table.splitlines() if line.endswith(r"\\")]
@@ -114,6 +123,33 @@ def test_a_column_has_one_unit(tmp_path, undrawn):
     _, _, large, small = (tmp_path / "there" / "compare.md").read_text().splitlines()
     assert " | 4.10M | 5.00 PFLOP | " in large
     assert " | 0.0410M | 0.0600 PFLOP | " in small
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_loss_of_an_earlier_step_than_the_rest_names_its_own(tmp_path):
+    ends = {}
+    for name, step in (("at", 100), ("between", 115)):
+        ends[name] = make_run(tmp_path / name, last_step=step, config=sweep_cell("", 0.0)[0], sparse=False)
+    compared(tmp_path / "there", *ends.values())
+    with (tmp_path / "there" / "compare.csv").open(newline="") as file:
+        at, between = csv.DictReader(file)
+    loss = ("validation loss (nats/token)", "loss at step", "training steps", "training tokens")
+    assert [at[key] for key in loss[1:]] == ["", "100", "819200"]
+    assert [between[key] for key in loss] == [at[loss[0]], "100", "115", "942080"]
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_losses_of_text_and_of_a_callers_own_model_are_kept_apart(tmp_path):
+    text, own = make(tmp_path / "text", 0.0), make(tmp_path / "own", 0.0)
+    rows = [{"step": step, "phase": "fit", "sparsity": 0.0, "val_loss": 2.0 - step / 10} for step in (0, 10)]
+    write_lines(own / "metrics.jsonl", rows)
+    write_json(own / "config.json", {"experiment": "fit", "variant": "own", "steps": 10, "fit": {}})
+    write_json(own / "summary.json", {"status": "finished", "steps": 10, "val_loss": 1.0})
+    page = compared(tmp_path / "there", text, own)
+    assert "Lowest validation loss: 4.127 over held-out text (text), 1.000 over what spdf.fit was given (own)." in page
+    assert titles(page)[1:3] == ["Validation loss: text", "Validation loss: spdf.fit"]
+    assert "are over held-out text and what spdf.fit was given: compare those over the same." in page
+    assert "These runs differ" not in page
 
 
 def test_curves_are_files_of_their_own(there):

@@ -108,6 +108,19 @@ def test_a_sweep_has_files_of_its_table_charts_and_curves(tmp_path):
     assert len(list(csv.reader(io.StringIO((tmp_path / "figures" / "bleu_by_row.csv").read_text())))) == 5
 
 
+def test_what_a_page_says_once_each_file_says_by_itself(tmp_path):
+    """Which line is which: the labels of a figure's own numbers are in it."""
+    write_sweep_report(make_sweep(tmp_path))
+    named = {}
+    for path in sorted((tmp_path / "figures").glob("*.svg")):
+        texts = " ".join(one.text for one in ElementTree.parse(path).iter("{http://www.w3.org/2000/svg}text"))
+        found = rows(tmp_path, path.stem)
+        labels = {row.get("line", row.get("row", "")) for row in found}
+        named[path.stem] = {label for label in labels if all(part in texts for part in label.split(" = "))}
+        assert named[path.stem] == labels - {""}, path
+    assert len(named["validation_loss_restaurant_by_tokens"]) == 4
+
+
 def test_a_page_under_way_leaves_figures_to_the_end(tmp_path):
     page = write_report(make_run(tmp_path, last_step=100), figures=False)
     assert (

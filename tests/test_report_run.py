@@ -139,7 +139,7 @@ def test_a_panel_without_a_neighbour_takes_the_whole_row(page, dense_page):
 
 def test_a_run_under_way_is_reported_from_its_rows(tmp_path):
     page = read(write_report(make_run(tmp_path, last_step=120)))
-    assert "interrupted, at step 120" in page
+    assert "interrupted, at step 120 of 400" in page
     assert " at step 120 (validation loss 4.58 at step 100) after 983k tokens with 3.2x fewer training FLOPs" in page
     assert "<td>at the last evaluation, step 100</td>" in page
     assert "Masks" in titles(page)
@@ -217,6 +217,7 @@ def test_a_run_started_from_python_is_repeated_by_lines_that_work(tmp_path):
 def test_settings_are_those_that_differ_from_the_defaults():
     config, _ = sweep_cell("", 0.75)
     assert changed_settings(config) == [
+        ("pretrain.steps", "1000", "600"),
         ("pretrain.sparsity.rule", "static", "dense"),
         ("pretrain.sparsity.sparsity", "0.75", "0.0"),
     ]

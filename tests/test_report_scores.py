@@ -10,6 +10,7 @@ from spdf_jax.evals.exams import CertificationResult, ExamResults
 from spdf_jax.report import write_report
 from spdf_jax.report.records import read_run
 from spdf_jax.report.scores import exam_scores
+from spdf_jax.workdir import write_json
 
 
 def test_a_finetuned_run_shows_scores_texts_and_its_best_step(tmp_path):
@@ -28,6 +29,13 @@ def test_a_finetuned_run_shows_scores_texts_and_its_best_step(tmp_path):
     assert "java &lt;is&gt; not there" in page
     assert re.findall(r"&lt;b&gt;Mill (\d+)&lt;/b&gt;", page) == [str(i) for i in range(0, 19, 2)]
     assert "token frequencies alone" not in page
+
+
+def test_scores_whose_names_say_it_all_have_no_empty_columns(tmp_path):
+    workdir = make_run(tmp_path, sparse=False)
+    write_json(workdir / "evaluation.json", {"step": 400, "val_loss": 3.9, "perplexity": 2859.30843})
+    table = table_cells(read(write_report(workdir)), "Scores")
+    assert table == [["score", "value"], ["validation loss", "3.9000"], ["perplexity", "2,859.3084"]]
 
 
 def test_unreadable_texts_are_refused(tmp_path):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from report_folders import make_rows, make_run, make_sweep, read
+from report_folders import make_finetuned, make_rows, make_run, make_sweep, read, table_cells, write_lines
 from tiny import NO_WINDOW, tiny_config, write_text
 
 import spdf_jax as spdf
@@ -33,7 +33,7 @@ TIME = r"20\d\d-\d\d-\d\d \d\d:\d\d:\d\d UTC"
 
 
 def status(page: str) -> str:
-    return re.findall(r'<p class="status">(.*?)</p>', page)[0]
+    return re.findall(r'<p class="status(?: failed)?">(.*?)</p>', page)[0]
 
 
 def note(page: str) -> str:
@@ -62,7 +62,7 @@ START = {
 
 def test_a_run_that_nobody_holds_was_interrupted(halfway):
     page = read(write_report(halfway))
-    assert re.fullmatch(f"interrupted, at step 120 as of {TIME}", status(page))
+    assert re.fullmatch(f"interrupted, at step 120 of 400 as of {TIME}", status(page))
     assert note(page).startswith("The same command resumes it from its checkpoint at step 80. FLOPs saved are counted")
     assert "In its own workdir the command goes on with this run" in page
     shutil.rmtree(halfway / "checkpoints")
@@ -72,21 +72,24 @@ def test_a_run_that_nobody_holds_was_interrupted(halfway):
 def test_a_run_that_holds_its_folder_runs(halfway):
     with lock(halfway):
         page = read(write_report(halfway))
-    assert re.fullmatch(f"running, at step 120 as of {TIME}", status(page))
-    assert note(page).startswith("This page is written again as the run goes on.")
+    assert re.fullmatch(f"running, at step 120 of 400 as of {TIME}", status(page))
+    assert note(page).startswith("This page is written again as the run goes on: reload it.")
     assert not in_use(halfway)
 
 
 def test_what_failed_says_why_until_it_is_started_again(halfway):
     record_failure(halfway, 123, "step 123: loss nan; lower the learning rate")
     page = read(write_report(halfway))
-    assert status(page).startswith("failed, at step 123 as of ")
+    assert status(page).startswith("failed, at step 123 of 400 as of ")
+    assert '<p class="status failed">' in page
     assert re.match(f"It failed at {TIME}: step 123: loss nan; lower the learning rate. FLOPs", note(page))
     with lock(halfway):
-        assert status(read(write_report(halfway))).startswith("running, at step 120")
+        page = read(write_report(halfway))
+        assert status(page).startswith("running, at step 120 of 400")
+        assert '<p class="status">' in page
     starts = json.loads((halfway / "provenance.json").read_text())["starts"]
     write_json(halfway / "provenance.json", {"starts": [*starts, START | {"step": 80}]})
-    assert status(read(write_report(halfway))).startswith("interrupted, at step 120")
+    assert status(read(write_report(halfway))).startswith("interrupted, at step 120 of 400")
 
 
 def test_a_failure_that_cannot_be_kept_is_not_another_failure(tmp_path):
@@ -100,7 +103,7 @@ def test_on_a_disk_without_locks_nobody_knows(halfway, monkeypatch):
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
     page = read(write_report(halfway))
-    assert status(page).startswith("unfinished, at step 120 as of ")
+    assert status(page).startswith("unfinished, at step 120 of 400 as of ")
     assert note(page).startswith("Its disk has no locks, so whether it runs nobody knows. The same command resumes it")
     assert status(read(write_report(halfway, running=True))).startswith("running, ")
 
@@ -130,6 +133,49 @@ def test_the_verdict_is_of_the_last_figures(halfway, tmp_path):
     assert found["evaluated last"].startswith("Validation loss 4.58 after 819k tokens")
     assert found["before training"] == "Validation loss 8.55, before training."
     assert found["nothing"] == "No validation loss yet."
+
+
+def test_wherever_a_run_ends_its_numbers_are_of_one_step(tmp_path):
+    """Also where its last row counts no tokens, or its checkpoint is of a step that was not logged."""
+    rows = [row for row in make_rows(75, sparse=True) if "loss" not in row or row["step"] % 15 == 0]
+    assert {"density", "val_loss", "loss"} <= {key for row in rows for key in row}
+    for end in range(1, len(rows) + 1):
+        run = read_run(make_run(tmp_path, last_step=0, rows=rows[:end], sparse=False))
+        counted = [row for row in rows[:end] if "tokens" in row][-1]
+        same = {key: counted[key] for key in ("tokens", "train_flops", "dense_flops", "sparsity")}
+        assert {key: run.numbers[key] for key in same} == same
+        assert run.numbers["steps"] == counted["step"]
+        assert run.last_step == rows[end - 1]["step"]
+    (tmp_path / "checkpoints" / "77").mkdir(parents=True)
+    page = read(write_report(tmp_path))
+    assert status(page).startswith("interrupted, at step 77 of 400 as of ")
+    assert "from its checkpoint at step 77" in note(page)
+    assert re.search(r"Training loss [\d.]+ at step 75 \(validation loss [\d.]+ at step 50\) after 614k tokens", page)
+    said = {label: (value, remark) for label, value, remark in table_cells(page, "Numbers")}
+    assert said["Training steps"] == ("75", "of 400")
+    assert said["Training tokens"] == ("614,400", "")
+    assert said["Validation loss"][1] == "at the last evaluation, step 50"
+    assert said["Throughput"][1] == "measured up to step 75, evaluations left out"
+    assert "Of step 75, the last logged, unless a line names another." in page
+
+
+@pytest.mark.parametrize("unfinished", [True, False])
+def test_a_validation_loss_that_is_not_of_the_last_step_names_its_own(unfinished, tmp_path):
+    run = make_finetuned(tmp_path)
+    if unfinished:
+        (run / "summary.json").unlink()
+        rows = read_metrics(run)
+        write_lines(run / "metrics.jsonl", [row for row in rows if row["step"] < 1100 or "val_loss" not in row])
+    text = verdict(read_run(run))
+    where = "at step 1,080" if unfinished else "at its best, step 1,080,"
+    assert re.search(rf"alidation loss [\d.]+ over the target tokens of restaurant {where}", text)
+
+
+@pytest.mark.parametrize(("loss", "said"), [(6.2, False), (6.21, True), (7.0, True)])
+def test_a_model_that_beats_no_frequencies_is_said_not_to(loss, said, tmp_path):
+    run = make_run(tmp_path, sparse=False)
+    write_json(run / "summary.json", json.loads((run / "summary.json").read_text()) | {"val_loss": loss})
+    assert ("That is no better than predicting every token by its frequency: 6.21." in verdict(read_run(run))) == said
 
 
 def test_a_page_of_a_folder_that_cannot_be_written_goes_elsewhere(halfway, tmp_path):
@@ -217,12 +263,12 @@ def test_a_run_that_fails_says_so_until_it_is_finished(text, tmp_path, monkeypat
     monkeypatch.setattr(loop, "one_step", poisoned)
     with pytest.raises(InputError, match="step 7: loss nan"):
         jobs.train(config, tmp_path, progress=False)
-    assert seen == ["running, at step 0", "running, at step 6", "failed, at step 7"]
+    assert seen == ["running, at step 0 of 12", "running, at step 6 of 12", "failed, at step 7 of 12"]
     assert "step 7: loss nan, gradient norm" in note(read(tmp_path / "report.html"))
     assert not (tmp_path / "figures").exists()
     monkeypatch.setattr(loop, "one_step", one_step)
     jobs.train(config, tmp_path, progress=False)
-    assert seen[3:] == ["running, at step 6", "running, at step 12", "finished"]
+    assert seen[3:] == ["running, at step 6 of 12", "running, at step 12 of 12", "finished"]
     assert (tmp_path / "figures" / "loss_over_steps.svg").is_file()
 
 
@@ -233,7 +279,7 @@ def test_pages_of_a_run_that_is_interrupted_change_none_of_its_rows(text, tmp_pa
     monkeypatch.setattr(processes, "preempted", lambda step: step == 9)
     with pytest.raises(Restart):
         jobs.train(config, run, progress=False)
-    assert seen == ["running, at step 0", "running, at step 6", "interrupted, at step 9"]
+    assert seen == ["running, at step 0 of 12", "running, at step 6 of 12", "interrupted, at step 9 of 12"]
     assert "from its checkpoint at step 9" in note(read(run / "report.html"))
     monkeypatch.setattr(processes, "preempted", lambda step: False)
     jobs.train(config, run, progress=False)

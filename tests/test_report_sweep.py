@@ -7,14 +7,17 @@ import statistics
 from functools import partial
 from pathlib import Path
 
+import matplotlib
 import pytest
+from matplotlib.text import Text
 from report_folders import SIGNATURE, drawn, make_cell, make_sweep, read, sweep_cell, sweep_cells, titles
 
 from spdf_jax import report
 from spdf_jax.errors import InputError
-from spdf_jax.report.records import read_sweep
+from spdf_jax.report.draw import STYLE
 from spdf_jax.report.sweep import verdict
 from spdf_jax.report.sweep_curves import curves
+from spdf_jax.report.sweep_records import read_sweep
 from spdf_jax.report.sweep_table import main_charts
 from spdf_jax.workdir import write_json
 
@@ -41,7 +44,8 @@ def test_a_sweep_says_in_words_what_came_out(sweep_page):
         " the reference at 0.60 of its counted FLOPs), lowest 31.00 for “75 %, dense fine-tuning” (0.76 of the reference"
         " at 0.40 of its counted FLOPs)." in sweep_page
     )
-    assert "15 runs: 12 of finetune, 3 of pretrain." in sweep_page
+    assert "15 runs: 12 of finetune, 3 of pretrain. 17.2M training tokens, 1 h 18 min on 2-core CPU." in sweep_page
+    assert not [label for label in re.findall('aria-label="([^"]*)"', sweep_page) if "{" in label]
 
 
 def test_a_sweep_whose_rows_are_alike_says_so(tmp_path):
@@ -65,6 +69,25 @@ def test_a_reference_at_an_end_is_said_so_and_a_loss_has_its_unit(tmp_path, swee
     assert drawn(main_charts, sweep).count(">loss (nats/token)</text>") == 2  # by row and over compute
     assert sweep_page.count(">BLEU</text>") == 2
     assert sweep_page.count(">loss (nats/token)</text>") == 2 * 3  # the curves
+
+
+def test_the_label_of_an_axis_is_whole_however_few_the_rows(tmp_path):
+    workdir = make_sweep(tmp_path)
+    table = json.loads((workdir / "table.json").read_text())
+    table["rows"] = table["rows"][1:3]
+    for row in table["rows"]:
+        row["values"] = {"loss at equal FLOPs (nats/token), of the best seed": row["values"]["BLEU"]}
+    write_json(workdir / "table.json", table)
+    with matplotlib.rc_context(STYLE):
+        plots = [plot for panel in main_charts(read_sweep(workdir)) for plot in panel.plots]
+        assert len(plots) == 2
+        for plot in plots:
+            plot.figure.draw_without_rendering()
+            (axes,) = plot.figure.axes
+            for label in filter(Text.get_text, (axes.xaxis.label, axes.yaxis.label)):
+                box = label.get_window_extent()
+                assert plot.figure.bbox.x0 <= box.x0 <= box.x1 <= plot.figure.bbox.x1, label
+                assert plot.figure.bbox.y0 <= box.y0 <= box.y1 <= plot.figure.bbox.y1, label
 
 
 def test_a_run_of_a_sweep_has_its_name(tmp_path):
@@ -146,7 +169,8 @@ def test_a_sweep_under_way_shows_the_runs_that_are_there(tmp_path):
     assert "0.767 over the target tokens of restaurant (finetune_0_0.001_0)" in page
     assert "4.127 over held-out text (pretrain_0)" in page
     assert titles(page)[:2] == ["Validation loss: text", "Validation loss: restaurant"]
-    assert "interrupted, at step 100" in page
+    assert "interrupted, at step 100 of 100" in page
+    assert "17.2M training tokens so far; those that are finished took 1 h 12 min on 2-core CPU." in page
     assert 'href="cells/finetune_75_0.002_1/' not in page
     assert "not_begun" not in page
 

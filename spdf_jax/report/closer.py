@@ -1,11 +1,14 @@
 """`curves.html`: the curves of a page to look closer at, with values under the pointer, zoom and logarithmic axes.
+A name in the key, clicked, hides its line.
 
 Drawn by Bokeh, which the extra `interactive` brings; its script is in the file, which loads nothing. It is a file of its own:
 the page itself has no script, and stays small.
 """
 
 import importlib.util
+import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,7 @@ from spdf_jax.workdir import write_atomically
 
 CURVES_FILE = "curves.html"
 _SCALES = {"linear": ("linear", "linear"), "logarithmic x": ("log", "linear"), "logarithmic x and y": ("log", "log")}
-_WIDTH_PIXELS, _HEIGHT_PIXELS = 620, 420
+_WIDTH_PIXELS, _HEIGHT_PIXELS, _KEY_LINE_PIXELS = 620, 420, 26
 
 
 def write_curves(folder: Path, title: str, panels: Sequence[Panel]) -> Path | None:
@@ -86,7 +89,14 @@ def _drawn(plot: Plot, x_scale: Any, y_scale: Any) -> Any:
             "color": to_hex(line.get_color()),
             "alpha": line.get_alpha() or 1,
         }
-        drawn.line(x[positive], y[positive], line_width=1.5, **how)
+        named = {"legend_label": how["name"]} if how["name"] else {}
+        draw = partial(drawn.step, mode="before") if line.get_drawstyle() == "steps-pre" else drawn.line
+        draw(x[positive], y[positive], line_width=1.5, **how, **named)
         if line.get_marker() not in ("", "None", None):
             drawn.scatter(x[positive], y[positive], size=6, **how)
+    if drawn.legend:
+        key = drawn.legend[0]
+        key.ncols, key.click_policy, key.location, key.border_line_color = 2, "hide", "left", None
+        drawn.add_layout(key, "below")
+        drawn.height = _HEIGHT_PIXELS + _KEY_LINE_PIXELS * math.ceil(len(key.items) / key.ncols)
     return drawn

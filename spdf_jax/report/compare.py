@@ -16,10 +16,11 @@ from spdf_jax.errors import InputError
 from spdf_jax.report.closer import write_curves
 from spdf_jax.report.draw import STYLE, Table
 from spdf_jax.report.figures import csv_text, write_figures
-from spdf_jax.report.page import Panel, template, write_page
-from spdf_jax.report.records import Run, Sweep, address, changed_settings, differing_settings, read_run
+from spdf_jax.report.page import Panel, template, whole, write_page
+from spdf_jax.report.records import Run, changed_settings, differing_settings, read_run
 from spdf_jax.report.sweep import lowest_losses
 from spdf_jax.report.sweep_curves import STEPS, curves, with_unit
+from spdf_jax.report.sweep_records import Sweep, address
 from spdf_jax.report.words import (
     COUNT_UNITS,
     COUNTED_NOTE,
@@ -128,12 +129,14 @@ def short_names(paths: Sequence[Path]) -> list[str]:
 
 def different(workdirs: Mapping[str, Path], runs: Mapping[str, Run]) -> str:
     """What keeps validation losses from being compared; "" where nothing does, as far as the folders tell."""
+    tasks = {run.task(run.evaluation_rows[-1]) for run in runs.values() if run.evaluation_rows}
+    runs = {name: run for name, run in runs.items() if run.loss_unit}  # those that are of text
     configs = [flat(run.config) for run in runs.values()]
     found = [key for key in differing_settings([run.config for run in runs.values()]) if key.startswith("data.")]
     found = [key for key in found if key not in ("data.cache_dir", "data.path", "data.token_dtype")]
     if len({config.get("model.vocab_size") for config in configs}) > 1:
         found.append("model.vocab_size")
-    tokenizers = {zlib.crc32(path.read_bytes()) for w in workdirs.values() if (path := w / "tokenizer.json").is_file()}
+    tokenizers = {zlib.crc32(path.read_bytes()) for n in runs if (path := workdirs[n] / "tokenizer.json").is_file()}
     if len(tokenizers) > 1:
         found.append("tokenizer.json")
     # The library's text is the running Python's; what else lies in a place, the loss of its token frequencies tells.
@@ -145,7 +148,6 @@ def different(workdirs: Mapping[str, Path], runs: Mapping[str, Run]) -> str:
         found.append("the loss of token frequencies alone")
     elif len(frequencies) < len(runs) and len({config.get("data.path") for config in configs}) > 1:
         found.append("data.path")
-    tasks = {run.task(run.evaluation_rows[-1]) for run in runs.values() if run.evaluation_rows}
     said = "Losses are not comparable where they are over other text, or over other tokens of it. " if found else ""
     over = " and ".join(target_name(task) for task in sorted(tasks))
     return " ".join(
@@ -177,11 +179,13 @@ def _both_flops(run: Run) -> float | None:
 _LOSS = "validation loss"
 _COLUMNS = (
     _Column(_LOSS, _number("val_loss"), lambda v, _: f"{v:.4f}"),
+    _Column("loss at step", lambda run: run.loss_step, lambda v, _: f"{v:,}"),
+    _Column("training steps", _number("steps"), lambda v, _: f"{v:,}"),
     _Column("training tokens", _number("tokens"), lambda v, most: quantity(v, COUNT_UNITS, most)),
     _Column("training FLOPs (counted)", _number("train_flops"), flops),
     _Column("FLOPs with the run before (counted)", _both_flops, flops),
     _Column("FLOP reduction", _number("flops_reduction"), lambda v, _: f"{v:.2f}x"),
-    _Column("time (s)", _number("wall_seconds"), lambda v, _: f"{v:,.0f}"),
+    _Column("wall-clock time (s)", _number("wall_seconds"), lambda v, _: f"{v:,.0f}"),
     _Column("parameters", _number("parameters"), lambda v, _: f"{v:,}"),
     _Column("highest sparsity", lambda run: run.max_sparsity, lambda v, _: percent(v)),
 )
@@ -208,13 +212,17 @@ class _Comparison(NamedTuple):
                 "-" if v is None else c.render(v, most) for c, v, most in zip(columns, values, largest, strict=True)
             ]
             texts.append([name, run.status, *rendered, *(text or "-" for text in settings)])
-        headers = [with_unit(sweep, column.header) if column.header == _LOSS else column.header for column in columns]
+        loss = with_unit(sweep.cells.values(), _LOSS)
+        headers = [loss if column.header == _LOSS else column.header for column in columns]
         return cls(Table(["run", "status", *headers, *keys], numbers), texts)
 
     def panel(self, sweep: Sweep) -> Panel:
         rows = [(texts[0], sweep.page_of(texts[0]), texts[1], texts[2:]) for texts in self.texts]
         body = _TABLE.render(headers=self.numbers.header[2:], rows=rows)
-        caption = "The last figures of each run, and what the runs set differently."
+        caption = (
+            "The last figures of each run, and what the runs set differently. A loss of an earlier step than they are"
+            " names its own. Wall-clock time is all of it, with compilation, evaluations and saving."
+        )
         return Panel("Runs", Markup(body), caption, wide=True)
 
     def markdown(self) -> str:
@@ -269,21 +277,25 @@ _TABLE = template("""\
 def _origins(sweep: Sweep) -> list[Panel]:
     """When each run was begun, with what, and by which command."""
     header = ("run", "begun", "made with", "device", "command")
-    rows = []
+    rows, runs = [], []
     for name, run in sweep.cells.items():
         first = run.starts[0] if run.starts else None
         begun = (when(first["time"]), made_with(first), first["device"]) if first else ("-", "-", "-")
-        rows.append((name, *begun, run.config.get("command") or "from Python"))
-    body = _ORIGINS.render(header=header, rows=rows)
+        command = run.config.get("command")
+        rows.append((name, *begun, command or "from Python"))
+        origin = [
+            f"Begun {begun[0]} on {begun[2]}, with {begun[1]}." if first else "",
+            "" if command else "From Python.",
+        ]
+        runs.append((name, " ".join(filter(None, origin)), whole(command) if command else ""))
+    body = _ORIGINS.render(runs=runs)
     return [Panel("Where they come from", Markup(body), wide=True, table=Table(header, rows))]
 
 
 _ORIGINS = template("""\
-<div class="scroll"><table class="figures signatures">
-  <thead><tr>{% for name in header %}<th>{{ name }}</th>{% endfor %}</tr></thead>
-  {% for name, begun, versions, device, command in rows %}
-  <tr><th scope="row">{{ name | breakable }}</th><td>{{ begun }}</td><td class="name">{{ versions }}</td>
-    <td class="name">{{ device }}</td><td class="name"><code>{{ command }}</code></td></tr>
-  {% endfor %}
-</table></div>
+{% for name, origin, command in runs %}
+<h3>{{ name | breakable }}</h3>
+<p class="soft command">{{ origin }}</p>
+{{ command }}
+{% endfor %}
 """)

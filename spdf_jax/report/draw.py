@@ -1,10 +1,12 @@
 """Figures: as inline SVG in the page's colours, and as files in their own."""
 
 import base64
+import contextlib
 import io
 import math
 import re
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple, TypeVar
@@ -17,6 +19,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap, PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.image import imsave
+from matplotlib.lines import Line2D
 
 from spdf_jax.report.records import Row
 from spdf_jax.report.words import clipped
@@ -66,6 +69,7 @@ STYLE: dict[Any, Any] = {
 }
 MAX_LINE_POINTS = 600
 _DPI = 200  # pixels an inch
+_KEY_CHARACTERS, _KEY_LINE_INCHES = 40, 0.17
 
 
 def new_figure(height_inches: float = 2.9, width_inches: float = 4.2) -> tuple[Figure, Axes]:
@@ -112,16 +116,23 @@ class Table(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Plot:
-    """A figure: the name of its files, what it shows in words, and the numbers that it shows."""
+    """A figure: the name of its files, what it shows in words, and the numbers that it shows.
+
+    `key` is what a page says once for several figures, and each of their files by itself.
+    """
 
     name: str
     figure: Figure
     description: str
     table: Table
+    key: Sequence[Line2D] = ()
 
     @cached_property
     def svg(self) -> str:
         """An SVG element in colours of its own."""
+        return self._svg()
+
+    def _svg(self) -> str:
         buffer = io.StringIO()
         # Ids hash the salt and what they name, so the same figure gives the same bytes and two figures never clash.
         with matplotlib.rc_context({"svg.hashsalt": self.description}):
@@ -133,7 +144,8 @@ class Plot:
     def png(self) -> bytes:
         """A picture on white."""
         buffer = io.BytesIO()
-        self.figure.savefig(buffer, format="png", dpi=_DPI, facecolor=_GROUND, metadata={"Software": None})
+        with self._with_key():
+            self.figure.savefig(buffer, format="png", dpi=_DPI, facecolor=_GROUND, metadata={"Software": None})
         return buffer.getvalue()
 
     @property
@@ -149,10 +161,27 @@ class Plot:
     @property
     def document(self) -> str:
         """The SVG as a file, on white."""
-        head, body = self.svg.split(">", 1)
+        with self._with_key():
+            head, body = (self._svg() if self.key else self.svg).split(">", 1)
         return (
             f'<?xml version="1.0" encoding="utf-8"?>\n{head}><rect width="100%" height="100%" fill="{_GROUND}"/>{body}'
         )
+
+    @contextlib.contextmanager
+    def _with_key(self) -> Iterator[None]:
+        """The figure higher by its key."""
+        if not self.key:
+            yield
+            return
+        labels = [textwrap.fill(str(line.get_label()), _KEY_CHARACTERS) for line in self.key]
+        height, lines = self.figure.get_figheight(), sum(label.count("\n") + 1 for label in labels)
+        drawn = self.figure.legend(self.key, labels, loc="outside upper left", borderpad=0, handlelength=3)
+        self.figure.set_figheight(height + _KEY_LINE_INCHES * lines)
+        try:
+            yield
+        finally:
+            drawn.remove()
+            self.figure.set_figheight(height)
 
 
 def png_uri(density: np.ndarray) -> str:

@@ -31,7 +31,15 @@ def plot_panel(title: str, plot: Plot, caption: str = "") -> Panel:
 
 
 def write_page(
-    path: Path, *, title: str, status: str, verdict: str, note: str, panels: Sequence[Panel], curves: Path | None = None
+    path: Path,
+    *,
+    title: str,
+    status: str,
+    verdict: str,
+    note: str,
+    panels: Sequence[Panel],
+    curves: Path | None = None,
+    failed: bool = False,
 ) -> Path:
     """Writes a page, atomically.
 
@@ -43,13 +51,13 @@ def write_page(
       note: what to keep in mind with it, or "".
       panels: its cards, in order.
       curves: the file beside it in which to look closer at its curves, if there is one.
+      failed: whether its status is to stand out.
 
     Returns:
       The path.
     """
-    page = _PAGE.render(
-        title=title, status=status, verdict=verdict, note=note, panels=panels, alone=_alone(panels), curves=curves
-    )
+    texts = {"title": title, "status": status, "verdict": verdict, "note": note, "failed": failed}
+    page = _PAGE.render(**texts, panels=panels, alone=_alone(panels), curves=curves)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, page.encode())
     return path
@@ -78,21 +86,30 @@ def link(name: str, address: str) -> Markup:
     return Markup('<a href="{}">{}</a>').format(address, breakable(name)) if address else breakable(name)
 
 
-def held(text: str) -> str:
-    """A text whose numbers stay in one line with their units, and steps with their number.
+def held(text: str) -> Markup:
+    """A text whose numbers stay in one line with their units, steps with their number, and flags with their dashes.
 
-    >>> held("51 s at step 40")
-    '51\\xa0s at step\\xa040'
+    >>> held("51 s at step 40; give --workdir")
+    Markup('51\\xa0s at step\\xa040; give <span class="flag">--workdir</span>')
     """
-    return re.sub(r"(?<=\d) (?=%|(?:s|min|h|x|cores|\w?FLOP)\b)|(?<=\bstep) (?=\d)", "\N{NO-BREAK SPACE}", text)
+    units = r"(?<=\d) (?=%|(?:s|min|h|x|cores|\w?FLOP)\b)|(?<=\bstep) (?=\d)"
+    escaped = re.sub(units, "\N{NO-BREAK SPACE}", str(escape(text)))
+    return Markup(re.sub(r"(?<!\S)--\w[\w.]*", r'<span class="flag">\g<0></span>', escaped))
 
 
 def command_panel(command: str, remark: str) -> Panel:
     """How to run it again."""
+    return Panel("Run it again", whole(command), remark, wide=True)
+
+
+def whole(command: str) -> Markup:
+    """A command to read and to copy, all of it at any width: it goes on in the next line, between flags if it can.
+
+    >>> whole("python x.py --quiet")
+    Markup('<pre><code>python x.py <span>--quiet</span></code></pre>')
+    """
     words = (Markup("<span>{}</span>").format(word) if word.startswith("--") else word for word in command.split(" "))
-    return Panel(
-        "Run it again", Markup("<pre><code>{}</code></pre>").format(Markup(" ").join(words)), remark, wide=True
-    )
+    return Markup("<pre><code>{}</code></pre>").format(Markup(" ").join(words))
 
 
 def _alone(panels: Sequence[Panel]) -> set[int]:
@@ -126,6 +143,8 @@ h2 { margin: 0 0 .25rem; font-size: 1.05rem; }
 h3 { margin: 1rem 0 .3rem; font-size: .92rem; overflow-wrap: anywhere; }
 a { color: var(--accent); }
 .status { margin: 0 0 .25rem; color: var(--accent); font-size: .85rem; font-weight: 600; overflow-wrap: anywhere; }
+.failed { color: var(--second); }
+.flag { white-space: nowrap; }
 .verdict { margin: 0 0 .75rem; max-width: 46rem; font-size: 1.2rem; line-height: 1.45; text-wrap: balance;
            overflow-wrap: anywhere; }
 header { margin-bottom: 1.75rem; }
@@ -141,11 +160,12 @@ header { margin-bottom: 1.75rem; }
 }
 .caption { margin: 0 0 .7rem; color: var(--soft); font-size: .88rem; line-height: 1.45; overflow-wrap: anywhere; }
 .soft { color: var(--soft); font-size: .88rem; }
+.command { margin: 0; }
 .closer { margin: .75rem 0 0; }
 .plot svg { display: block; width: 100%; height: auto; }
 .plot svg text { font-family: inherit !important; }
-.three { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 17rem), 1fr)); gap: .8rem; }
-.two { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); gap: .8rem 1.6rem; }
+.three { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 17rem), 1fr)); gap: .8rem; }
+.two { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 22rem), 1fr)); gap: .8rem 1.6rem; }
 .key { display: flex; flex-wrap: wrap; align-content: start; gap: .1rem 1.2rem; margin: 0 0 .7rem; padding: 0;
        font-size: .85rem; list-style: none; }
 .key svg { width: 1.9rem; height: .6rem; margin-right: .4rem; vertical-align: middle; }
@@ -199,8 +219,12 @@ summary { margin-top: .8rem; cursor: pointer; font-weight: 600; }
 @media (max-width: 34rem) {
   body { padding: 1.25rem .75rem 3rem; }
   .card { padding: .9rem .8rem; }
-  .numbers :is(td, th):nth-child(3) { display: none; }
-  .numbers td:nth-child(2) { min-width: 7rem; padding-right: 0; }
+  .numbers tr { display: grid; grid-template: auto 1fr / 1fr 1fr; border-bottom: 1px solid var(--line); }
+  .numbers th:first-child { grid-row: span 2; }
+  .numbers tr:last-child { border-bottom: 0; }
+  .numbers :is(td, th) { border-bottom: 0; }
+  .numbers :is(td, th):nth-child(3) { grid-column: 2; padding-top: 0; overflow-wrap: anywhere; }
+  .numbers td:nth-child(3):empty { display: none; }
   .figures .name { min-width: 6.5rem; }
   .figures th[scope=row] { min-width: 8rem; }
 }
@@ -229,7 +253,7 @@ summary { margin-top: .8rem; cursor: pointer; font-weight: 600; }
 </head>
 <body>
 <header>
-  <p class="status">{{ status }}</p>
+  <p class="status{{ ' failed' if failed }}">{{ status }}</p>
   <h1>{{ title }}</h1>
   <p class="verdict">{{ verdict | held }}</p>
   {% if note %}
@@ -246,7 +270,7 @@ summary { margin-top: .8rem; cursor: pointer; font-weight: 600; }
     <div>
       <h2>{{ panel.title }}</h2>
       {% if panel.caption %}
-      <p class="caption">{{ panel.caption }}</p>
+      <p class="caption">{{ panel.caption | held }}</p>
       {% endif %}
     </div>
     {{ panel.body }}

@@ -1,21 +1,19 @@
-"""What a run or a sweep recorded, read from its folder."""
+"""What a run recorded, read from its folder."""
 
 import dataclasses
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
-from urllib.parse import quote
+from typing import Any
 
 import numpy as np
 
 from spdf_jax.config.read import default_config, of_fit
 from spdf_jax.config.run import LoopConfig, flat
 from spdf_jax.errors import InputError, reading
-from spdf_jax.report.words import setting
+from spdf_jax.report.words import OF_FIT, setting
 from spdf_jax.sparsity.programme import SparsityConfig
 from spdf_jax.training.metrics import check_rows, read_metrics
 from spdf_jax.workdir import (
@@ -42,7 +40,8 @@ _NAMES = ("experiment", "variant", "variants", "phases", "command", "fit")
 class Run:
     """What a run recorded.
 
-    `numbers` is `summary.json`, and before there is one, what the rows say so far; `scores` is `evaluation.json`.
+    `numbers` is `summary.json`, and before there is one, what the rows say so far: counts are all of step `numbers["steps"]`,
+    the last that was logged or evaluated; `scores` is `evaluation.json`.
     `starts` is of `provenance.json`; `pictures` (images of densities) and `degrees` are by step, then by leaf path.
     `running` is None where nobody knows; `saved_step` is that of the newest checkpoint, 0 before the first.
     """
@@ -80,6 +79,28 @@ class Run:
         """The highest sparsity any row saw; 0 for a run without masks."""
         return max((row["sparsity"] for row in self.all_rows), default=0.0)
 
+    @cached_property
+    def last_step(self) -> int | None:
+        """The last step that anything tells of: a row, which may count no tokens, or a checkpoint; None before all."""
+        return max([*(row["step"] for row in self.all_rows), *filter(None, [self.saved_step])], default=None)
+
+    @property
+    def planned_steps(self) -> int:
+        """Of all phases, if none stops early; 0 where the config does not say."""
+        phases = (
+            [self.config] if of_fit(self.config) else [self.config.get(p, {}) for p in self.config.get("phases", ())]
+        )
+        return sum(int(phase.get("steps", 0)) for phase in phases)
+
+    @property
+    def loss_step(self) -> int | None:
+        """The step of `val_loss`, where that is not the last."""
+        if not self.evaluation_rows:
+            return None
+        step, last = self.evaluation_rows[-1]["step"], self.numbers["steps"] if self.is_finished else self.last_step
+        step = int(self.numbers.get("best_step", step))
+        return step if step != last else None
+
     @property
     def is_dense(self) -> bool:
         """Whether nothing is saved: no masks, and no attention pattern that skips work."""
@@ -99,8 +120,9 @@ class Run:
     def status(self) -> str:
         """Finished, or what became of it and how far, and what of its rows is lost."""
         state = {True: "running", False: "failed" if self.failure else "interrupted", None: "unfinished"}[self.running]
-        step = self.failure["step"] if self.failure else self.numbers.get("steps")
-        status = f"{state}, nothing logged yet" if step is None else f"{state}, at step {step:,}"
+        step = self.failure["step"] if self.failure else self.last_step
+        of = f" of {self.planned_steps:,}" if self.planned_steps else ""
+        status = f"{state}, nothing logged yet" if step is None else f"{state}, at step {step:,}{of}"
         if self.is_finished:
             status = str(self.numbers["status"])
         # Every run begins with an evaluation at step 0, but for one of `spdf_jax.fit` that has nothing to evaluate on.
@@ -109,7 +131,9 @@ class Run:
         return f"{status}; the rows before step {first:,} are lost" if first else status
 
     def task(self, row: Row) -> str:
-        """The task whose target tokens a row's loss is over; "" for text."""
+        """The task whose target tokens a row's loss is over; "" for text, `OF_FIT` where it is over neither."""
+        if of_fit(self.config):
+            return OF_FIT
         return str(self.config.get(row["phase"], {}).get("task", {}).get("name", ""))
 
     def training_seconds(self, rows: Sequence[Row]) -> np.ndarray | None:
@@ -125,63 +149,6 @@ class Run:
         return np.interp([row["tokens"] for row in rows], tokens, seconds)
 
 
-class Value(NamedTuple):
-    """A figure of a table: mean and deviation over as many seeds of a choice; no mean where it is absent."""
-
-    mean: float | None
-    deviation: float
-    seeds: int
-    choice: str = ""
-
-
-@dataclass(frozen=True)
-class TableRow:
-    """A row of a sweep's table: label, the choice it took, its cells' records (summary, evaluation) and its figures.
-
-    `groups` are its cells by the choices that figures are of; "" is the choice it took.
-    """
-
-    label: str
-    choice: str
-    cells: Mapping[str, Mapping[str, Any]]
-    groups: Mapping[str, Sequence[str]]
-    values: Mapping[str, Value]
-
-    def train_flops(self, choice: str) -> float:
-        """Counted FLOPs of a cell of a choice, with those of the run that it started from; the mean over seeds."""
-        summaries = [self.cells[name]["summary"] for name in self.groups[choice]]
-        return float(np.mean([s["train_flops"] + s.get("before", {}).get("train_flops", 0) for s in summaries]))
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """What a sweep recorded: its table (no rows before the end) and its cells, by name."""
-
-    title: str
-    remark: str
-    name: str
-    rows: Sequence[TableRow]
-    cells: Mapping[str, Run]
-    reports: Mapping[str, str]
-    running: bool | None = False
-
-    @property
-    def is_finished(self) -> bool:
-        """Whether there is a table, and every cell is finished."""
-        return bool(self.rows) and all(run.is_finished for run in self.cells.values())
-
-    @property
-    def main_scores(self) -> list[str]:
-        """Of every choice that columns are of, the first column that has figures."""
-        values = self.rows[0].values if self.rows else {}
-        found = [h for h in values if any(row.values[h].mean is not None for row in self.rows)]
-        return list({values[h].choice: h for h in reversed(found)}.values())[::-1]
-
-    def page_of(self, cell: str) -> str:
-        """The address of a cell's page, relative to the sweep's; "" where it has none."""
-        return self.reports.get(cell, "")
-
-
 def read_run(workdir: Path, running: bool | None = None) -> Run:
     """Reads a run's folder.
 
@@ -193,10 +160,10 @@ def read_run(workdir: Path, running: bool | None = None) -> Run:
       InputError: the folder holds no run, or a file in it cannot be read.
     """
     rows = read_metrics(workdir)
-    summary = _read_json(workdir / SUMMARY_FILE) or {}
+    summary = optional_json(workdir / SUMMARY_FILE) or {}
     if "rows" in summary:
         check_rows(workdir / METRICS_FILE, summary["rows"], "the finished run wrote")
-    config = _read_json(workdir / CONFIG_FILE)
+    config = optional_json(workdir / CONFIG_FILE)
     if config is None or not {"experiment", "variant"} <= config.keys():
         raise InputError(
             f"{workdir / 'config.json'}: missing or without experiment and variant; give the --workdir of a run"
@@ -206,9 +173,9 @@ def read_run(workdir: Path, running: bool | None = None) -> Run:
     return Run(
         config=config,
         numbers={key: number for key, number in numbers.items() if number is not None},
-        scores=_read_json(workdir / EVALUATION_FILE) or {},
+        scores=optional_json(workdir / EVALUATION_FILE) or {},
         generations=_read_generations(workdir / GENERATIONS_FILE),
-        starts=(_read_json(workdir / PROVENANCE_FILE) or {}).get("starts", ()),
+        starts=(optional_json(workdir / PROVENANCE_FILE) or {}).get("starts", ()),
         train_rows=[row for row in rows if "loss" in row],
         evaluation_rows=[row for row in rows if "val_loss" in row],
         topology_rows=[row for row in rows if row.get("density")],
@@ -216,46 +183,6 @@ def read_run(workdir: Path, running: bool | None = None) -> Run:
         degrees={step: _degrees(found) for step, found in arrays.items()},
         running=in_use(workdir) if running is None else running,
         saved_step=max((int(p.name) for p in (workdir / CHECKPOINTS).glob("*") if p.name.isdecimal()), default=0),
-    )
-
-
-def address(workdir: Path, beside: Path) -> str:
-    """Of the page of a run, on a page in the folder `beside`.
-
-    >>> address(Path("runs/my 1"), Path("runs/compare"))
-    '../my%201/report.html'
-    """
-    return quote(Path(os.path.relpath(workdir / "report.html", beside)).as_posix())
-
-
-def read_sweep(workdir: Path, running: bool | None = None, *, beside: Path | None = None) -> Sweep:
-    """Reads a sweep's folder, finished or not: the cells that are there, and the table if there is one.
-
-    Args:
-      workdir: of the sweep.
-      running: whether it runs; by default its lock tells.
-      beside: the folder of the page that links to those of the cells, by default `workdir`.
-
-    Raises:
-      InputError: the folder holds no cell that has begun, or a file in it cannot be read.
-    """
-    folders = sorted(path.parent for path in (workdir / "cells").glob(f"*/{METRICS_FILE}"))
-    begun = [folder for folder in folders if (folder / CONFIG_FILE).is_file()]
-    if not begun:
-        raise InputError(f"{workdir / 'cells'}: no run has begun there; give the --workdir of a sweep, or start it")
-    cells = {folder.name: read_run(folder) for folder in begun}
-    table = _read_json(workdir / "table.json")
-    name = next(iter(cells.values())).name
-    return Sweep(
-        title=str(table["title"]) if table and "title" in table else name,
-        remark=str(table["remark"]) if table and "remark" in table else "",
-        name=name,
-        rows=_read_rows(workdir / "table.json", table, cells) if table else [],
-        cells=cells,
-        reports={
-            folder.name: address(folder, beside or workdir) for folder in begun if (folder / "report.html").is_file()
-        },
-        running=in_use(workdir) if running is None else running,
     )
 
 
@@ -282,24 +209,7 @@ def differing_settings(configs: Sequence[Mapping[str, Any]]) -> list[str]:
     return [key for key in keys if any(values.get(key) != flats[0].get(key) for values in flats)]
 
 
-def _read_rows(path: Path, table: Mapping[str, Any], cells: Mapping[str, Run]) -> list[TableRow]:
-    with reading(f"{path}: not a sweep's table", "delete it and run the sweep again"):
-        rows = [
-            TableRow(
-                row["row"],
-                row["choice"],
-                {name: record for name, record in row["cells"].items() if record["summary"]["train_flops"] >= 0},
-                row.get("groups") or {"": list(row["cells"])},
-                {header: Value(**value) for header, value in row["values"].items()},
-            )
-            for row in table["rows"]
-        ]
-    if missing := {name for row in rows for name in row.cells} - cells.keys():
-        raise InputError(f"{path}: names cells that are not there ({', '.join(sorted(missing))}); run the sweep again")
-    return rows
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
+def optional_json(path: Path) -> dict[str, Any] | None:
     """The object in a JSON file; None where there is no such file."""
     return read_json(path, "restore the file or run the job again") if path.is_file() else None
 
@@ -336,6 +246,10 @@ def _numbers_so_far(rows: Sequence[Row]) -> dict[str, Any]:
     """The summary's numbers, from the rows alone."""
     numbers: dict[str, Any] = {}
     for row in rows:
+        if (
+            "density" in row
+        ):  # which counts nothing: its step beside the tokens of an earlier one would be of no step at all
+            continue
         numbers["steps"] = row["step"]
         counted = ("tokens", "padded_tokens", "topology_tokens")
         numbers |= {key: row[key] for key in (*counted, "sparsity", "tokens_per_second", "val_loss") if key in row}

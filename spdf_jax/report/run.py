@@ -70,6 +70,7 @@ def write_report(
         note=" ".join(filter(None, [_what_next(run), COUNTED_NOTE if counted else ""])),
         panels=panels,
         curves=write_curves(folder, title, panels) if figures and not cell else None,
+        failed=run.failure is not None and not run.is_finished,
     )
 
 
@@ -80,7 +81,7 @@ def _what_next(run: Run) -> str:
     if run.failure:
         return f"It failed at {when(run.failure['time'])}: {run.failure['why']}".rstrip(".") + "."
     if run.running:
-        return "This page is written again as the run goes on."
+        return "This page is written again as the run goes on: reload it."
     same = "command" if run.loss_unit else "call"
     unknown = "Its disk has no locks, so whether it runs nobody knows. " if run.running is None else ""
     if run.saved_step:
@@ -106,6 +107,8 @@ def verdict(run: Run) -> str:
     time = [duration(numbers["wall_seconds"])] if "wall_seconds" in numbers else []
     time += [f"on {numbers['device']}"] if "device" in numbers else []
     text += f"; {' '.join(time)}." if time else "."
+    if "unigram_loss" in numbers and numbers["val_loss"] >= numbers["unigram_loss"]:
+        text += f" That is no better than predicting every token by its frequency: {numbers['unigram_loss']:.2f}."
     scores = [f"{score_name(key)} {digits(run.scores[key])}" for key in _SCORES_IN_VERDICT if key in run.scores]
     return f"{text} Scored: {', '.join(scores)}." if scores else text
 
@@ -117,23 +120,29 @@ def _last_losses(run: Run) -> str:
         text = f"Training loss {run.numbers['loss']:.2f}" if ended else "No validation loss yet"
     else:
         text = f"Validation loss {run.numbers['val_loss']:.2f}"
-    if run.evaluation_rows and (task := run.task(run.evaluation_rows[-1])):
+    if run.loss_unit and run.evaluation_rows and (task := run.task(run.evaluation_rows[-1])):
         text += f" over {target_name(task)}"
+    if run.loss_step is not None:
+        text += f" at its best, step {run.loss_step:,}," if run.is_finished else f" at step {run.loss_step:,}"
     if run.is_finished:
         return text
     last, evaluated = (rows[-1]["step"] if rows else -1 for rows in (run.train_rows, run.evaluation_rows))
-    if evaluated >= 0 and evaluated != run.numbers["steps"]:
-        text += f" at step {evaluated:,}"
     if last > evaluated:
         text = f"Training loss {run.train_rows[-1]['loss']:.2f} at step {last:,} ({text[0].lower()}{text[1:]})"
-    return f"{text}, before training" if run.numbers.get("steps") == 0 else text
+    return f"{text}, before training" if run.last_step == 0 else text
 
 
 def main_numbers(run: Run) -> Panel | None:
     """The table of losses, costs and counts; None where there are none yet."""
     lines = list(_number_lines(run))
     table = Table(("number", "value"), [(k, v) for k, v in run.numbers.items() if isinstance(v, int | float | str)])
-    return Panel("Numbers", Markup(_NUMBERS.render(lines=lines)), wide=True, table=table) if lines else None
+    logged = run.numbers.get("steps")
+    caption = (
+        ""
+        if run.is_finished or logged is None
+        else f"Of step {logged:,}, the last logged, unless a line names another."
+    )
+    return Panel("Numbers", Markup(_NUMBERS.render(lines=lines)), caption, wide=True, table=table) if lines else None
 
 
 _NUMBERS = template("""\
@@ -173,10 +182,10 @@ def _number_lines(run: Run) -> Iterator[tuple[str, str, str]]:
             lambda v: f"{v:,}",
             "of the training tokens; they update no weight",
         ),
-        "steps": ("Training steps", lambda v: f"{v:,}", "stopped early" if _stopped_early(run) else ""),
+        "steps": ("Training steps", lambda v: f"{v:,}", _steps_remark(run)),
         "parameters": ("Parameters", lambda v: f"{v:,}", zeros),
-        "tokens_per_second": ("Throughput", lambda v: f"{v:,.0f} tokens/s", "measured"),
-        "wall_seconds": ("Wall-clock time", duration, "measured"),
+        "tokens_per_second": ("Throughput", lambda v: f"{v:,.0f} tokens/s", _rate_remark(run)),
+        "wall_seconds": ("Wall-clock time", duration, "measured; compilation, evaluations and saving included"),
         "device": ("Device", str, ""),
     }
     hidden: tuple[str, ...] = ("sparsity", "dense_flops", "flops_reduction") if run.is_dense else ()
@@ -208,6 +217,20 @@ def _start_lines(run: Run) -> Iterator[tuple[str, str, str]]:
 def _last_evaluation(run: Run) -> str:
     at = "" if run.is_finished or not run.evaluation_rows else f", step {run.evaluation_rows[-1]['step']:,}"
     return f"at the last evaluation{at}"
+
+
+def _steps_remark(run: Run) -> str:
+    if run.is_finished:
+        return "stopped early" if _stopped_early(run) else ""
+    return f"of {run.planned_steps:,}" if run.planned_steps else ""
+
+
+def _rate_remark(run: Run) -> str:
+    """What the throughput is a mean over."""
+    if run.is_finished:
+        return "measured over the wall-clock time"
+    last = f" up to step {run.train_rows[-1]['step']:,}" if run.train_rows else ""
+    return f"measured{last}, evaluations left out"
 
 
 def _padded(run: Run) -> bool:

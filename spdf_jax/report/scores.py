@@ -25,9 +25,14 @@ def evaluation_scores(run: Run) -> Panel | None:
     rows = []
     for key, value in values.items():
         figures = [value, *(run.scores[part].get(key) for part in parts)]
-        texts = ["" if figure is None else f"{figure:.4f}" for figure in figures]
+        texts = ["" if figure is None else f"{figure:,.4f}" for figure in figures]
         rows.append((score_name(key), texts, signatures.get(key, "")))
-    body = _SCORES.render(parts=parts, rows=rows, absent=[(score_name(key), why) for key, why in absent.items()])
+    body = _SCORES.render(
+        parts=parts,
+        rows=rows,
+        absent=[(score_name(key), why) for key, why in absent.items()],
+        how=bool(absent) or any(key in signatures for key in values),
+    )
     step = f"The state after step {run.scores['step']:,}. " if "step" in run.scores else ""
     of_task = (
         signatures and " Texts are decoded from the whole test set; the validation loss is over the validation set."
@@ -40,17 +45,23 @@ def evaluation_scores(run: Run) -> Panel | None:
 
 _SCORES = template("""\
 <div class="scroll"><table class="figures">
-  <thead><tr><th>score</th><th>all</th>
+  <thead><tr><th>score</th><th>{{ "all" if parts else "value" }}</th>
   {% for part in parts %}
   <th>{{ part }} categories</th>
   {% endfor %}
-  <th>how it is computed</th></tr></thead>
+  {% if how %}
+  <th>how it is computed</th>
+  {% endif %}
+  </tr></thead>
   {% for name, texts, signature in rows %}
   <tr><th scope="row">{{ name }}</th>
     {% for text in texts %}
     <td>{{ text }}</td>
     {% endfor %}
-    <td class="name soft">{{ signature }}</td></tr>
+    {% if how %}
+    <td class="name soft">{{ signature }}</td>
+    {% endif %}
+  </tr>
   {% endfor %}
   {% for name, why in absent %}
   <tr><th scope="row">{{ name }}</th><td>absent</td>

@@ -10,9 +10,9 @@ from spdf_jax.report.closer import write_curves
 from spdf_jax.report.draw import STYLE
 from spdf_jax.report.figures import write_figures
 from spdf_jax.report.page import Panel, command_panel, write_page
-from spdf_jax.report.records import Sweep, read_sweep
 from spdf_jax.report.sweep_cells import cells, signatures
 from spdf_jax.report.sweep_curves import curves
+from spdf_jax.report.sweep_records import Sweep, read_sweep
 from spdf_jax.report.sweep_table import main_charts, results
 from spdf_jax.report.words import (
     COUNT_UNITS,
@@ -126,7 +126,8 @@ def _what_ran(sweep: Sweep) -> str:
     text = f"{len(numbers)} {'run' if len(numbers) == 1 else 'runs'}: {runs}."
     text += f" {quantity(sum(n.get('tokens', 0) for n in numbers), COUNT_UNITS)} training tokens"
     if seconds := sum(n.get("wall_seconds", 0) for n in numbers):
-        text += f", {duration(seconds)}"
+        finished = all("wall_seconds" in n for n in numbers)
+        text += f"{', ' if finished else ' so far; those that are finished took '}{duration(seconds)}"
     devices = list(dict.fromkeys(n["device"] for n in numbers if "device" in n))
     return f"{text} on {', '.join(devices)}." if devices else f"{text}."
 

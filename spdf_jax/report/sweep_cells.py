@@ -8,7 +8,8 @@ from markupsafe import Markup
 from spdf_jax.config.run import flat
 from spdf_jax.report.draw import Table
 from spdf_jax.report.page import Panel, template
-from spdf_jax.report.records import Sweep, differing_settings
+from spdf_jax.report.records import differing_settings
+from spdf_jax.report.sweep_records import Sweep
 from spdf_jax.report.words import duration, flops, score_name, setting
 
 #: Of a figure, and the largest of its column.
@@ -31,9 +32,12 @@ def cells(sweep: Sweep) -> list[Panel]:
         largest = {key: max((sweep.cells[n].numbers.get(key, 0) for n in names), default=0) for key in _FIGURES}
         rows = [_cell(sweep, name, keys, largest) for name in names]
         body = Markup(_CELLS.render(keys=keys, rows=rows))
-        figures = [[sweep.cells[name].numbers.get(key) for key in _FIGURES] for name in names]
+        figures = [
+            [*(run.numbers.get(key) for key in ("steps", *_FIGURES)), run.loss_step]
+            for run in map(sweep.cells.__getitem__, names)
+        ]
         table = Table(
-            ("run", "status", *_FIGURES, *keys),
+            ("run", "status", "steps", *_FIGURES, "val_loss_step", *keys),
             [
                 (name, sweep.cells[name].status, *numbers, *row["settings"])
                 for name, numbers, row in zip(names, figures, rows, strict=True)
@@ -53,6 +57,8 @@ def _cell(sweep: Sweep, name: str, keys: Sequence[str], largest: Mapping[str, fl
     figures = [
         render(run.numbers[key], largest[key]) if key in run.numbers else "-" for key, render in _FIGURES.items()
     ]
+    if run.loss_step is not None:
+        figures[0] += f" at step {run.loss_step:,}"
     status = "" if run.status == "finished" else run.status
     return {
         "name": name,
@@ -65,7 +71,7 @@ def _cell(sweep: Sweep, name: str, keys: Sequence[str], largest: Mapping[str, fl
 
 _CELLS = template("""\
 <div class="scroll"><table class="figures">
-  <thead><tr><th>run</th><th>validation loss</th><th>FLOP reduction</th><th>counted FLOPs</th><th>time</th>
+  <thead><tr><th>run</th><th>validation loss</th><th>FLOP reduction</th><th>counted FLOPs</th><th>wall-clock time</th>
   {% for key in keys %}
   <th>{{ key | breakable }}</th>
   {% endfor %}

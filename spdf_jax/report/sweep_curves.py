@@ -5,18 +5,20 @@ The key is the page's: a row of the table has one colour and one marker in the c
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from markupsafe import Markup
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.markers import MarkerStyle
 from matplotlib.ticker import NullFormatter
 
 from spdf_jax.report.draw import DASHES, SERIES, SOFT_INK, Plot, Table, column, new_figure
 from spdf_jax.report.page import Panel, template
-from spdf_jax.report.records import Row, Run, Sweep
+from spdf_jax.report.records import Row, Run
+from spdf_jax.report.sweep_records import Sweep
 from spdf_jax.report.words import FLOP_UNITS, TIME_UNITS, count_tick, target_name, unit
 
 # Further apart than this, the ends of the curves share an axis only if it is logarithmic.
@@ -37,6 +39,17 @@ class Series(NamedTuple):
     dashes: tuple[float, ...]
     marker: str = ""
     is_faint: bool = False
+
+    @property
+    def style(self) -> dict[str, Any]:
+        """Of its lines, for matplotlib."""
+        line: dict[str, Any] = {"color": self.colour, "linestyle": (0, self.dashes) if self.dashes else "-"}
+        return line | (_FAINT if self.is_faint else _CLEAR | {"marker": self.marker})
+
+    @property
+    def key_line(self) -> Line2D:
+        """The line and the marker in the key of a file."""
+        return Line2D([], [], label=self.label, **self.style)
 
     @property
     def key_style(self) -> str:
@@ -107,9 +120,9 @@ def _column(key: str) -> Callable[[Run, Sequence[Row]], np.ndarray | None]:
     return lambda _, rows: column(rows, key) if all(key in row for row in rows) else None
 
 
-def with_unit(sweep: Sweep, loss: str) -> str:
-    """What a loss is called, with its unit where all cells have the same."""
-    units = {run.loss_unit for run in sweep.cells.values()}
+def with_unit(runs: Iterable[Run], loss: str) -> str:
+    """What a loss is called, with its unit where all runs have the same."""
+    units = {run.loss_unit for run in runs}
     return f"{loss} ({min(units)})" if len(units) == 1 and any(units) else loss
 
 
@@ -164,14 +177,17 @@ def _curves_of(sweep: Sweep, task: str, choice: str, rows: dict[str, list[Row]],
         Plot(
             f"{title} by {axis.name.split(' ')[0]}",
             figure,
-            f"validation loss over {target_name(task)}, {axis.label}{of_choice}",
+            f"validation loss over {target_name(task)}, {figure.axes[0].get_xlabel()}{of_choice}",
             _table(sweep, series, rows, axis),
+            [one.key_line for one in series],
         )
         for axis, figure in drawn.items()
     ]
     *others, last = [axis.name.split(" ")[0].replace("seconds", "time") for axis in drawn] or [""]
     by = " and ".join(filter(None, [", ".join(others), last]))
     caption = f"Loss over {target_name(task)}, by the {by} of each run by itself.{left_out}"
+    if "time" in by:
+        caption += " Training time is without evaluations; compilation is in it."
     body = key(series) + Markup(_CURVES.render(figures=[plot.inline for plot in plots]))
     return Panel(title, body, caption, wide=True, plots=plots)
 
@@ -182,7 +198,7 @@ def _table(sweep: Sweep, series: Sequence[Series], rows: Mapping[str, Sequence[R
         for cell in one.cells:
             if (xs := axis.of(sweep.cells[cell], rows[cell])) is not None:
                 lines += [(one.label, cell, x, row["val_loss"]) for x, row in zip(xs, rows[cell], strict=True)]
-    return Table(("line", "run", axis.name, with_unit(sweep, "validation loss")), lines)
+    return Table(("line", "run", axis.name, with_unit([sweep.cells[name] for name in rows], "validation loss")), lines)
 
 
 _CURVES = template("""\
@@ -206,14 +222,12 @@ def _curves_figure(
     is_log = max(ends) > _LOG_RATIO * min(ends)
     figure, axes = new_figure(height_inches=2.5 if len(series) <= _FEW_LINES else 3.6, width_inches=3.4)
     for place, one in enumerate(series):
-        line: dict[str, Any] = {"color": one.colour, "linestyle": (0, one.dashes) if one.dashes else "-"}
-        line |= _FAINT if one.is_faint else _CLEAR | {"marker": one.marker}
         for cell in (name for name in one.cells if name in xs):
             shown = xs[cell] > 0 if is_log else np.full(len(xs[cell]), True)
             losses = column(rows[cell], "val_loss")
             every = math.ceil(shown.sum() / _MAX_MARKERS)
-            axes.plot(xs[cell][shown] / scale, losses[shown], markevery=(place % every, every), label=cell, **line)
-    axes.set(xlabel=axis.label.format(name), ylabel=with_unit(sweep, "loss"))
+            axes.plot(xs[cell][shown] / scale, losses[shown], markevery=(place % every, every), label=cell, **one.style)
+    axes.set(xlabel=axis.label.format(name), ylabel=with_unit([sweep.cells[name] for name in rows], "loss"))
     if is_log:
         axes.set_xscale("log")
         axes.xaxis.set_minor_formatter(NullFormatter())

@@ -1,6 +1,7 @@
 """Of the page about a sweep: the table of its results, and charts of the main scores by row and over compute."""
 
 import math
+import textwrap
 from collections.abc import Callable
 from typing import Any
 
@@ -10,9 +11,11 @@ from matplotlib.axes import Axes
 
 from spdf_jax.report.draw import SOFT_INK, Plot, Table, new_figure
 from spdf_jax.report.page import Panel, plot_panel, template
-from spdf_jax.report.records import Sweep, TableRow, Value
 from spdf_jax.report.sweep_curves import key, series_of
+from spdf_jax.report.sweep_records import Sweep, TableRow, Value
 from spdf_jax.report.words import FLOP_UNITS, capitalised, figure_text, unit
+
+_LABEL_CHARACTERS = 26  # along the lowest figure
 
 
 def results(sweep: Sweep) -> list[Panel]:
@@ -104,13 +107,14 @@ def _trade_off(sweep: Sweep, header: str) -> Panel | None:
     if max(costs) <= 1.05 * min(costs):
         return None
     scale, name = unit(max(costs), FLOP_UNITS)
-    figure, axes = new_figure(height_inches=0.7 + 0.42 * len(sweep.rows))
+    label = textwrap.fill(_axis_label(sweep, header), _LABEL_CHARACTERS)
+    figure, axes = new_figure(height_inches=max(0.7 + 0.42 * len(sweep.rows), 2.6))
     _mark_reference(axes.axhline, sweep, header)
     for row in sweep.rows:
         _plot_dot(axes, sweep, row, header, x=row.train_flops(row.values[header].choice) / scale)
     axes.set(
         xlabel=f"training compute ({name}, counted)",
-        ylabel=_axis_label(sweep, header),
+        ylabel=label,
         xlim=(0, 1.06 * max(costs) / scale),
     )
     series = series_of(sweep, list(sweep.cells), sweep.rows[0].values[header].choice)
@@ -119,8 +123,10 @@ def _trade_off(sweep: Sweep, header: str) -> Panel | None:
         ("row", "training FLOPs (counted)", header, "deviation", "seeds"),
         [(row.label, row.train_flops(row.values[header].choice), *row.values[header][:3]) for row in sweep.rows],
     )
-    plot = Plot(f"{header} over compute", figure, f"{header} against training FLOPs", table)
-    body = key([one for one in series if not one.is_faint]) + plot.inline
+    series = [one for one in series if not one.is_faint]
+    lines = [one.key_line for one in series]
+    plot = Plot(f"{header} over compute", figure, f"{header} against training FLOPs", table, lines)
+    body = key(series) + plot.inline
     return Panel(f"{capitalised(header)} over compute", body, caption, plots=(plot,))
 
 

@@ -14,6 +14,9 @@ COUNT_UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"), (1.0, ""))
 TIME_UNITS = ((3600.0, "hours"), (60.0, "minutes"), (1.0, "seconds"))
 _FIGURE_UNITS = ((1e21, "Z"), (1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "B"), (1e6, "M"), (1.0, ""))
 
+#: In the place of a task: the losses of models of the caller's own, which are not of text.
+OF_FIT = "spdf.fit"
+
 COUNTED_NOTE = (
     "FLOPs saved are counted, not seconds saved. The count is what a machine that skips zeros would do; masks simulate"
     " sparsity, and masked weights are still multiplied, so wall-clock time is no measure of the saving. Runs with"
@@ -191,8 +194,12 @@ def score_name(key: str) -> str:
 
 
 def target_name(task: str) -> str:
-    """What a validation loss is over, given the task of its phase ("" for none)."""
-    return f"the target tokens of {task}" if task else "held-out text"
+    """What a validation loss is over, given the task of its phase ("" for none).
+
+    >>> target_name("restaurant")
+    'the target tokens of restaurant'
+    """
+    return {"": "held-out text", OF_FIT: f"what {OF_FIT} was given"}.get(task, f"the target tokens of {task}")
 
 
 def setting(value: Any) -> str:
