@@ -161,13 +161,13 @@ def _gather_backward(
 def _loop_forward(x_NP: jax.Array, data_JKbb: jax.Array, idx_JK: jax.Array) -> jax.Array:
     J, K, b, _ = data_JKbb.shape
     N = x_NP.shape[0]
-    x_IbN = _transposed(x_NP).reshape(-1, b, N)  # blocks that lie in a row are copied as one
+    x_IbN = copied_transpose(x_NP).reshape(-1, b, N)  # blocks that lie in a row are copied as one
 
     def column(block: tuple[jax.Array, jax.Array]) -> jax.Array:
         data_Kbb, idx_K = block
         return data_Kbb.reshape(K * b, b).T @ x_IbN[idx_K].reshape(K * b, N)
 
-    return _transposed(lax.map(column, (data_JKbb, idx_JK)).reshape(J * b, N))
+    return copied_transpose(lax.map(column, (data_JKbb, idx_JK)).reshape(J * b, N))
 
 
 def _loop_backward(
@@ -176,7 +176,7 @@ def _loop_backward(
     """Gradients of x_NP, in float32 or wider, and of data_JKbb."""
     J, K, b, _ = data_JKbb.shape
     N, P = x_NP.shape
-    x_IbN = _transposed(x_NP).reshape(-1, b, N)  # a sum over tokens is twice as fast from features that lie in a row
+    x_IbN = copied_transpose(x_NP).reshape(-1, b, N)  # a sum over tokens is twice as fast from features that lie in a row
     wide = jnp.promote_types(x_NP.dtype, jnp.float32)
 
     def column(dx_NP: jax.Array, block: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
@@ -194,7 +194,7 @@ def _loop_backward(
     return dx_NP, ddata_JKbb
 
 
-def _transposed(x_NP: jax.Array) -> jax.Array:
+def copied_transpose(x_NP: jax.Array) -> jax.Array:
     """x_PN, by itself: fused with what makes or uses it, a CPU takes ten times as long over the transposition."""
     rows = Layout((0, 1))
     return with_layout_constraint(lax.optimization_barrier(with_layout_constraint(x_NP, rows)).T, rows)
