@@ -24,10 +24,17 @@ from spdf_jax.ops.block_linear import BLOCK_OUTPUT
 from spdf_jax.sharding import split_wide
 from spdf_jax.sparsity.masks import apply_masks
 
+
 # Computed again for the backward pass from what it is given: storing all between costs more than the arithmetic.
+@partial(jax.checkpoint, prevent_cse=False, static_argnums=0)
+def _gelu(approximate: bool, x_BTF: jax.Array) -> jax.Array:
+    # In float32 or wider: where a processor has no other arithmetic, each of its dozen operations would be rounded by itself.
+    return nn.gelu(x_BTF.astype(jnp.promote_types(x_BTF.dtype, jnp.float32)), approximate).astype(x_BTF.dtype)
+
+
 _ACTIVATIONS = {
-    "gelu": jax.checkpoint(nn.gelu, prevent_cse=False),
-    "gelu_exact": jax.checkpoint(partial(nn.gelu, approximate=False), prevent_cse=False),
+    "gelu": partial(_gelu, True),
+    "gelu_exact": partial(_gelu, False),
     "squared_relu": squared_relu,
 }
 _policies = jax.checkpoint_policies
