@@ -161,7 +161,7 @@ class GPT(nn.Module):
         x_BTD, _ = layers(c, pattern, width, deterministic, name="blocks")(x_BTD, positions_BT, segments_BT)
         x_BTD = LayerNorm(c.layer_norm_eps, c.use_bias, c.dtype, name="ln_f")(x_BTD) * mup_scales(c).logits
         if c.tied_head:
-            return split_wide(dense_linear(x_BTD, embed.embedding.astype(c.dtype).T))
+            return split_wide(dense_linear(x_BTD, embed.embedding, transposed=True))
         head = Linear(c.vocab_size, use_bias=False, dtype=c.dtype, kernel_init=normal, name="head")
         return split_wide(head(x_BTD))
 

@@ -3,6 +3,7 @@
 Shape legend: B batch, T positions, P inputs, Q outputs, N tokens, J output blocks, K live blocks an output block, b side.
 """
 
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -14,16 +15,17 @@ from spdf_jax.ops.block_linear import BLOCK_OUTPUT, block_linear, copied_transpo
 from spdf_jax.sharding import target_platform
 
 
-@jax.custom_vjp
-def dense_linear(x_BTP: jax.Array, w_PQ: jax.Array) -> jax.Array:
-    """``x @ w``; the weight gradient sums over one axis of tokens.
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def dense_linear(x_BTP: jax.Array, w: jax.Array, transposed: bool = False) -> jax.Array:
+    """``x @ w`` in the dtype of `x`; the weight gradient sums over one axis of tokens.
 
     Over two, as JAX would sum, a CPU copies the factors into other layouts and multiplies at a quarter of its speed. Half
-    precision it multiplies as such only where the sum runs along rows of the first factor and columns of the second.
+    precision it multiplies as such only where the sum runs along the rows of the first factor.
 
     Args:
       x_BTP: floats.
-      w_PQ: of their dtype.
+      w: parameters, w_PQ. Rounded here: outside, a loop over layers would store all of them rounded for its backward pass.
+      transposed: `w` is w_QP, as an embedding is to the head that shares it.
 
     Returns:
       y_BTQ.
@@ -31,18 +33,26 @@ def dense_linear(x_BTP: jax.Array, w_PQ: jax.Array) -> jax.Array:
     >>> dense_linear(jnp.ones((1, 1, 2)), jnp.ones((2, 3))).tolist()
     [[[2.0, 2.0, 2.0]]]
     """
-    return x_BTP @ w_PQ
+    w = w.astype(x_BTP.dtype)
+    return x_BTP @ (w.T if transposed else w)
 
 
-def _dense_backward(saved: tuple[jax.Array, jax.Array], dy_BTQ: jax.Array) -> tuple[jax.Array, jax.Array]:
-    x_BTP, w_PQ = saved
+def _dense_backward(
+    transposed: bool, saved: tuple[jax.Array, jax.Array], dy_BTQ: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    x_BTP, w = saved
     x_NP, dy_NQ = x_BTP.reshape(-1, x_BTP.shape[-1]), dy_BTQ.reshape(-1, dy_BTQ.shape[-1])
-    if target_platform() == "cpu" and dy_BTQ.dtype.itemsize < 4:
-        return dy_BTQ @ copied_transpose(w_PQ), jax.lax.optimization_barrier(copied_transpose(x_NP) @ dy_NQ)
-    return dy_BTQ @ w_PQ.T, x_NP.T @ dy_NQ
+    copied = target_platform() == "cpu" and dy_BTQ.dtype.itemsize < 4
+    w_QP = w.astype(dy_BTQ.dtype) if transposed else _transposed(w.astype(dy_BTQ.dtype), copied)
+    dw_PQ = _transposed(x_NP, copied) @ dy_NQ
+    return dy_BTQ @ w_QP, (_transposed(dw_PQ, copied) if transposed else dw_PQ).astype(w.dtype)
 
 
-dense_linear.defvjp(lambda x_BTP, w_PQ: (dense_linear(x_BTP, w_PQ), (x_BTP, w_PQ)), _dense_backward)
+def _transposed(x: jax.Array, copied: bool) -> jax.Array:
+    return copied_transpose(x) if copied else x.T
+
+
+dense_linear.defvjp(lambda x_BTP, w, transposed: (dense_linear(x_BTP, w, transposed), (x_BTP, w)), _dense_backward)
 
 
 @jax.custom_vjp
@@ -98,5 +108,5 @@ class Linear(nn.Module):
             y_BTQ = block_linear(x_BTP, data_JKbb.astype(self.dtype), idx_JK)
         else:
             w_PQ = self.param("kernel", self.kernel_init, (x_BTP.shape[-1], self.features))
-            y_BTQ = checkpoint_name(dense_linear(x_BTP, w_PQ.astype(self.dtype)), BLOCK_OUTPUT)
+            y_BTQ = checkpoint_name(dense_linear(x_BTP, w_PQ), BLOCK_OUTPUT)
         return add_bias(y_BTQ, self.param("bias", nn.initializers.zeros, (self.features,))) if self.use_bias else y_BTQ
