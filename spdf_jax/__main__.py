@@ -7,4 +7,5 @@ from spdf_jax.main import keep_standard_streams, main
 
 if __name__ == "__main__":
     keep_standard_streams()
+    processes.keep_memory()
     processes.end(main(sys.argv))

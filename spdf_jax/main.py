@@ -319,4 +319,5 @@ def keep_standard_streams() -> None:
 
 if __name__ == "__main__":
     keep_standard_streams()
+    processes.keep_memory()
     processes.end(main(sys.argv))

@@ -1,24 +1,30 @@
 """Claim: our dense training step makes at least as many tokens a second as nanoGPT's, eager or compiled.
 
 Times one whole training step (forward, backward, clip to norm 1, AdamW with decay on matrices alone) of the same GPT-2, batch,
-context and precision, float32: `spdf_jax`'s compiled step, its masks 0-d, and nanoGPT under PyTorch, eager and with
-``torch.compile``, each on its own copy of the same weights, in turn and with the order swapped in every repeat. Every step
-takes the weights of the one before, as in training. nanoGPT's step is that of its ``train.py``; its GELU is the exact one, ours
-the tanh approximation, as in GPT-2. Both use as many threads as there are cores, and the memory allocator as they find it.
+context and precision: `spdf_jax`'s compiled step, its masks 0-d, and nanoGPT under PyTorch, eager and with ``torch.compile``,
+each on its own copy of the same weights, in turn and with the order swapped in every repeat. Every step takes the weights of
+the one before, as in training. nanoGPT's step is that of its ``train.py``, in bfloat16 under ``torch.autocast``; its GELU is
+the exact one, ours the tanh approximation, as in GPT-2. Both use as many threads as there are cores, and keep what memory they
+free (`spdf_jax.processes.keep_memory`).
 
 Before the table, a line a shape says that both have as many parameters, and the losses of the first two steps, which agree to
-1e-4 where the weights are the same, and after one update to what float32 leaves of it.
+1e-4 (bfloat16: 2e-3) where the weights are the same, and after one update to what the precision leaves of it. "Products alone"
+is one large product of the same precision, timed in the same run: what a step would take that did its FLOPs at that speed and
+nothing else. FLOPs are 6 a weight of linear layers and head and a token, and attention's causal half.
 
 Shapes: ``4x256`` (4 layers x 256, 4 heads, context 256, batch 16, vocabulary 4096); ``124m`` (12 x 768, 12 heads, context 1024,
 batch 1, vocabulary 50304).
 
 Command: ``python experiments/benchmarks/train_step.py --nanogpt DIRECTORY --json train_step.json``
+Other precision: ``--dtype bfloat16``.
 Needs: a checkout of https://github.com/karpathy/nanoGPT (MIT), PyTorch (``pip install -e '.[reference]'``) and a C++ compiler;
 without ``--nanogpt`` ours alone is timed. Hardware: any; 12 GB of memory. Time: 6 minutes on 2 CPU cores.
 Expected there: >= 1.0 times nanoGPT's tokens a second, whichever of its two is faster.
 """
 
 import argparse
+import contextlib
+import dataclasses
 import functools
 import importlib.metadata
 import importlib.util
@@ -33,7 +39,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from runner import announce, arguments, print_head, print_row, time_in_turn, times_faster, write_json
+from runner import Timing, announce, arguments, print_head, print_row, time_in_turn, times_faster, write_json
 from safetensors.numpy import load_file
 
 import spdf_jax as spdf
@@ -50,7 +56,11 @@ LEARNING_RATE = 6e-4
 #: Environment variables that move the ratios.
 TUNABLES = ("GLIBC_TUNABLES", "XLA_FLAGS", "OMP_NUM_THREADS")
 RATIOS = {"times_faster": "x nanoGPT", "of_pairs": "of pairs", "of_fastest": "of the fastest", "processor": "processor"}
-EAGER, COMPILED = "nanoGPT, eager", "nanoGPT, compiled"
+EAGER, COMPILED, PRODUCTS = "nanoGPT, eager", "nanoGPT, compiled", "products alone"
+SIDE = 2048  # of the product that is timed alone
+
+#: How far first losses may be apart.
+ALLOWED = {"float32": 1e-4, "bfloat16": 2e-3}
 
 Step = Callable[[], float]  # makes one step and returns its loss
 
@@ -104,8 +114,11 @@ def nanogpt(path: str, config: spdf.GPTConfig, params: Any, tokens: np.ndarray, 
     forward = torch.compile(model) if compiled else model
     x_BT, y_BT = torch.from_numpy(tokens[:, :-1].copy()), torch.from_numpy(tokens[:, 1:].copy())
 
+    half = config.dtype == "bfloat16"
+
     def run() -> float:
-        _, loss = forward(x_BT, y_BT)
+        with torch.autocast("cpu", torch.bfloat16) if half else contextlib.nullcontext():
+            _, loss = forward(x_BT, y_BT)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), c.clip_norm)
         optimizer.step()
@@ -115,9 +128,17 @@ def nanogpt(path: str, config: spdf.GPTConfig, params: Any, tokens: np.ndarray, 
     return run, sum(p.numel() for p in model.parameters())
 
 
+def step_flops(config: spdf.GPTConfig, batch_size: int) -> float:
+    """Of the products of one training step."""
+    linear = 12 * config.n_layer * config.d_model**2 + config.vocab_size * config.d_model
+    attention = config.n_layer * config.d_model * config.context  # scores and values, half of them
+    return 6.0 * (linear + attention) * batch_size * config.context
+
+
 def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """Checks and times one shape, and prints its rows."""
     config, batch_size = SHAPES[name]
+    config = dataclasses.replace(config, dtype=args.dtype)
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (batch_size, config.context + 1), np.int64)
     params = jax.jit(spdf.GPT(config).init)(jax.random.key(0), jnp.zeros((1, 1), int))["params"]
     sizes = {"ours": sum(p.size for p in jax.tree.leaves(params))}
@@ -130,13 +151,19 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
     losses = {side: [step(), step()] for side, step in steps.items()}
     for side, (first, second) in losses.items():
         print(f"{name}, {side}: {sizes[side]:,} parameters, losses {first:.5f}, {second:.5f}", flush=True)
-        if sizes[side] != sizes["ours"] or abs(first - losses["ours"][0]) > 1e-4:
+        if sizes[side] != sizes["ours"] or abs(first - losses["ours"][0]) > ALLOWED[args.dtype]:
             raise SystemExit(f"{name}: {side} and ours are not the same model")
     print()
 
-    timings = time_in_turn(steps, args.repeats)
+    factor = jax.random.normal(jax.random.key(3), (SIDE, SIDE)).astype(config.dtype)
+    product = jax.jit(lambda a, b: a @ b)
+    timings = time_in_turn(steps | {PRODUCTS: lambda: product(factor, factor)}, args.repeats)
+    scale = step_flops(config, batch_size) / (2.0 * SIDE**3)
+    timings[PRODUCTS] = Timing(
+        *([scale * x for x in times] for times in (timings[PRODUCTS].wall, timings[PRODUCTS].processor))
+    )
     fastest = min(steps.keys() - {"ours"} or steps, key=lambda side: statistics.median(timings[side].wall))
-    rows = [{"name": side} | times_faster(timings[side], timings[fastest]) for side in steps]
+    rows = [{"name": side} | times_faster(timings[side], timings[fastest]) for side in timings]
     print_head(f"{name}, {batch_size} x {config.context} tokens", "ms", "tokens / s", *RATIOS.values())
     for row in rows:
         row["tokens_per_second"] = tokens[:, 1:].size / row["ms"] * 1e3
@@ -151,13 +178,14 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--nanogpt", default="", help="directory of a checkout; none: ours alone")
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--dtype", default="float32", choices=list(ALLOWED))
     parser.add_argument("--repeats", type=int, default=9)
     args = parser.parse_args()
 
     versions = {"torch": importlib.metadata.version("torch")} if args.nanogpt else {}
     tunables = {name: os.environ[name] for name in TUNABLES if name in os.environ}
     text = "; ".join(f"{name} {value}" for name, value in (versions | tunables).items())
-    announce(f"{text or 'ours alone'}; float32; medians of {args.repeats} interleaved training steps")
+    announce(f"{text or 'ours alone'}; {args.dtype}; medians of {args.repeats} interleaved training steps")
     write_json(args, shapes=[measure(name, args) for name in args.shapes], environment=versions | tunables)
 
 

@@ -4,6 +4,7 @@ Shape legend, used in every name: B batch, T tokens, S cached positions, V vocab
 L layers. Parameters of all layers are stacked on a leading axis (`nn.scan`), so compile time does not grow with depth.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -32,7 +33,7 @@ def _gelu(approximate: bool, x_BTF: jax.Array) -> jax.Array:
     return nn.gelu(x_BTF.astype(jnp.promote_types(x_BTF.dtype, jnp.float32)), approximate).astype(x_BTF.dtype)
 
 
-_ACTIVATIONS = {
+_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": partial(_gelu, True),
     "gelu_exact": partial(_gelu, False),
     "squared_relu": squared_relu,
