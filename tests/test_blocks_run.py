@@ -20,9 +20,9 @@ from spdf_jax.sparsity.programme import SparsityConfig
 from spdf_jax.training.checkpoint import Checkpoints
 from spdf_jax.training.invariants import check_invariants
 from spdf_jax.training.phases import make_plan
+from spdf_jax.training.programs import make_steps
 from spdf_jax.training.restore import saved_run
 from spdf_jax.training.state import abstract_state, init_state, start_phase, state_shardings
-from spdf_jax.training.step import make_steps
 from spdf_jax.tree import named_leaves
 
 pytestmark = pytest.mark.usefixtures("no_figures")

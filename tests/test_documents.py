@@ -16,7 +16,7 @@ from spdf_jax.ops.attention_patterns import PATTERNS
 from spdf_jax.planning.describe import describe
 from spdf_jax.planning.pod_plan import lower_steps
 from spdf_jax.sharding import make_mesh
-from spdf_jax.training import step
+from spdf_jax.training import programs, step
 from spdf_jax.training.feed import make_feed
 from spdf_jax.training.loop import device_batches
 from spdf_jax.training.phases import make_plan
@@ -70,14 +70,14 @@ def second_documents_alone(logits_BTV, targets_BT, weights_BT):
 def ends(folder, monkeypatch, separate_documents=True):
     """Losses and parameters that a run comes to when only second documents count, for two versions of the first ones."""
     monkeypatch.setattr(step, "cross_entropy", second_documents_alone)
-    step._kept_program.cache_clear()  # what was compiled without it
+    programs._kept_program.cache_clear()  # what was compiled without it
     found = []
     for seed in (1, 2):
         *_, (state, metrics) = watch_training(
             spdf.resolve(base(write_windows(folder / f"{seed}", seed), separate_documents))
         )
         found.append(jax.device_get((state.params, metrics["loss"], metrics["val_loss"])))
-    step._kept_program.cache_clear()
+    programs._kept_program.cache_clear()
     return found
 
 

@@ -18,7 +18,7 @@ from spdf_jax.training.phases import make_plan
 from spdf_jax.planning.describe import state_bytes
 from spdf_jax.sharding import batch_sharding
 from spdf_jax.training.state import abstract_state, state_shardings
-from spdf_jax.training.step import make_steps
+from spdf_jax.training.programs import make_steps
 
 BATCH, LENGTH = 4, 1024
 devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices

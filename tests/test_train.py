@@ -20,8 +20,7 @@ from spdf_jax.config.sweep import SUMMARY
 from spdf_jax.jobs import train as jobs
 from spdf_jax.jobs.evaluate import evaluate_checkpoint
 from spdf_jax.training import checkpoint as checkpointing
-from spdf_jax.training import loop
-from spdf_jax.training import step as programs
+from spdf_jax.training import loop, programs
 from spdf_jax.training.metrics import read_metrics
 from spdf_jax.training.phases import make_plan, total_cost
 from spdf_jax.tree import named_leaves

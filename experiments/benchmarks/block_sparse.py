@@ -42,8 +42,8 @@ from spdf_jax.planning.tpu import SPLASH_SHARE, TpuPod
 from spdf_jax.sharding import MeshConfig, make_mesh
 from spdf_jax.sparsity.block_topology import BlockGrid, random_topology
 from spdf_jax.training.phases import make_plan
+from spdf_jax.training.programs import make_steps
 from spdf_jax.training.state import abstract_state, init_state
-from spdf_jax.training.step import make_steps
 from spdf_jax.tree import named_leaves
 
 Timed = dict[str, Callable[[], Any]]

@@ -31,7 +31,7 @@ from runner import announce, arguments, print_head, print_row, time_in_turn, tim
 import spdf_jax as spdf
 from spdf_jax.data import Batch
 from spdf_jax.optim import OptimizerConfig, make_optimizer
-from spdf_jax.training.step import make_steps
+from spdf_jax.training.programs import make_steps
 
 SIZES = {"mini": (spdf.GPT_SIZES["mini"], 16), "124m": (spdf.GPT_SIZES["124m"], 1)}
 

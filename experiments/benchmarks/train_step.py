@@ -46,7 +46,7 @@ import spdf_jax as spdf
 from spdf_jax.data import Batch
 from spdf_jax.huggingface import save_gpt2
 from spdf_jax.optim import OptimizerConfig, make_optimizer
-from spdf_jax.training.step import make_steps
+from spdf_jax.training.programs import make_steps
 
 SHAPES = {
     "4x256": (spdf.GPTConfig(n_layer=4, n_head=4, d_model=256, vocab_size=4096, context=256), 16),

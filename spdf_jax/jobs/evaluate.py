@@ -29,8 +29,8 @@ from spdf_jax.report import write_report
 from spdf_jax.sharding import batch_devices, make_mesh
 from spdf_jax.training.feed import NAME_TOKENIZER, load_data, make_feed
 from spdf_jax.training.loop import evaluate
+from spdf_jax.training.programs import make_steps
 from spdf_jax.training.restore import SavedRun, saved_run_and_record
-from spdf_jax.training.step import make_steps
 from spdf_jax.workdir import (
     EVALUATION_FILE,
     GENERATIONS_FILE,

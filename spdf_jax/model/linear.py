@@ -42,14 +42,10 @@ def _dense_backward(
 ) -> tuple[jax.Array, jax.Array]:
     x_BTP, w = saved
     x_NP, dy_NQ = x_BTP.reshape(-1, x_BTP.shape[-1]), dy_BTQ.reshape(-1, dy_BTQ.shape[-1])
-    copied = target_platform() == "cpu" and dy_BTQ.dtype.itemsize < 4
-    w_QP = w.astype(dy_BTQ.dtype) if transposed else _transposed(w.astype(dy_BTQ.dtype), copied)
-    dw_PQ = _transposed(x_NP, copied) @ dy_NQ
-    return dy_BTQ @ w_QP, (_transposed(dw_PQ, copied) if transposed else dw_PQ).astype(w.dtype)
-
-
-def _transposed(x: jax.Array, copied: bool) -> jax.Array:
-    return copied_transpose(x) if copied else x.T
+    transpose = copied_transpose if target_platform() == "cpu" and dy_BTQ.dtype.itemsize < 4 else jnp.transpose
+    dw_PQ, rounded = transpose(x_NP) @ dy_NQ, w.astype(dy_BTQ.dtype)
+    dx_BTP = dy_BTQ @ (rounded if transposed else transpose(rounded))
+    return dx_BTP, (transpose(dw_PQ) if transposed else dw_PQ).astype(w.dtype)
 
 
 dense_linear.defvjp(lambda x_BTP, w, transposed: (dense_linear(x_BTP, w, transposed), (x_BTP, w)), _dense_backward)

@@ -238,11 +238,8 @@ def _band_backward(
         ds = (p * (dp - tiles.cut(delta, queries)) * scale).astype(q.dtype)
         dq = tiles.add(dq, queries, _matmul(ds, tiles.cut(k, (j, 1))))
         # Transposed gradients of keys and values spare transposing p and ds: 1.1 to 1.4 times faster in all on CPU.
-        dk_BGHDC, dv_BGHDC = (
-            _matmul(tiles.cut(q_BGHDL, queries, -1), ds),
-            _matmul(tiles.cut(dout_BGHDL, queries, -1), p.astype(q.dtype)),
-        )
-        return dq, dk_BGHDC, dv_BGHDC
+        q_DC, dout_DC = tiles.cut(q_BGHDL, queries, -1), tiles.cut(dout_BGHDL, queries, -1)
+        return dq, _matmul(q_DC, ds), _matmul(dout_DC, p.astype(q.dtype))
 
     def key_block(dq: jax.Array, j: _Index) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         def add_tile(i: jax.Array, grads: tuple[jax.Array, jax.Array, jax.Array]) -> tuple:

@@ -30,8 +30,9 @@ from spdf_jax.planning.pod import GIB, Layout, Need, Pod, Times, estimate, sugge
 from spdf_jax.planning.tpu import tpu_pod
 from spdf_jax.sharding import MeshConfig, batch_devices, batch_sharding, make_mesh, parameter_shardings
 from spdf_jax.training.phases import PhasePlan, make_plan
+from spdf_jax.training.programs import make_steps
 from spdf_jax.training.state import TrainState, abstract_params, abstract_state, state_shardings
-from spdf_jax.training.step import make_steps, move_topology
+from spdf_jax.training.step import move_topology
 
 EXAMPLES = "v5e:4x4, v5e-256, v6e:16x16, v4:4x4x4, v5p:4x4x4, tpu7x:2x2x1, h100:8, h200:2x8"
 # What libtpu says of memory, by its version; what it calls temporaries are arguments too.

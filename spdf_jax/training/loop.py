@@ -25,8 +25,8 @@ from spdf_jax.training.loss_function import LossFunction
 from spdf_jax.training.mask_pictures import save_mask_pictures
 from spdf_jax.training.metrics import Tracker
 from spdf_jax.training.phases import PhasePlan, StepCost, task_tokens
+from spdf_jax.training.programs import Steps, make_steps
 from spdf_jax.training.state import TrainState, state_shardings
-from spdf_jax.training.step import Steps, make_steps
 from spdf_jax.workdir import PROFILE_FOLDER
 
 

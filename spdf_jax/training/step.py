@@ -1,4 +1,4 @@
-"""The two compiled steps of training, and evaluation.
+"""The two steps of training, and evaluation. `spdf_jax.training.programs` compiles them.
 
 `train_step` is the hot path and knows nothing of topology; `topology_step` runs every hundred steps or so, takes its targets
 as arrays (so a moving schedule compiles nothing) and, as MST's code does, spends its batch on the dense gradient alone: the
@@ -6,8 +6,7 @@ optimiser is skipped.
 """
 
 from collections.abc import Callable, Mapping
-from functools import lru_cache, partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,62 +19,6 @@ from spdf_jax.sparsity.topology import Rule, move_masks
 from spdf_jax.training.loss_function import LossFunction, Model
 from spdf_jax.training.state import TrainState
 from spdf_jax.tree import named_leaves
-
-
-class Steps(NamedTuple):
-    """Compiled functions of one phase; `pattern` and `width` are static keywords of all three.
-
-    Attributes:
-      train: ``(state, batch_ABT) -> (state, metrics)``.
-      topology: ``(state, batch_ABT, target_nnz, drop_fraction) -> (state, metrics)``.
-      evaluate: ``(variables, batch_BT) -> (loss sum, weight sum)``, `TrainState.variables`.
-    """
-
-    train: Any
-    topology: Any
-    evaluate: Any
-
-
-def make_steps(
-    model: Model,
-    tx: optax.GradientTransformationExtraArgs,
-    learning_rate: Callable[[jax.Array], jax.Array] | None,
-    rule: Rule,
-    shardings: TrainState | None = None,
-    regrowth: str = "reset",
-) -> Steps:
-    """Compiles nothing yet: `jax.jit` does at the first call of each.
-
-    Of equal arguments the same: a run made again in one process, in a notebook say, or resumed, or watched, compiles nothing.
-
-    Args:
-      model: `spdf_jax.GPT`, or a `LossFunction`.
-      tx: from `spdf_jax.optim.make_optimizer`, or any that `spdf_jax.sparse` made.
-      learning_rate: of the run's step; None where `tx` takes none.
-      rule: of the topology steps.
-      shardings: of the state; None leaves placement to JAX.
-      regrowth: see `spdf_jax.optim.OptimizerConfig`.
-
-    Returns:
-      `Steps`.
-    """
-    how: Any = {"donate": "state", "out": (shardings, None) if shardings is not None else None}
-    return Steps(
-        train=_program(train_step, model, tx, learning_rate, **how),
-        topology=_program(topology_step, model, tx, rule, regrowth, **how),
-        evaluate=_program(eval_step, model),
-    )
-
-
-def _program(step: Callable[..., Any], *bound: Any, donate: str = "", out: Any = None) -> Any:
-    leaves, treedef = jax.tree.flatten(out)
-    return _kept_program(step, bound, donate, treedef, tuple(leaves))
-
-
-@lru_cache(maxsize=6)  # a run of two phases; the device holds them all
-def _kept_program(step: Any, bound: tuple[Any, ...], donate: str, treedef: Any, leaves: tuple[Any, ...]) -> Any:
-    how: Any = {"static_argnames": ("pattern", "width"), "donate_argnames": donate or ()}
-    return jax.jit(partial(step, *bound), out_shardings=jax.tree.unflatten(treedef, leaves), **how)
 
 
 def train_step(
@@ -224,8 +167,7 @@ def _cross_entropy_backward(saved: tuple[Any, ...], dloss: jax.Array) -> tuple[j
     """From the logits alone, in one pass; differentiated by itself, float32 of each would be stored, and a scatter made."""
     logits_BTV, targets_BT, weights_BT, log_z_BT, loss_BT = saved
     p_BTV = jnp.exp(logits_BTV.astype(jnp.float32) - log_z_BT[..., None])
-    right_BTV = jax.nn.one_hot(targets_BT, logits_BTV.shape[-1], dtype=p_BTV.dtype)
-    dlogits_BTV = (p_BTV - right_BTV) * (dloss * weights_BT)[..., None]
+    dlogits_BTV = (p_BTV - jax.nn.one_hot(targets_BT, p_BTV.shape[-1])) * (dloss * weights_BT)[..., None]
     return dlogits_BTV.astype(logits_BTV.dtype), None, dloss * loss_BT
 
 
