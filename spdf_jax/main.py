@@ -11,8 +11,7 @@ import os
 import re
 import shlex
 import sys
-import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from spdf_jax import processes
-from spdf_jax.errors import InputError, Restart, closest, unknown_key
+from spdf_jax.errors import InputError, Restart, causes, closest, line_of, unknown_key
 
 #: Each is a module of `spdf_jax.jobs`; those that a sweep has, with theirs.
 JOBS = ("train", "evaluate", "generate", "export", "plan", "report", "compare")
@@ -81,6 +80,10 @@ def main(argv: Sequence[str]) -> int:
         return _fail(f"{error.filename or 'workdir'}: {error.strerror or error}; what was saved before is intact")
     except KeyboardInterrupt:
         return _fail("interrupted; the same command goes on from the last checkpoint, if the run has saved one")
+    except Exception as error:
+        if said := line_of(error, importlib.import_module("spdf_jax.sparsity.rules").own_files()):
+            return _fail(said)
+        raise
 
 
 def _fail(message: str) -> int:
@@ -205,32 +208,14 @@ def _no_whole_number(said: str) -> InputError | None:
 
 def _said_by_the_file(error: BaseException | None) -> InputError | None:
     """The innermost InputError, which an experiment file raised; ml_collections and absl wrap it with a traceback."""
-    said = [cause for cause in _causes(error) if isinstance(cause, InputError)]
+    said = [cause for cause in causes(error) if isinstance(cause, InputError)]
     return said[-1] if said else None
 
 
 def _in_the_file(error: BaseException, argv: Sequence[str]) -> InputError | None:
-    """An error of the experiment file's own code, as that line of it and what is wrong there."""
-    given = {os.path.realpath(word.removeprefix("--config=").split(":")[0]) for word in argv[1:]}
-    for cause in reversed(list(_causes(error))):
-        if isinstance(cause, SyntaxError) and cause.filename:
-            lines = [(cause.filename, cause.lineno or 0, (cause.text or "").strip())]
-            said = cause.msg
-        else:
-            frames = traceback.extract_tb(cause.__traceback__)
-            lines = [(frame.filename, frame.lineno or 0, frame.line or "") for frame in frames]
-            said = f"{type(cause).__name__}: {_one_line(cause)}"
-        for path, number, line in reversed(lines):
-            if os.path.realpath(path) in given:
-                return InputError(f"{os.path.relpath(path)}:{number}: {line}: {said}")
-    return None
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and what it came of, the innermost last."""
-    while error is not None:
-        yield error
-        error = error.__cause__ if error.__suppress_context__ else error.__context__
+    """An error of the experiment file's own code."""
+    said = line_of(error, (word.removeprefix("--config=").split(":")[0] for word in argv[1:]))
+    return InputError(said) if said else None
 
 
 def _one_line(error: BaseException) -> str:

@@ -231,6 +231,38 @@ def test_a_mistake_in_an_experiment_file_is_shown_with_its_line(mistake, tmp_pat
     assert len(result.stderr) < 400
 
 
+RULES_OF_ONES_OWN = {
+    "drop_score": (
+        "return abs(weights * grad)",
+        "config.pretrain: sparsity.rule: the drop_score of 'mine' fails on weights and grads of shape (256, 256): {line}: "
+        "NameError: name 'grad' is not defined",
+    ),
+    "optimizer": (
+        "return weights.with_masks()",
+        "{line}: AttributeError: 'GradientTransformationExtraArgs' object has no",
+    ),
+}
+
+
+@pytest.mark.parametrize("part", RULES_OF_ONES_OWN)
+def test_a_mistake_in_a_rule_of_ones_own_is_shown_with_its_line(part, tmp_path):
+    """In a file that the experiment imports."""
+    line, said = RULES_OF_ONES_OWN[part]
+    (tmp_path / "my_rule.py").write_text(f"def part(weights, grads=None):\n    {line}\n")
+    (tmp_path / "mine.py").write_text(
+        f"import sys\nsys.path.insert(0, {str(tmp_path)!r})\nimport spdf_jax as spdf\nfrom my_rule import part\n"
+        f"spdf.RULES['mine'] = spdf.Rule({part}=part)\n"
+        "def get_config(variant='mini'):\n"
+        "    c = spdf.default_config('mine', 'mini', variants=('mini',))\n"
+        "    c.pretrain.sparsity.rule, c.pretrain.sparsity.sparsity = 'mine', 0.5\n"
+        "    return c\n"
+    )
+    result = command("--config", str(tmp_path / "mine.py"), "--job", "plan")
+    assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1), result.stderr
+    shown = said.format(line=f"{os.path.relpath(tmp_path / 'my_rule.py', ROOT)}:2: {line}")
+    assert result.stderr.startswith(f"error: {shown}")
+
+
 def test_the_version_is_said_with_those_it_runs_on():
     result = command("--version")
     assert (result.returncode, result.stderr) == (0, "")

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from spdf_jax.config.run import RunConfig
 from spdf_jax.errors import InputError, reading
 from spdf_jax.processes import device_name, is_first
-from spdf_jax.sparsity.rules import OWN_RULES, RULES
+from spdf_jax.sparsity.rules import OWN_RULES, RULES, written_in
 from spdf_jax.workdir import CODE_FOLDER, PROVENANCE_FILE, read_json, write_atomically, write_json
 
 PACKAGE = Path(__file__).parents[1]
@@ -166,11 +166,8 @@ def code_files(config: RunConfig, file: Path | str) -> dict[str, Path]:
 
 def _file_of(part: Any) -> Path | None:
     """Where a function is written; None of what is no function, or written in no file, as in a notebook."""
-    while isinstance(part, functools.partial):
-        part = part.func
-    code = getattr(inspect.unwrap(part), "__code__", None) if callable(part) else None
-    path = Path(code.co_filename) if code is not None else None
-    return path if path is not None and path.suffix == ".py" and path.is_file() else None
+    path = Path((written_in(part) or ("",))[0])
+    return path if path.suffix == ".py" and path.is_file() else None
 
 
 def _called(part: Any) -> str:
