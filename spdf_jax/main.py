@@ -144,6 +144,8 @@ def _parse(argv: Sequence[str]) -> list[str]:
     if rest:
         raise InputError(f"command line: {rest[0]!r} is no flag; overrides are spelled --config.section.key=value")
     if _CONFIG.value is None:
+        if _JOB.value == "report" and _WORKDIR.value:  # of what the folder holds, and of nothing else
+            return []
         raise InputError(
             "command line: --config FILE[:VARIANT] is needed, for example --config experiments/gpt2_mst.py"
             + ("" if _JOB.value in _NEEDS_EXPERIMENT else f"; for --job {_JOB.value}, the --workdir of a run will do")
@@ -171,6 +173,9 @@ def _of_its_run(argv: Sequence[str]) -> list[str]:
     given(list(argv), known_only=True)
     workdir, job = given["workdir"].value, given["job"].value
     if not workdir or job in (*_NEEDS_EXPERIMENT, "compare") or any(re.match("--?config(=|$)", text) for text in argv):
+        return list(argv)
+    # What a page is of may have no config that could be read: a sweep, a run of `spdf_jax.fit` or by a rule of one's own.
+    if job == "report" and not any(re.match(r"--?(no)?config\.", text) for text in argv):
         return list(argv)
     saved = Path(__file__).parent / "config" / "saved.py"
     return [*argv[:1], f"--config={saved}:{Path(workdir).expanduser()}", *argv[1:]]
@@ -245,6 +250,11 @@ def _run(argv: Sequence[str], runs: Sequence[str]) -> int:
         from spdf_jax.jobs import Request, compare
 
         compare.run(Request(Path(), output=output, runs=tuple(Path(run).expanduser() for run in runs)))
+        return 0
+    if _CONFIG.value is None:  # `_parse` has seen to the workdir
+        from spdf_jax.jobs import Request, report
+
+        report.run_recorded(Request(Path(_WORKDIR.value or "").expanduser(), output=output))
         return 0
     sweep = "cells" in _CONFIG.value
     if sweep and _JOB.value not in SWEEP_JOBS:

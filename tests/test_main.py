@@ -22,13 +22,13 @@ from spdf_jax.config.reference import END, START, table
 from spdf_jax.config.run import flat
 from spdf_jax.data import DataConfig
 from spdf_jax.errors import Restart
-from spdf_jax.jobs import keep_compiled
+from spdf_jax.jobs import Request, keep_compiled, report
 from spdf_jax.jobs import train as jobs
 from spdf_jax.sharding import make_mesh
 from spdf_jax.training.checkpoint import Checkpoints
 from spdf_jax.training.phases import make_plan
 from spdf_jax.training.restore import restore_state
-from spdf_jax.workdir import lock
+from spdf_jax.workdir import lock, write_json
 
 pytestmark = pytest.mark.usefixtures("no_figures", "all_with_few_matrices")
 
@@ -297,6 +297,31 @@ def test_of_a_run_the_workdir_says_it_all(half_run, tmp_path):
         result = command(*arguments)
         assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
         assert message in result.stderr
+
+
+def recorded(workdir: Path, config: dict) -> Path:
+    workdir.mkdir(parents=True)
+    write_json(workdir / "config.json", config)
+    rows = [{"step": step, "phase": "fit", "sparsity": 0.5, "loss": 2.0 - step / 10} for step in (1, 2)]
+    (workdir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return workdir
+
+
+def test_a_report_needs_no_config_that_can_be_read(tmp_path, capsys):
+    """Of a run of `spdf_jax.fit`, of one by a rule that an experiment file defines, of a sweep, of nothing."""
+    c = spdf.resolve(spdf.default_config("mine", "mini", variants=("mini",))).as_dict()
+    c["pretrain"]["sparsity"]["rule"] = "mine"
+    fitted = recorded(tmp_path / "fit", {"experiment": "fit", "variant": "fit", "fit": {"tx": "adam"}})
+    ruled = recorded(tmp_path / "sweep" / "cells" / "ruled", c)
+    for workdir in (fitted, ruled, tmp_path / "sweep"):
+        report.run_recorded(Request(workdir))
+        assert capsys.readouterr().out == f"{workdir}/report.html\n"
+    result = command("--job", "report", "--workdir", str(tmp_path / "none"))
+    assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1)
+    assert "metrics.jsonl: no such file, so no run is recorded there; give the --workdir of a run" in result.stderr
+    assert not (tmp_path / "none").exists()
+    result = command("--job", "evaluate", "--workdir", str(fitted))
+    assert "of a run of spdf_jax.fit, whose model is its caller's; call that again to go on" in result.stderr
 
 
 def test_an_interrupted_job_without_a_run_says_what_to_do(tmp_path):
