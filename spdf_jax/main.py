@@ -19,7 +19,7 @@ from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from spdf_jax import processes
-from spdf_jax.errors import InputError, Restart, causes, closest, line_of, unknown_key
+from spdf_jax.errors import InputError, Restart, causes, closest, line_of, nearest, unknown_key
 
 #: Each is a module of `spdf_jax.jobs`; those that a sweep has, with theirs.
 JOBS = ("train", "evaluate", "generate", "export", "plan", "report", "compare")
@@ -124,6 +124,7 @@ def _parse(argv: Sequence[str]) -> list[str]:
         rest = flags.FLAGS(argv)[1:]
     except (InputError, flags.Error) as error:
         refused = _said_by_the_file(error) or _in_the_file(error, argv) or _no_whole_number(str(error))
+        refused = refused or _misspelt(error)
         raise refused or InputError(f"command line: {_one_line(error)}") from error
     except (KeyError, AttributeError) as error:  # ml_collections: an override of a key that is not there
         refused = _in_the_file(error, argv) or _unknown_key(argv)
@@ -142,7 +143,9 @@ def _parse(argv: Sequence[str]) -> list[str]:
                 )
         return rest
     if rest:
-        raise InputError(f"command line: {rest[0]!r} is no flag; overrides are spelled --config.section.key=value")
+        job = closest(rest[0], JOBS)
+        way_out = f"did you mean --job {job}?" if job else "overrides are spelled --config.section.key=value"
+        raise InputError(f"command line: {rest[0]!r} is no flag; {way_out}")
     if _CONFIG.value is None:
         if _JOB.value == "report" and _WORKDIR.value:  # of what the folder holds, and of nothing else
             return []
@@ -196,6 +199,26 @@ def _unknown_key(argv: Sequence[str]) -> InputError | None:
                 return unknown_key(where, key, list(section))
             section, where = section[key], f"{where}.{key}"
     return None
+
+
+def _misspelt(error: Exception) -> InputError | None:
+    """Of a flag that is not there, a job that is none, an answer that is neither yes nor no."""
+    if found := re.fullmatch("flag --job=(.*): value should be one of .*", str(error), re.DOTALL):
+        return InputError(f"--job: {found[1]!r} is no job{nearest(found[1], list(JOBS))}")
+    if found := re.match("flag --(.+?)=(.*): .*[Nn]on-boolean argument", str(error), re.DOTALL):
+        return InputError(f"--{found[1]}: {found[2]!r} is neither true nor false")
+    if not isinstance(error, flags.UnrecognizedFlagError):
+        return None
+    names = [flag.name for flag in (*_TO_DO, _HELP, _HELP_CONFIG, _VERSION)]
+    names += [f"no{flag.name}" for flag in _TO_DO if flags.FLAGS[flag.name].boolean]
+    head, dot, key = error.flagname.partition(".")
+    close = closest(head, ["config"] if dot else names)
+    way_out = (
+        f"did you mean --{close}{dot}{key}?"
+        if close
+        else "a setting is --config.section.key=value, and --help has all flags"
+    )
+    return InputError(f"command line: unknown flag --{error.flagname}; {way_out}")
 
 
 def _no_whole_number(said: str) -> InputError | None:
