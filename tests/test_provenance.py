@@ -250,6 +250,7 @@ def test_a_rules_fingerprint_is_of_its_numbers_and_its_code(tmp_path, text, monk
         config = with_rule(unresolved(text), tmp_path / "rule.py", content, monkeypatch)
         monkeypatch.setitem(spdf.RULES, "mine", spdf.RULES["mine"]._replace(**how))
         found.append(fingerprint_of_rule("mine", read_code(config, "")))
+        assert found[-1] == fingerprint_of_rule("mine", {})  # as `spdf_jax.fit` takes it
     assert found[0] == found[1]
     assert len(set(found)) == 3
 

@@ -152,9 +152,12 @@ def now() -> str:
 
 def own_rules(config: RunConfig) -> Iterator[str]:
     """Names of the run's rules that are not this library's, or are no more what they are there."""
-    for name in dict.fromkeys(phase.sparsity.rule for phase in config.phases.values()):
-        if RULES.get(name) is not OWN_RULES.get(name):
-            yield name
+    yield from filter(is_own, dict.fromkeys(phase.sparsity.rule for phase in config.phases.values()))
+
+
+def is_own(rule: str) -> bool:
+    """Whether a rule is not this library's, or no more what it is there."""
+    return RULES.get(rule) is not OWN_RULES.get(rule)
 
 
 def code_files(config: RunConfig, file: Path | str) -> dict[str, Path]:
@@ -183,10 +186,11 @@ def fingerprint_of_rule(name: str, code: Mapping[str, Source]) -> str:
         path = _file_of(part)
         if not callable(part):
             return repr(part)
-        if path is not None and path.name in code:
-            return f"{_called(part)} {fingerprint_of_code(code[path.name].content)}"
         if path is not None and PACKAGE in path.parents:
             return _called(part)
+        if path is not None:
+            content = code[path.name].content if path.name in code else path.read_bytes()
+            return f"{_called(part)} {fingerprint_of_code(content)}"
         try:
             return fingerprint_of_code(inspect.getsource(part).encode())
         except (OSError, TypeError):
