@@ -19,6 +19,7 @@ from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from spdf_jax import processes
+from spdf_jax.config.read import in_our_words
 from spdf_jax.errors import InputError, Restart, causes, closest, line_of, nearest, unknown_key
 
 #: Each is a module of `spdf_jax.jobs`; those that a sweep has, with theirs.
@@ -241,9 +242,9 @@ def _said_by_the_file(error: BaseException | None) -> InputError | None:
 
 
 def _in_the_file(error: BaseException, argv: Sequence[str]) -> InputError | None:
-    """An error of the experiment file's own code."""
+    """An error of the experiment file's own code; a value of a wrong type in the words of `spdf_jax.config.read`."""
     said = line_of(error, (word.removeprefix("--config=").split(":")[0] for word in argv[1:]))
-    return InputError(said) if said else None
+    return InputError(in_our_words(said)) if said else None
 
 
 def _one_line(error: BaseException) -> str:
