@@ -3,6 +3,10 @@
 # ssh hand on one code for all processes.
 
 set -uo pipefail
+if [[ ${1-} == --help ]]; then
+  sed -n '2,/^$/s/^# \{0,1\}//p' "$0"
+  exit
+fi
 # The command gets the signal too, and this waits for it.
 trap : INT TERM
 "$@"

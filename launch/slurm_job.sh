@@ -2,6 +2,10 @@
 # slurm_job.sh LAUNCH_FOLDER RESTARTS SRUN...: the job that slurm.sh submits.
 
 set -euo pipefail
+if [[ ${1-} == --help ]]; then
+  sed -n '2,/^$/s/^# \{0,1\}//p' "$0"
+  exit
+fi
 # shellcheck source=launch/common.sh
 . "$1/common.sh"
 restarts=$2 dry_run=''

@@ -84,9 +84,13 @@ trap 'rm -f "$scratch"' EXIT
 trap 'say "interrupted; the pod is still there, and this ends it: $(quote "${delete[@]}")"; exit 130' INT
 failures=0 ready='' seen=''
 while :; do
-  if ! now=$(state 2>"$scratch"); then
+  if ! now=$(state 2>"$scratch" </dev/null); then # who cannot see a question is not asked one
     now=UNKNOWN
     if grep -q NOT_FOUND "$scratch"; then now=ABSENT; fi
+    # Of a pod that was known once, gcloud will tell again.
+    if [[ $now == UNKNOWN && ! $seen ]]; then
+      die "gcloud cannot be asked for $name: $(tr -s '[:space:]' ' ' <"$scratch" | sed 's/ $//')"
+    fi
   fi
   [[ $now == "$seen" ]] || say "queued resource $name: $now"
   seen=$now

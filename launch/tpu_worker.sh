@@ -4,6 +4,10 @@
 # another, it first ends the run before.
 
 set -euo pipefail
+if [[ ${1-} == --help ]]; then
+  sed -n '2,/^$/s/^# \{0,1\}//p' "$0"
+  exit
+fi
 cd "$(dirname "$0")/.."
 folder=.launch/$1
 shift

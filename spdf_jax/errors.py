@@ -2,6 +2,8 @@
 
 import contextlib
 import difflib
+import os
+import traceback
 from collections.abc import Iterable, Iterator
 
 
@@ -53,6 +55,38 @@ def one_line(error: BaseException) -> str:
     """What an exception says, on one line of sensible length; its type where that says more."""
     said = " ".join(str(error).split())[:300]
     return f"{type(error).__name__} {said}".rstrip() if isinstance(error, KeyError | MemoryError) or not said else said
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and what it came of, the innermost last."""
+    while error is not None:
+        yield error
+        error = error.__cause__ if error.__suppress_context__ else error.__context__
+
+
+def line_of(error: BaseException, files: Iterable[str]) -> str:
+    """Of an error that code of the user's own raised: that line of it, and what is wrong there.
+
+    Args:
+      error: what was raised.
+      files: which the user has written.
+
+    Returns:
+      ``"FILE:LINE: CODE: ERROR: what it says"`` of the innermost line in one of `files`; "" where none is on the way.
+    """
+    own = {os.path.realpath(file) for file in files}
+    for cause in reversed(list(causes(error))):
+        if isinstance(cause, SyntaxError) and cause.filename:
+            lines = [(cause.filename, cause.lineno or 0, (cause.text or "").strip())]
+            said = cause.msg
+        else:
+            frames = traceback.extract_tb(cause.__traceback__)
+            lines = [(frame.filename, frame.lineno or 0, frame.line or "") for frame in frames]
+            said = f"{type(cause).__name__}: {' '.join(str(cause).split())[:300].rstrip('.; ')}"
+        for path, number, line in reversed(lines):
+            if os.path.realpath(path) in own:
+                return f"{os.path.relpath(path)}:{number}: {line}: {said}"
+    return ""
 
 
 def closest(word: str, known: Iterable[str]) -> str:

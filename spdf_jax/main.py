@@ -11,8 +11,7 @@ import os
 import re
 import shlex
 import sys
-import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,8 @@ from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from spdf_jax import processes
-from spdf_jax.errors import InputError, Restart, closest, unknown_key
+from spdf_jax.config.read import in_our_words
+from spdf_jax.errors import InputError, Restart, causes, closest, line_of, nearest, unknown_key
 
 #: Each is a module of `spdf_jax.jobs`; those that a sweep has, with theirs.
 JOBS = ("train", "evaluate", "generate", "export", "plan", "report", "compare")
@@ -81,6 +81,10 @@ def main(argv: Sequence[str]) -> int:
         return _fail(f"{error.filename or 'workdir'}: {error.strerror or error}; what was saved before is intact")
     except KeyboardInterrupt:
         return _fail("interrupted; the same command goes on from the last checkpoint, if the run has saved one")
+    except Exception as error:
+        if said := line_of(error, importlib.import_module("spdf_jax.sparsity.rules").own_files()):
+            return _fail(said)
+        raise
 
 
 def _fail(message: str) -> int:
@@ -121,6 +125,7 @@ def _parse(argv: Sequence[str]) -> list[str]:
         rest = flags.FLAGS(argv)[1:]
     except (InputError, flags.Error) as error:
         refused = _said_by_the_file(error) or _in_the_file(error, argv) or _no_whole_number(str(error))
+        refused = refused or _misspelt(error)
         raise refused or InputError(f"command line: {_one_line(error)}") from error
     except (KeyError, AttributeError) as error:  # ml_collections: an override of a key that is not there
         refused = _in_the_file(error, argv) or _unknown_key(argv)
@@ -139,8 +144,12 @@ def _parse(argv: Sequence[str]) -> list[str]:
                 )
         return rest
     if rest:
-        raise InputError(f"command line: {rest[0]!r} is no flag; overrides are spelled --config.section.key=value")
+        job = closest(rest[0], JOBS)
+        way_out = f"did you mean --job {job}?" if job else "overrides are spelled --config.section.key=value"
+        raise InputError(f"command line: {rest[0]!r} is no flag; {way_out}")
     if _CONFIG.value is None:
+        if _JOB.value == "report" and _WORKDIR.value:  # of what the folder holds, and of nothing else
+            return []
         raise InputError(
             "command line: --config FILE[:VARIANT] is needed, for example --config experiments/gpt2_mst.py"
             + ("" if _JOB.value in _NEEDS_EXPERIMENT else f"; for --job {_JOB.value}, the --workdir of a run will do")
@@ -169,6 +178,9 @@ def _of_its_run(argv: Sequence[str]) -> list[str]:
     workdir, job = given["workdir"].value, given["job"].value
     if not workdir or job in (*_NEEDS_EXPERIMENT, "compare") or any(re.match("--?config(=|$)", text) for text in argv):
         return list(argv)
+    # What a page is of may have no config that could be read: a sweep, a run of `spdf_jax.fit` or by a rule of one's own.
+    if job == "report" and not any(re.match(r"--?(no)?config\.", text) for text in argv):
+        return list(argv)
     saved = Path(__file__).parent / "config" / "saved.py"
     return [*argv[:1], f"--config={saved}:{Path(workdir).expanduser()}", *argv[1:]]
 
@@ -190,6 +202,26 @@ def _unknown_key(argv: Sequence[str]) -> InputError | None:
     return None
 
 
+def _misspelt(error: Exception) -> InputError | None:
+    """Of a flag that is not there, a job that is none, an answer that is neither yes nor no."""
+    if found := re.fullmatch("flag --job=(.*): value should be one of .*", str(error), re.DOTALL):
+        return InputError(f"--job: {found[1]!r} is no job{nearest(found[1], list(JOBS))}")
+    if found := re.match("flag --(.+?)=(.*): .*[Nn]on-boolean argument", str(error), re.DOTALL):
+        return InputError(f"--{found[1]}: {found[2]!r} is neither true nor false")
+    if not isinstance(error, flags.UnrecognizedFlagError):
+        return None
+    names = [flag.name for flag in (*_TO_DO, _HELP, _HELP_CONFIG, _VERSION)]
+    names += [f"no{flag.name}" for flag in _TO_DO if flags.FLAGS[flag.name].boolean]
+    head, dot, key = error.flagname.partition(".")
+    close = closest(head, ["config"] if dot else names)
+    way_out = (
+        f"did you mean --{close}{dot}{key}?"
+        if close
+        else "a setting is --config.section.key=value, and --help has all flags"
+    )
+    return InputError(f"command line: unknown flag --{error.flagname}; {way_out}")
+
+
 def _no_whole_number(said: str) -> InputError | None:
     """Of an override such as ``steps=1e3``."""
     found = re.search(r"flag (--config\.\S+?)=(\S+): invalid literal for int", said)
@@ -205,32 +237,14 @@ def _no_whole_number(said: str) -> InputError | None:
 
 def _said_by_the_file(error: BaseException | None) -> InputError | None:
     """The innermost InputError, which an experiment file raised; ml_collections and absl wrap it with a traceback."""
-    said = [cause for cause in _causes(error) if isinstance(cause, InputError)]
+    said = [cause for cause in causes(error) if isinstance(cause, InputError)]
     return said[-1] if said else None
 
 
 def _in_the_file(error: BaseException, argv: Sequence[str]) -> InputError | None:
-    """An error of the experiment file's own code, as that line of it and what is wrong there."""
-    given = {os.path.realpath(word.removeprefix("--config=").split(":")[0]) for word in argv[1:]}
-    for cause in reversed(list(_causes(error))):
-        if isinstance(cause, SyntaxError) and cause.filename:
-            lines = [(cause.filename, cause.lineno or 0, (cause.text or "").strip())]
-            said = cause.msg
-        else:
-            frames = traceback.extract_tb(cause.__traceback__)
-            lines = [(frame.filename, frame.lineno or 0, frame.line or "") for frame in frames]
-            said = f"{type(cause).__name__}: {_one_line(cause)}"
-        for path, number, line in reversed(lines):
-            if os.path.realpath(path) in given:
-                return InputError(f"{os.path.relpath(path)}:{number}: {line}: {said}")
-    return None
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and what it came of, the innermost last."""
-    while error is not None:
-        yield error
-        error = error.__cause__ if error.__suppress_context__ else error.__context__
+    """An error of the experiment file's own code; a value of a wrong type in the words of `spdf_jax.config.read`."""
+    said = line_of(error, (word.removeprefix("--config=").split(":")[0] for word in argv[1:]))
+    return InputError(in_our_words(said)) if said else None
 
 
 def _one_line(error: BaseException) -> str:
@@ -260,6 +274,11 @@ def _run(argv: Sequence[str], runs: Sequence[str]) -> int:
         from spdf_jax.jobs import Request, compare
 
         compare.run(Request(Path(), output=output, runs=tuple(Path(run).expanduser() for run in runs)))
+        return 0
+    if _CONFIG.value is None:  # `_parse` has seen to the workdir
+        from spdf_jax.jobs import Request, report
+
+        report.run_recorded(Request(Path(_WORKDIR.value or "").expanduser(), output=output))
         return 0
     sweep = "cells" in _CONFIG.value
     if sweep and _JOB.value not in SWEEP_JOBS:

@@ -110,7 +110,8 @@ def finished(tmp_path_factory) -> Path:
         write_json(cell / "summary.json", {"status": "finished", "val_loss": losses[-1], "steps": step} | last)
     with pytest.MonkeyPatch.context() as patch:  # no cell has a checkpoint to be finished by
         patch.setattr(
-            "spdf_jax.jobs.sweep.train", lambda cell, folder, **_: json.loads((folder / "summary.json").read_text())
+            "spdf_jax.jobs.sweep.train_with",
+            lambda cell, folder, *_, **__: json.loads((folder / "summary.json").read_text()),
         )
         train_cells(resolve_sweep(make_sweep()), workdir, progress=False)
     return workdir

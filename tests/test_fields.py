@@ -224,7 +224,8 @@ MST = {"one__sparsity__rule": "mst", "one__sparsity__sparsity": 0.8, "one__spars
         ),
         (
             {"one__optimizer__warmup_steps": 601},
-            "warmup_steps: 601 of 600 steps would end before the learning rate has",
+            "warmup_steps: a warm-up of 601 steps is longer than its phase of 600, and would never arrive at the learning "
+            "rate; set it to 60, or raise config.one.steps",
         ),
         (
             {"one__optimizer__schedule": "constant", "one__optimizer__final_fraction": 0.5},

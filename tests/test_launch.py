@@ -92,6 +92,14 @@ def test_help_names_every_flag(script):
     assert sorted(named) == sorted([*options.split(), *switches.split(), "dry_run"])
 
 
+@pytest.mark.parametrize("script", ["report.sh", "tpu_worker.sh", "slurm_job.sh"])
+def test_help_of_what_the_others_start(script):
+    result = launch(script, "--help")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert re.match(rf"{script} [A-Z_. ]+: .*\n", result.stdout)
+    assert "#" not in result.stdout
+
+
 @pytest.mark.parametrize(
     ("script", "arguments", "message"),
     [
@@ -488,6 +496,10 @@ case "$*" in
     # The next state; the last one stays.
     state=$(head -1 {folder}/states)
     (($(wc -l <{folder}/states) == 1)) || sed -i 1d {folder}/states
+    if [[ $state == UNKNOWN ]]; then
+      printf 'ERROR: (gcloud) You have no active account selected.\\nPlease run:\\n\\n  $ gcloud auth login\\n' >&2
+      exit 1
+    fi
     if [[ $state == ABSENT ]]; then
       echo "ERROR: (gcloud.compute.tpus.queued-resources.describe) NOT_FOUND: Resource not found" >&2
       exit 1
@@ -529,6 +541,21 @@ def test_tpu_pod_waits_runs_and_deletes(tmp_path):
     assert did == ["create", *SET_UP, "train", "delete"]
     assert calls(tmp_path).count("sleep 30") == 3
     assert result.stderr.splitlines() == [f"tpu_pod.sh: queued resource spdf-jax: {s}" for s in states]
+
+
+def test_tpu_pod_ends_where_gcloud_cannot_be_asked(tmp_path):
+    result, did = on_tpu(tmp_path, ["UNKNOWN"], [])
+    assert (result.returncode, did) == (2, [])
+    assert result.stderr == (
+        "tpu_pod.sh: gcloud cannot be asked for spdf-jax: ERROR: (gcloud) You have no active account selected. Please run: "
+        "$ gcloud auth login\n"
+    )
+
+
+def test_tpu_pod_waits_for_gcloud_once_a_pod_was_known(tmp_path):
+    result, did = on_tpu(tmp_path, ["ACCEPTED", "UNKNOWN", "UNKNOWN", "ACTIVE"], [0])
+    assert (result.returncode, did) == (0, [*SET_UP, "train", "delete"])
+    assert calls(tmp_path).count("sleep 30") == 3
 
 
 def test_tpu_pod_uses_a_slice_that_is_there_and_keeps_it(tmp_path):

@@ -22,13 +22,13 @@ from spdf_jax.config.reference import END, START, table
 from spdf_jax.config.run import flat
 from spdf_jax.data import DataConfig
 from spdf_jax.errors import Restart
-from spdf_jax.jobs import keep_compiled
+from spdf_jax.jobs import Request, keep_compiled, report
 from spdf_jax.jobs import train as jobs
 from spdf_jax.sharding import make_mesh
 from spdf_jax.training.checkpoint import Checkpoints
 from spdf_jax.training.phases import make_plan
 from spdf_jax.training.restore import restore_state
-from spdf_jax.workdir import lock
+from spdf_jax.workdir import lock, write_json
 
 pytestmark = pytest.mark.usefixtures("no_figures", "all_with_few_matrices")
 
@@ -107,9 +107,27 @@ BAD_COMMANDS = {
         "'1e3' is no whole number; write 1000",
     ),
     "no number at all": (["--config", MST, "--config.pretrain.steps=inf"], "'inf' is no whole number; give one"),
-    "unknown job": (["--config", MST, "--job", "tain"], "value should be one of"),
-    "unknown flag": (["--config", MST, "--wrkdir", "x"], "Unknown command line flag 'wrkdir'"),
-    "stray word": (["--config", MST, "train"], "'train' is no flag"),
+    "misspelt job": (["--config", MST, "--job", "plna"], "--job: 'plna' is no job; did you mean 'plan'?\n"),
+    "a job like none": (["--job", "x"], "--job: 'x' is no job; known are train, evaluate, generate, export, plan, "),
+    "misspelt flag": (["--confg", MST], "unknown flag --confg; did you mean --config?\n"),
+    "misspelt flag with a value": (["--config", MST, "--plan_topolgy=v5e:4x4"], "did you mean --plan_topology?\n"),
+    "misspelt flag that denies": (["--config", MST, "--noqiuet"], "unknown flag --noqiuet; did you mean --noquiet?\n"),
+    "misspelt question": (["--hlep"], "unknown flag --hlep; did you mean --help?\n"),
+    "misspelt override": (
+        ["--config", MST, "--confg.pretrain.steps=3"],
+        "unknown flag --confg.pretrain.steps; did you mean --config.pretrain.steps?\n",
+    ),
+    "an override without its head": (
+        ["--config", MST, "--model.n_layer=2"],
+        "unknown flag --model.n_layer; a setting is --config.section.key=value, and --help has all flags\n",
+    ),
+    "neither true nor false": (["--config", MST, "--quiet=maybe"], "--quiet: 'maybe' is neither true nor false\n"),
+    "neither true nor false of a setting": (
+        ["--config", MST, "--config.model.tied_head=maybe"],
+        "--config.model.tied_head: 'maybe' is neither true nor false\n",
+    ),
+    "unknown flag": (["--config", MST, "--wrkdir", "x"], "unknown flag --wrkdir; did you mean --workdir?"),
+    "stray word": (["--config", MST, "train"], "'train' is no flag; did you mean --job train?\n"),
     "sparsity": (["--config", MST, "--config.pretrain.sparsity.sparsity=1.0"], "1.0 must be at least 0 and below 1"),
     "rule": (["--config", MST, "--config.pretrain.sparsity.rule=mts"], "'mts' is not one of"),
     "rule in capitals": (["--config", MST, "--config.pretrain.sparsity.rule=RigL"], "did you mean 'rigl'"),
@@ -206,7 +224,14 @@ MISTAKES = {
         "import nothing_of_it",
         "import nothing_of_it: ModuleNotFoundError: No module named",
     ),
-    "a value of another type": ("c.seed = 'one'", "c.seed = 'one': TypeError: "),
+    "a value of another type": ("c.seed = 'one'", "c.seed = 'one': seed: expected int, got 'one'\n"),
+    "a float that is whole": ("c.pretrain.steps = 1e3", "c.pretrain.steps = 1e3: steps: expected int, got 1000.0\n"),
+    "a section of values": ("c.pretrain.update(batch_size=[4])", ": batch_size: expected int, got [4]\n"),
+    "a value for a section": ("c.pretrain.sparsity = 0.5", "= 0.5: sparsity: expected a section, got 0.5\n"),
+    "a shared value of another type": (
+        "c.seed = spdf.shared_value('7')",
+        "c.seed = spdf.shared_value('7'): seed: expected int, got a shared value of another type\n",
+    ),
     "a division by zero": ("c.seed = 1 // 0", "c.seed = 1 // 0: ZeroDivisionError: "),
     "a missing bracket": ("c.seed = (1", "'(' was never closed"),
     "a function of the file": ("helper()", "return {}['a']: KeyError: "),
@@ -229,6 +254,38 @@ def test_a_mistake_in_an_experiment_file_is_shown_with_its_line(mistake, tmp_pat
     assert result.stderr.startswith("error: config" if "unknown key" in said else shown), result.stderr
     assert said in result.stderr
     assert len(result.stderr) < 400
+
+
+RULES_OF_ONES_OWN = {
+    "drop_score": (
+        "return abs(weights * grad)",
+        "config.pretrain: sparsity.rule: the drop_score of 'mine' fails on weights and grads of shape (256, 256): {line}: "
+        "NameError: name 'grad' is not defined",
+    ),
+    "optimizer": (
+        "return weights.with_masks()",
+        "{line}: AttributeError: 'GradientTransformationExtraArgs' object has no",
+    ),
+}
+
+
+@pytest.mark.parametrize("part", RULES_OF_ONES_OWN)
+def test_a_mistake_in_a_rule_of_ones_own_is_shown_with_its_line(part, tmp_path):
+    """In a file that the experiment imports."""
+    line, said = RULES_OF_ONES_OWN[part]
+    (tmp_path / "my_rule.py").write_text(f"def part(weights, grads=None):\n    {line}\n")
+    (tmp_path / "mine.py").write_text(
+        f"import sys\nsys.path.insert(0, {str(tmp_path)!r})\nimport spdf_jax as spdf\nfrom my_rule import part\n"
+        f"spdf.RULES['mine'] = spdf.Rule({part}=part)\n"
+        "def get_config(variant='mini'):\n"
+        "    c = spdf.default_config('mine', 'mini', variants=('mini',))\n"
+        "    c.pretrain.sparsity.rule, c.pretrain.sparsity.sparsity = 'mine', 0.5\n"
+        "    return c\n"
+    )
+    result = command("--config", str(tmp_path / "mine.py"), "--job", "plan")
+    assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1), result.stderr
+    shown = said.format(line=f"{os.path.relpath(tmp_path / 'my_rule.py', ROOT)}:2: {line}")
+    assert result.stderr.startswith(f"error: {shown}")
 
 
 def test_the_version_is_said_with_those_it_runs_on():
@@ -265,6 +322,31 @@ def test_of_a_run_the_workdir_says_it_all(half_run, tmp_path):
         result = command(*arguments)
         assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
         assert message in result.stderr
+
+
+def recorded(workdir: Path, config: dict) -> Path:
+    workdir.mkdir(parents=True)
+    write_json(workdir / "config.json", config)
+    rows = [{"step": step, "phase": "fit", "sparsity": 0.5, "loss": 2.0 - step / 10} for step in (1, 2)]
+    (workdir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return workdir
+
+
+def test_a_report_needs_no_config_that_can_be_read(tmp_path, capsys):
+    """Of a run of `spdf_jax.fit`, of one by a rule that an experiment file defines, of a sweep, of nothing."""
+    c = spdf.resolve(spdf.default_config("mine", "mini", variants=("mini",))).as_dict()
+    c["pretrain"]["sparsity"]["rule"] = "mine"
+    fitted = recorded(tmp_path / "fit", {"experiment": "fit", "variant": "fit", "fit": {"tx": "adam"}})
+    ruled = recorded(tmp_path / "sweep" / "cells" / "ruled", c)
+    for workdir in (fitted, ruled, tmp_path / "sweep"):
+        report.run_recorded(Request(workdir))
+        assert capsys.readouterr().out == f"{workdir}/report.html\n"
+    result = command("--job", "report", "--workdir", str(tmp_path / "none"))
+    assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1)
+    assert "metrics.jsonl: no such file, so no run is recorded there; give the --workdir of a run" in result.stderr
+    assert not (tmp_path / "none").exists()
+    result = command("--job", "evaluate", "--workdir", str(fitted))
+    assert "of a run of spdf_jax.fit, whose model is its caller's; call that again to go on" in result.stderr
 
 
 def test_an_interrupted_job_without_a_run_says_what_to_do(tmp_path):

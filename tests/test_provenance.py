@@ -9,11 +9,21 @@ from forks import command
 from tiny import tiny_config, write_text
 
 import spdf_jax as spdf
+from spdf_jax.config.sweep import resolve_sweep
+from spdf_jax.jobs import Request, sweep
 from spdf_jax.jobs import train as jobs
 from spdf_jax.report import write_report
 from spdf_jax.sparsity.rules import OWN_RULES
 from spdf_jax.training import provenance
-from spdf_jax.training.provenance import code_files, fingerprint_of_code, own_rules, record_start
+from spdf_jax.training.provenance import (
+    code_files,
+    fingerprint_of_code,
+    fingerprint_of_rule,
+    own_rules,
+    read_code,
+    record_start,
+)
+from spdf_jax.workdir import write_json
 
 pytestmark = pytest.mark.usefixtures("no_figures")
 
@@ -61,7 +71,7 @@ def experiment(text, tmp_path):
     return file
 
 
-def short(text: Path):
+def unresolved(text: Path):
     c = tiny_config(text, text.parent / "cache")
     c.pretrain.steps, c.phases = 8, ("pretrain",)
     del c.finetune
@@ -70,7 +80,11 @@ def short(text: Path):
     )
     c.pretrain.sparsity.update({"schedule": "constant", "attention_pattern": "causal", "attention_width": 128})
     c.pretrain.sparsity.update({"ramp_end": 0.1, "ultra_end": 0.75, "sparsify_head": False, "update_every_steps": 100})
-    return spdf.resolve(c)
+    return c
+
+
+def short(text: Path):
+    return spdf.resolve(unresolved(text))
 
 
 def starts(workdir: Path) -> list[dict]:
@@ -84,7 +98,7 @@ def test_every_start_is_kept_and_told(text, tmp_path, monkeypatch):
     assert (first["step"], first["command"]) == (0, "first")
     assert first["packages"]["spdf_jax"] == spdf.__version__
     monkeypatch.setattr(provenance, "commit", lambda: "abc+")
-    record_start(config, tmp_path, None, "second", 4)
+    record_start(config, tmp_path, {}, "second", 4)
     assert [start["step"] for start in starts(tmp_path)] == [0, 4]
     page = write_report(tmp_path).read_text()
     assert re.search(r"Begun</th><td>20\d\d-\d\d-\d\d \d\d:\d\d:\d\d UTC</td><td>spdf_jax ", page)
@@ -95,20 +109,15 @@ def test_every_start_is_kept_and_told(text, tmp_path, monkeypatch):
 def test_a_list_of_starts_that_is_gone_or_damaged_begins_anew(harm, text, tmp_path):
     if harm is not None:
         (tmp_path / "provenance.json").write_bytes(harm)
-    record_start(short(text), tmp_path, None, "again", 4)
+    record_start(short(text), tmp_path, {}, "again", 4)
     assert [start["step"] for start in starts(tmp_path)] == [4]
 
 
-def test_code_is_the_same_whatever_its_comments_and_layout(tmp_path):
-    files = [tmp_path / f"{i}.py" for i in range(5)]
-    for file, code in zip(
-        files,
-        ('def f(x):\n    """A."""\n    return x + 1\n', "def f(x):  # b\n\n    return (x + 1)\n",
-         "def f(x):\n    return x + 2\n", "def f(", "def f(x"),
-        strict=True,
-    ):  # fmt: skip
-        file.write_text(code)
-    same, too, other, broken, broken_otherwise = map(fingerprint_of_code, files)
+def test_code_is_the_same_whatever_its_comments_and_layout():
+    same, too, other, broken, broken_otherwise = map(fingerprint_of_code, (
+        b'def f(x):\n    """A."""\n    return x + 1\n', b"def f(x):  # b\n\n    return (x + 1)\n",
+        b"def f(x):\n    return x + 2\n", b"def f(", b"def f(x",
+    ))  # fmt: skip
     assert same == too
     assert len({same, other, broken, broken_otherwise}) == 4
 
@@ -121,8 +130,129 @@ def test_code_of_a_rule_is_found_where_it_is_written(text, monkeypatch):
     c = tiny_config(text, text.parent / "cache")
     c.pretrain.sparsity.rule = "rigl"
     assert list(own_rules(spdf.resolve(c))) == ["rigl"], "no more what it is in the library"
-    assert code_files(spdf.resolve(c), None) == {"test_provenance.py": Path(__file__)}
+    assert code_files(spdf.resolve(c), "") == {"test_provenance.py": Path(__file__)}
     assert OWN_RULES["rigl"] is not spdf.RULES["rigl"]
+
+
+RULE = """import jax.numpy as jnp
+import spdf_jax as spdf
+
+def score(weights, grads):
+    return jnp.abs(weights * grads)
+"""
+
+
+def with_rule(config, file: Path, content: str, monkeypatch):
+    """The config with the rule that `content` defines, executed and left in `file`."""
+    file.write_text(content)
+    scope: dict = {}
+    exec(compile(content, str(file), "exec"), scope)
+    monkeypatch.setitem(spdf.RULES, "mine", spdf.Rule(gradient_share=0.5, drop_score=scope["score"]))
+    c = config.copy_and_resolve_references()
+    c.pretrain.sparsity.update({"rule": "mine", "sparsity": 0.5, "update_every_steps": 2})
+    return spdf.resolve(c)
+
+
+@pytest.fixture
+def nothing_saved(monkeypatch):
+    """Runs that end before they have taken a step."""
+    monkeypatch.setattr(jobs, "run_phase", lambda run, plan, state: state)
+    monkeypatch.setattr(jobs, "_finish", lambda *_: {})
+
+
+def test_what_is_refused_is_refused_before_the_plan_is_said(text, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(jobs.processes, "guard", lambda: None)
+    monkeypatch.setattr(jobs, "keep_compiled", lambda data: None)
+    config = with_rule(unresolved(text), tmp_path / "rule.py", RULE, monkeypatch)
+
+    def said(config, workdir):
+        with pytest.raises(spdf.InputError) as caught:
+            jobs.run(config, Request(workdir))
+        assert re.fullmatch(r"Running tiny, variant test, on .*\n", capsys.readouterr().out)
+        return str(caught.value)
+
+    used = tmp_path / "used"
+    (used / "checkpoints" / "4").mkdir(parents=True)
+    (used / "code").mkdir()
+    write_json(used / "config.json", config.as_dict())
+    (used / "code" / "rule.py").write_text(RULE.replace("*", "+"))
+    assert "rule.py: has changed since this run began" in said(config, used)
+    other, elsewhere, narrow = (unresolved(text) for _ in range(3))
+    other.seed, elsewhere.data.path, narrow.model.vocab_size = 1, str(tmp_path / "none"), 200
+    assert "holds a run of another config" in said(spdf.resolve(other), used)
+    assert "none" in said(spdf.resolve(elsewhere), tmp_path / "new")
+    assert "at or over config.model.vocab_size 200" in said(spdf.resolve(narrow), tmp_path / "new")
+
+
+def test_the_code_that_is_kept_is_what_ran_and_nothing_of_it_holds_a_run_that_saved_nothing(
+    text, tmp_path, monkeypatch, nothing_saved
+):
+    workdir, file, load = tmp_path / "run", tmp_path / "rule.py", jobs.load_data
+    config = with_rule(unresolved(text), file, RULE, monkeypatch)
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            jobs, "load_data", lambda *a, **k: file.write_text("edited while data was read") and load(*a, **k)
+        )
+        jobs.train(config, workdir, progress=False)
+    assert (workdir / "code" / "rule.py").read_text() == RULE
+    (first,) = starts(workdir)[0]["rules"].values()
+
+    corrected = RULE.replace("*", "+")
+    file = tmp_path / "corrected.py"
+    config = with_rule(unresolved(text), file, corrected, monkeypatch)
+    jobs.train(config, workdir, progress=False)
+    assert {path.name: path.read_text() for path in (workdir / "code").iterdir()} == {"corrected.py": corrected}
+    assert starts(workdir)[0]["rules"].keys() == {"mine"}
+    assert first not in starts(workdir)[0]["rules"].values()
+
+    (workdir / "checkpoints" / "4").mkdir(parents=True)
+    for name in ("corrected.py", "of_another_name.py"):
+        config = with_rule(unresolved(text), tmp_path / name, RULE, monkeypatch)
+        with pytest.raises(spdf.InputError, match=f"{name}: has changed since this run began, and rule 'mine' of it"):
+            jobs.train(config, workdir, progress=False)
+
+
+def test_cells_of_a_sweep_keep_the_code_that_it_began_with(text, tmp_path, monkeypatch):
+    file = tmp_path / "sweep.py"
+    file.write_text("before = 1\n")
+    cells, seen = {}, []
+    for name in "ab":
+        cells[name] = unresolved(text)
+    table = {"rows": [("row", [("", "a"), ("", "b")])], "columns": [("loss", "summary.val_loss", ".3f", False, "")]}
+    config = spdf.sweep_config("s", "v", variants=("v",), title="t", cells=cells, **table)
+
+    def train_with(cell, folder, code, **_):
+        seen.append(code["sweep.py"].content)
+        file.write_text("after = 2\n")
+        return {"val_loss": 1.0}
+
+    monkeypatch.setattr(sweep, "train_with", train_with)
+    monkeypatch.setattr(sweep, "write_table", lambda *_: None)
+    monkeypatch.setattr(sweep, "_row", lambda *_: {})
+    sweep.train_cells(resolve_sweep(config), tmp_path / "w", file=str(file), progress=False)
+    assert seen == [b"before = 1\n"] * 2
+
+
+def test_an_experiment_file_that_is_not_there_is_refused_before_anything_is_left(text, tmp_path):
+    with pytest.raises(spdf.InputError, match=r"none\.py: the experiment's file cannot be read"):
+        spdf.train(short(text), tmp_path / "run", file=tmp_path / "none.py")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_rules_fingerprint_is_of_its_numbers_and_its_code(tmp_path, text, monkeypatch):
+    found = []
+    for content, how in (
+        (RULE, {}),
+        (RULE + "\n# more\n", {}),
+        (RULE.replace("*", "+"), {}),
+        (RULE, {"drop_fraction": 0.1}),
+    ):
+        config = with_rule(unresolved(text), tmp_path / "rule.py", content, monkeypatch)
+        monkeypatch.setitem(spdf.RULES, "mine", spdf.RULES["mine"]._replace(**how))
+        found.append(fingerprint_of_rule("mine", read_code(config, "")))
+        assert found[-1] == fingerprint_of_rule("mine", {})  # as `spdf_jax.fit` takes it
+    assert found[0] == found[1]
+    assert len(set(found)) == 3
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """``--job compare``: any runs beside each other, in words, one table in three formats, curves and files."""
 
 import csv
+import html
 import json
 import re
 from pathlib import Path
@@ -14,9 +15,9 @@ from tiny import empty_figure
 from spdf_jax.errors import InputError
 from spdf_jax.jobs import Request, compare
 from spdf_jax.report import closer
-from spdf_jax.report.compare import read_runs
+from spdf_jax.report.compare import read_runs, rules_of_other_code
 from spdf_jax.report.records import read_run
-from spdf_jax.workdir import write_json
+from spdf_jax.workdir import read_json, write_json
 
 START = {"time": "2026-11-30T08:00:01+00:00", "packages": {"spdf_jax": "0.2.0", "jax": "0.12"}, "commit": "abc+"}
 
@@ -31,6 +32,36 @@ def make(folder: Path, sparsity: float, *, rate: float = 0.0, finished: bool = T
     if finished:
         write_json(run / "summary.json", make_summary(rows) | {"val_loss": rows[-1]["val_loss"]})
     return run
+
+
+def by_rule(folder: Path, rule: str, **rules: str) -> Path:
+    """A run by a rule, with the fingerprints of those of its own."""
+    run = make(folder, 0.5)
+    config = read_json(run / "config.json", "")
+    config["pretrain"]["sparsity"]["rule"] = rule
+    write_json(run / "config.json", config)
+    write_json(run / "provenance.json", {"starts": [START | {"python": "3.13.1", "device": "x"} | {"rules": rules}]})
+    return run
+
+
+def test_rules_of_one_name_and_other_code_are_said_and_told_apart(tmp_path, undrawn):
+    runs = [
+        by_rule(tmp_path / name, "mine", mine=code)
+        for name, code in zip("abc", ("1" * 64, "1" * 64, "2" * 64), strict=True)
+    ]
+    runs += [by_rule(tmp_path / "of_no_record", "mine")]
+    page = compared(tmp_path / "there", *runs)
+    assert "Under one name these runs have rules of different code: 'mine'." in html.unescape(page)
+    table = (tmp_path / "there" / "compare.csv").read_text().splitlines()
+    column = table[0].split(",").index("code of rule 'mine'")
+    assert [line.split(",")[column] for line in table[1:]] == ["11111111", "11111111", "22222222", ""]
+    assert "rules of different code" not in compared(tmp_path / "same", *runs[:2])
+    assert "code of rule" not in (tmp_path / "same" / "compare.md").read_text()
+    # The library's own is another's than one that is put in its place; what is not of one name is no matter.
+    own, library = by_rule(tmp_path / "own", "rigl", rigl="3" * 64), by_rule(tmp_path / "library", "rigl")
+    assert rules_of_other_code(read_runs([own, library, runs[0]], tmp_path).cells) == {
+        "rigl": {"own": "33333333", "library": "the library's"}
+    }
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from report_folders import make_finetuned, make_rows, make_run, make_sweep, read, table_cells, write_lines
+from report_folders import make_finetuned, make_rows, make_run, make_sweep, read, table_cells, titles, write_lines
 from tiny import NO_WINDOW, tiny_config, write_text
 
 import spdf_jax as spdf
@@ -19,6 +19,7 @@ from spdf_jax.jobs import pages
 from spdf_jax.jobs import train as jobs
 from spdf_jax.jobs.pages import LivePage
 from spdf_jax.report import write_report, write_sweep_report
+from spdf_jax.report.compare import read_runs, write_comparison
 from spdf_jax.report.records import read_run
 from spdf_jax.report.run import verdict
 from spdf_jax.training import loop
@@ -58,6 +59,20 @@ START = {
     "commit": "abc",
     "python": "3.13.1",
 }
+
+
+def test_nothing_is_drawn_over_steps_before_the_first(tmp_path):
+    """In an evaluation before the first step a page has a loss to say, and no axis to put it on."""
+    begun = [row | {"sparsity": 0.5} for row in make_rows(0, sparse=True) if "val_loss" in row]
+    runs = [make_run(tmp_path / name, last_step=0, rows=begun) for name in "ab"]
+    page = read(write_report(runs[0]))
+    assert [title for title in titles(page) if title.startswith(("Loss", "Sparsity", "Churn"))] == []
+    assert "Numbers" in titles(page)
+    assert "8.55" in page
+    assert write_comparison(read_runs(runs, tmp_path), tmp_path)
+    assert titles(read(tmp_path / "report.html")) == ["Runs", "Where they come from"]
+    one = read(write_report(make_run(tmp_path / "c", last_step=1)))
+    assert {"Loss over steps", "Sparsity over steps"} <= set(titles(one))
 
 
 def test_a_run_that_nobody_holds_was_interrupted(halfway):

@@ -1,5 +1,7 @@
 """One topology step: literals by hand for SET, RigL and MST, and a plain NumPy reference for everything else."""
 
+import os
+import re
 from functools import partial
 
 import jax
@@ -12,8 +14,9 @@ from hypothesis.extra import numpy as hnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from spdf_jax.errors import InputError
+from spdf_jax.sparsity.distributions import MatrixGroup
 from spdf_jax.sparsity.masks import apply_masks
-from spdf_jax.sparsity.programme import SparsityConfig
+from spdf_jax.sparsity.programme import Programme, SparsityConfig
 from spdf_jax.sparsity.rules import RULES
 from spdf_jax.sparsity.topology import Rule, prune_and_grow, prune_and_grow_tree
 
@@ -346,4 +349,118 @@ def test_what_a_step_cannot_be_told_is_refused_in_a_line(change, message):
 def test_what_is_registered_as_a_rule_and_is_none_is_refused_where_it_is_used(monkeypatch):
     monkeypatch.setitem(RULES, "mine", lambda weights, grads: weights)
     with pytest.raises(InputError, match=r"sparsity\.rule: RULES\['mine'\] is <function .*>, which is no spdf\.Rule"):
+        SparsityConfig(rule="mine", sparsity=0.5)
+
+
+def scored(score, monkeypatch, **how):
+    """What is said of a rule with a drop score, when a programme by it is made."""
+    monkeypatch.setitem(RULES, "mine", Rule(gradient_share=0.5, drop_score=score))
+    config = SparsityConfig(**{"rule": "mine", "sparsity": 0.5, "update_every_steps": 2} | how)
+    groups = {"a": MatrixGroup(2, (8, 16)), "wte/embedding": MatrixGroup(1, (32, 8))}
+    with pytest.raises(InputError) as caught:
+        Programme(config, groups, 10)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+HERE = os.path.relpath(__file__)
+
+
+def misspelt(w, g):
+    return jnp.abs(w * h)  # noqa: F821
+
+
+def branches(w, g):
+    return w if w.sum() > 0 else g
+
+
+def by_numpy(w, g):
+    return jnp.asarray(np.abs(w))
+
+
+def of_other_matrices(w, g):
+    return w @ jnp.ones((16, 16))
+
+
+def of_three(w, g, masks):
+    return w
+
+
+@pytest.mark.parametrize(
+    ("score", "line", "said"),
+    [
+        (misspelt, "return jnp.abs(w * h)  # noqa: F821", "NameError: name 'h' is not defined"),
+        (branches, "return w if w.sum() > 0 else g", "TracerBoolConversionError: Attempted boolean conversion"),
+        (by_numpy, "return jnp.asarray(np.abs(w))", "TracerArrayConversionError: "),
+        (of_other_matrices, "return w @ jnp.ones((16, 16))", "TypeError: dot_general requires contracting dimensions"),
+    ],
+)
+def test_a_mistake_in_a_score_is_shown_with_its_line_before_any_step(score, line, said, monkeypatch):
+    where = "(32, 8)" if score is of_other_matrices else "(8, 16)"
+    message = scored(score, monkeypatch)
+    number = score.__code__.co_firstlineno + 1
+    start = f"sparsity.rule: the drop_score of 'mine' fails on weights and grads of shape {where}: "
+    assert message.startswith(f"{start}{HERE}:{number}: {line}: {said}")
+
+
+@pytest.mark.parametrize(
+    ("score", "said"),
+    [
+        (of_three, rf"{HERE}:\d+: of_three\(\) missing 1 required positional argument: 'masks'"),
+        (partial(of_three, masks=0, g=1), rf"{HERE}:\d+: .*multiple values for argument 'g'"),
+        (jnp.abs, "takes 1 positional argument but 2 were given"),
+        (
+            lambda w, g: w.mean(),
+            r"gives float32\[\] for weights and grads of shape \(8, 16\); it must give a score a weight",
+        ),
+        (lambda w, g: w.T, r"gives float32\[16, 8\] for"),
+        (lambda w, g: (w, g), r"gives float32\[8, 16\], float32\[8, 16\] for"),
+        (lambda w, g: None, "gives nothing for"),
+        (lambda w, g: w > g, "the drop_score of 'mine': scores: dtype bool cannot be ranked; use float32, bfloat16"),
+        (lambda w, g: jnp.int32(w), "dtype int32 cannot be ranked"),
+    ],
+)
+def test_a_score_that_is_none_is_refused_before_any_step(score, said, monkeypatch):
+    assert re.search(said, scored(score, monkeypatch))
+
+
+def test_a_score_is_tried_on_the_shapes_that_steps_give_it(monkeypatch):
+    seen = []
+
+    def score(w, g):
+        seen.append(w.shape)
+        return w.mean()
+
+    def shapes(**how):
+        seen.clear()
+        scored(score, monkeypatch, **how)
+        return seen[:]
+
+    assert shapes() == [(8, 16)]
+    monkeypatch.setattr("spdf_jax.sparsity.rules.jax.eval_shape", lambda f, w, *_: seen.append(w.shape) or w)
+    monkeypatch.setitem(RULES, "mine", Rule(drop_score=score))
+    groups = {"a": MatrixGroup(2, (8, 16)), "wte/embedding": MatrixGroup(1, (32, 8))}
+    for how, expected in (
+        ({"pattern": "2:4"}, [(8, 16), (8, 32)]),
+        ({"pattern": "block4", "sparse_compute": "blocks"}, [(4, 1, 4, 4), (2, 4, 4, 4)]),
+    ):
+        seen.clear()
+        Programme(SparsityConfig(rule="mine", sparsity=0.5, update_every_steps=2, **how), groups, 10)
+        assert seen[::2] == expected, how
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ({"gradient_share": 75}, "the gradient_share of 'mine' is 75; it must be a number from 0 to 1"),
+        ({"drop_fraction": "0.3"}, "the drop_fraction of 'mine' is '0.3'; it must be a number from 0 to 1"),
+        ({"exploration": float("nan")}, "the exploration of 'mine' is nan; it must be a number from 0 to 1"),
+        ({"drop_score": "magnitude"}, "the drop_score of 'mine' is 'magnitude'; it must be a function"),
+        ({"optimizer": None}, "the optimizer of 'mine' is None; it must be a function"),
+        ({"choose_masks": True}, "the choose_masks of 'mine' is True; it must be a function"),
+    ],
+)
+def test_what_a_rule_cannot_be_is_refused_where_it_is_used(how, said, monkeypatch):
+    monkeypatch.setitem(RULES, "mine", Rule(**how))
+    with pytest.raises(InputError, match=re.escape(said)):
         SparsityConfig(rule="mine", sparsity=0.5)

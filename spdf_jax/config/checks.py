@@ -54,9 +54,10 @@ def check_zeros(place: str, sparsity: SparsityConfig) -> None:
 def check_length(name: str, phase: PhaseConfig) -> None:
     """Raises `InputError` unless phase `name`, its length known in steps, has room for what it is to do."""
     if phase.optimizer.warmup_steps > phase.steps:
+        warmup, longer = phase.optimizer.warmup_steps, f"config.{name}.{'epochs' if phase.epochs else 'steps'}"
         raise InputError(
-            f"config.{name}.optimizer.warmup_steps: {phase.optimizer.warmup_steps} of {phase.steps} steps would end before the "
-            f"learning rate has arrived; use {phase.steps // 10} or so"
+            f"config.{name}.optimizer.warmup_steps: a warm-up of {warmup} steps is longer than its phase of {phase.steps}, "
+            f"and would never arrive at the learning rate; set it to {phase.steps // 10}, or raise {longer}"
         )
 
 

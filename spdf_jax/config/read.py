@@ -8,6 +8,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import sys
 import typing
 from collections.abc import Mapping
@@ -241,3 +242,22 @@ def _typed(where: str, hint: Any, value: Any) -> Any:
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         raise InputError(f"{where}: expected {hint.__name__}, got {value!r}")
     return value
+
+
+def in_our_words(said: str) -> str:
+    """What ml_collections says where an experiment file sets a value of another type, as `resolve` would say it.
+
+    >>> in_our_words("TypeError: Could not override field 'seed' (reference). 1.5 is of original type <class 'float'> and "
+    ...     "cannot be casted to type <class 'int'>")
+    'seed: expected int, got 1.5'
+    """
+    type_of = r"<class '(?:\w+\.)*(\w+)'>"
+    wrong = (
+        rf"TypeError: Could not override field '(\w+)' \(.*?\)\. (.*) is of original type {type_of} and .* {type_of}$"
+    )
+    found = re.search(wrong, said)
+    if not found:
+        return said
+    key, value, given, wanted = found.groups()
+    value = {"str": repr(value), "FieldReference": "a shared value of another type"}.get(given, value)
+    return f"{said[: found.start()]}{key}: expected {wanted.replace('ConfigDict', 'a section')}, got {value}"

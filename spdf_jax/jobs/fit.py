@@ -23,7 +23,7 @@ from spdf_jax.training.loss_function import LossFunction
 from spdf_jax.training.metrics import Tracker, read_metrics
 from spdf_jax.training.own_model import PHASE, check_same_fit, identity, own_feed, own_plan, own_state
 from spdf_jax.training.phases import StepCost
-from spdf_jax.training.provenance import add_start
+from spdf_jax.training.provenance import add_start, fingerprint_of_rule, is_own
 from spdf_jax.training.resume import elsewhere, has_begun, opened, recorded_evaluations
 from spdf_jax.training.state import TrainState, state_shardings
 from spdf_jax.workdir import CONFIG_FILE, SUMMARY_FILE, lock, made_workdir, read_json, write_json
@@ -130,7 +130,8 @@ def fit(
                 step=step,
                 write_page=live_page(workdir, tracker).update,
             )
-            add_start(workdir, "", step)
+            rule = programme.config.rule
+            add_start(workdir, "", step, {rule: fingerprint_of_rule(rule, {})} if is_own(rule) else {})
             with contextlib.closing(tracker), last_page(run):
                 state = run_phase(run, plan, state)
                 processes.beat(0, 0)

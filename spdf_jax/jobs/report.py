@@ -1,5 +1,8 @@
 """``--job report``: the page of a run or sweep, and its figures, written again from what it recorded."""
 
+from collections.abc import Callable
+from pathlib import Path
+
 from spdf_jax.config.run import RunConfig
 from spdf_jax.config.sweep import SweepConfig
 from spdf_jax.jobs import Request
@@ -10,14 +13,21 @@ from spdf_jax.workdir import check_writable
 def run(config: RunConfig, request: Request) -> None:
     """Writes a run's page and prints its path."""
     del config
-    if request.output is not None:
-        check_writable(request.output)
-    print(write_report(request.workdir, request.output))
+    _print(write_report, request)
 
 
 def run_sweep(config: SweepConfig, request: Request) -> None:
     """Writes a sweep's page and prints its path."""
     del config
+    _print(write_sweep_report, request)
+
+
+def run_recorded(request: Request) -> None:
+    """Writes the page of whichever the workdir holds: of a run of `spdf_jax.fit`, too, which no config describes."""
+    _print(write_sweep_report if (request.workdir / "cells").is_dir() else write_report, request)
+
+
+def _print(write: Callable[[Path, Path | None], Path], request: Request) -> None:
     if request.output is not None:
         check_writable(request.output)
-    print(write_sweep_report(request.workdir, request.output))
+    print(write(request.workdir, request.output))

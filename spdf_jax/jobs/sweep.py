@@ -24,11 +24,12 @@ from spdf_jax.errors import InputError
 from spdf_jax.jobs import Request, keep_compiled
 from spdf_jax.jobs.evaluate import evaluate_checkpoint
 from spdf_jax.jobs.pages import sweep_page
-from spdf_jax.jobs.train import train
+from spdf_jax.jobs.train import train_with
 from spdf_jax.processes import wait_for_first
 from spdf_jax.report import write_sweep_report
 from spdf_jax.report.records import read_run
 from spdf_jax.training.feed import check_there
+from spdf_jax.training.provenance import read_code
 from spdf_jax.workdir import lock, made_workdir, read_json, write_atomically, write_json
 
 CELLS = "cells"
@@ -69,6 +70,8 @@ def train_cells(
     Raises:
       InputError: anything the user can fix; cells that are finished stay.
     """
+    # All at once: a cell may begin hours after what it is made of was executed.
+    code = {name: read_code(cell, file) for name, cell in config.cells.items()}
     with made_workdir(workdir), lock(workdir):
         for name, cell in config.cells.items():
             try:
@@ -81,7 +84,8 @@ def train_cells(
         with sweep_page(workdir) as page:
             for i, (name, cell) in enumerate(config.cells.items(), 1):
                 print(f"[{i}/{len(config.cells)}] {name}", flush=True)
-                summaries[name] = train(cell, workdir / CELLS / name, command=command, file=file, progress=progress)
+                folder = workdir / CELLS / name
+                summaries[name] = train_with(cell, folder, code[name], command=command, progress=progress)
                 page.update()
         write_table(config, workdir, [_row(config, workdir, row, summaries) for row in config.rows])
         return read_json(workdir / "table.json", "run the sweep again")

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from spdf_jax.training.feed import Feed, load_data, make_feed
 from spdf_jax.training.loop import Run, run_phase
 from spdf_jax.training.metrics import Tracker
 from spdf_jax.training.phases import PhasePlan, make_plan, recorded_cost
-from spdf_jax.training.provenance import check_same_code, record_start
+from spdf_jax.training.provenance import Source, check_same_code, read_code, record_start
 from spdf_jax.training.restore import (
     check_same_data,
     check_same_origin,
@@ -49,18 +50,12 @@ from spdf_jax.workdir import CONFIG_FILE, SUMMARY_FILE, lock, made_workdir, writ
 
 
 def run(config: RunConfig, request: Request) -> None:
-    """`train`, after its plan is printed."""
+    """`train`, which says what it is about to do once nothing refuses it any more."""
+    code = read_code(config, request.file)
     keep_compiled(config.data)
     with request.training(config):
-        print(describe(config), flush=True)
         processes.guard()
-        train(
-            config,
-            request.workdir,
-            command=request.command,
-            file=request.file,
-            progress=not request.quiet,
-        )
+        train_with(config, request.workdir, code, command=request.command, progress=not request.quiet, announce=True)
 
 
 def train(
@@ -91,7 +86,21 @@ def train(
     Traceback (most recent call last):
     spdf_jax.errors.InputError: config.pretrain.sparsity.sparsity: 1.0 must be at least 0 and below 1; the default is 0.0
     """
-    config, workdir, experiment = resolve(config), Path(workdir).expanduser(), Path(file) if file else None
+    config = resolve(config)
+    code = read_code(config, file)
+    return train_with(config, Path(workdir).expanduser(), code, command=command, progress=progress)
+
+
+def train_with(
+    config: RunConfig,
+    workdir: Path,
+    code: Mapping[str, Source],
+    *,
+    command: str,
+    progress: bool,
+    announce: bool = False,
+) -> dict[str, Any]:
+    """`train` with `spdf_jax.training.provenance.read_code` as it was at the start; `announce`: print the run's plan first."""
     mesh = make_mesh(config.mesh)
     check_devices(config, batch_devices(mesh))
     processes.agree("config", json.dumps(config.as_dict()), "start all of them with the same command and files")
@@ -99,7 +108,8 @@ def train(
     with made_workdir(workdir), lock(workdir), jax.set_mesh(mesh):
         begun = has_begun(workdir)
         moved = check_same_run(config, workdir)
-        check_same_code(config, workdir, experiment)
+        if begun:
+            check_same_code(config, workdir, code)
         finished = _finished(config, workdir, mesh)
         if finished and not moved:
             return _nothing_to_do(workdir, finished)
@@ -114,11 +124,13 @@ def train(
             if finished:
                 return _nothing_to_do(workdir, finished)
             step = int(state.step)
-            if step:
-                print(f"{workdir}: resuming after step {step} of {plans[-1].end}.{elsewhere(record)}")
             _keep_identity(config, workdir, command, tokenizer, new=step == 0)
             rows = record.get("rows")
             tracker = Tracker(workdir, resume_step=step, total_steps=plans[-1].end, progress=progress, durable=rows)
+            if announce:  # nothing refuses the run any more
+                tracker.message(describe(config))
+            if step:
+                tracker.message(f"{workdir}: resuming after step {step} of {plans[-1].end}.{elsewhere(record)}")
             run = Run(
                 loop=config.loop,
                 workdir=workdir,
@@ -136,7 +148,7 @@ def train(
                 step=step,
                 write_page=live_page(workdir, tracker).update,
             )
-            record_start(config, workdir, experiment, command, step)
+            record_start(config, workdir, code, command, step)
             return _run_phases(config, run, index, state, tokens)
 
 

@@ -3,6 +3,7 @@
 They are a sweep without a table: every run a cell, under the shortest name that tells it from the others.
 """
 
+import re
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -32,6 +33,7 @@ from spdf_jax.report.words import (
     target_name,
     when,
 )
+from spdf_jax.sparsity.rules import OWN_RULES
 from spdf_jax.training.provenance import commit, now
 from spdf_jax.workdir import CONFIG_FILE, METRICS_FILE, write_atomically
 
@@ -96,8 +98,10 @@ def read_runs(workdirs: Sequence[Path], beside: Path) -> Sweep:
             raise InputError(f"{workdir}: no run is there; give the folders of runs, by their --workdir")
     names = dict(zip(short_names(list(found)), found.values(), strict=True))
     cells = {name: read_run(workdir) for name, workdir in names.items()}
+    other_code = ", ".join(f"{rule!r}" for rule in rules_of_other_code(cells))
     remark = [
         different(names, cells),
+        f"Under one name these runs have rules of different code: {other_code}." if other_code else "",
         COUNTED_NOTE if any(run.max_sparsity and "train_flops" in run.numbers for run in cells.values()) else "",
     ]
     return Sweep(
@@ -161,6 +165,20 @@ def different(workdirs: Mapping[str, Path], runs: Mapping[str, Run]) -> str:
     )
 
 
+def rules_of_other_code(runs: Mapping[str, Run]) -> dict[str, dict[str, str]]:
+    """Rules that have one name and not one code in all runs: by rule and run, the start of a hash of it, or "the library's".
+
+    A run of a release that recorded no such hash is in it only where a rule of that name is the library's.
+    """
+    found: dict[str, dict[str, str]] = {}
+    for name, run in runs.items():
+        rules = {value for key, value in flat(run.config).items() if re.search(r"(^|\.)sparsity\.rule$", key)}
+        own = run.starts[0].get("rules", {}) if run.starts else {}
+        for rule in sorted(rules & {*own, *OWN_RULES}):
+            found.setdefault(rule, {})[name] = own[rule][:8] if rule in own else "the library's"
+    return {rule: codes for rule, codes in found.items() if len(set(codes.values())) > 1}
+
+
 class _Column(NamedTuple):
     header: str
     of: Callable[[Run], Any]
@@ -202,11 +220,13 @@ class _Comparison(NamedTuple):
         columns = [c for c in _COLUMNS if any(c.of(run) is not None for run in sweep.cells.values())]
         configs = {name: flat(run.config) for name, run in sweep.cells.items()}
         keys = _settings(list(sweep.cells.values()))
+        codes = {f"code of rule {rule!r}": of for rule, of in rules_of_other_code(sweep.cells).items()}
         largest = [max(v for run in sweep.cells.values() if (v := column.of(run)) is not None) for column in columns]
         numbers, texts = [], []
         for name, run in sweep.cells.items():
             values = [column.of(run) for column in columns]
             settings = [setting(configs[name][key]) if key in configs[name] else None for key in keys]
+            settings += [of.get(name) for of in codes.values()]
             numbers.append([name, run.status, *values, *settings])
             rendered = [
                 "-" if v is None else c.render(v, most) for c, v, most in zip(columns, values, largest, strict=True)
@@ -214,7 +234,7 @@ class _Comparison(NamedTuple):
             texts.append([name, run.status, *rendered, *(text or "-" for text in settings)])
         loss = with_unit(sweep.cells.values(), _LOSS)
         headers = [loss if column.header == _LOSS else column.header for column in columns]
-        return cls(Table(["run", "status", *headers, *keys], numbers), texts)
+        return cls(Table(["run", "status", *headers, *keys, *codes], numbers), texts)
 
     def panel(self, sweep: Sweep) -> Panel:
         rows = [(texts[0], sweep.page_of(texts[0]), texts[1], texts[2:]) for texts in self.texts]

@@ -28,8 +28,8 @@ from spdf_jax.report.words import FLOP_UNITS, TIME_UNITS, count_tick, percent, r
 
 
 def loss_by_step(run: Run) -> Panel | None:
-    """Losses over steps, with the sparse window, the phases and the best evaluation; None without losses."""
-    if not run.train_rows and not run.evaluation_rows:
+    """Losses over steps, with the sparse window, the phases and the best evaluation; None without losses of steps."""
+    if not (run.train_rows or run.evaluation_rows) or run.all_rows[-1]["step"] == 0:
         return None
     figure, axes = new_figure()
     colour = DENSE if run.is_dense else SPARSE

@@ -21,8 +21,8 @@ from spdf_jax.report.words import count_tick, percent, short_name
 
 
 def sparsity_by_step(run: Run) -> Panel | None:
-    """Sparsity over steps; None for a run without masks."""
-    if run.max_sparsity <= 0:
+    """Sparsity over steps; None for a run without masks or steps."""
+    if run.max_sparsity <= 0 or run.all_rows[-1]["step"] == 0:
         return None
     figure, axes = new_figure()
     steps, sparsities_percent = (thinned(column(run.all_rows, key)) for key in ("step", "sparsity"))

@@ -146,13 +146,13 @@ def curves(sweep: Sweep, *before: Axis) -> list[Panel]:
         for row in run.evaluation_rows:
             by_task.setdefault(run.task(row), {}).setdefault(name, []).append(row)
     groups = _groups(sweep) or {"": set()}
-    panels: dict[tuple[str, ...], Panel] = {}
+    panels: dict[tuple[str, ...], Panel | None] = {}
     for task, choice in itertools.product(sorted(by_task), groups):
         others = set().union(*groups.values()) - groups[choice]
         rows = {name: found for name, found in by_task[task].items() if name not in others}
         if rows and (task, *rows) not in panels:
             panels[task, *rows] = _curves_of(sweep, task, choice, rows, (*before, *_AXES))
-    return list(panels.values())
+    return [panel for panel in panels.values() if panel is not None]
 
 
 def _groups(sweep: Sweep) -> dict[str, set[str]]:
@@ -164,7 +164,8 @@ def _groups(sweep: Sweep) -> dict[str, set[str]]:
     return groups
 
 
-def _curves_of(sweep: Sweep, task: str, choice: str, rows: dict[str, list[Row]], axes: Sequence[Axis]) -> Panel:
+def _curves_of(sweep: Sweep, task: str, choice: str, rows: dict[str, list[Row]], axes: Sequence[Axis]) -> Panel | None:
+    """None where nothing is on any axis: no run has taken a step."""
     of_choice = f", {choice}" if choice else ""
     trained = {name: [row for row in found if row["step"] > 0] for name, found in rows.items()}
     left_out = ""
@@ -173,6 +174,8 @@ def _curves_of(sweep: Sweep, task: str, choice: str, rows: dict[str, list[Row]],
     series = series_of(sweep, list(rows), choice)
     title = f"Validation loss: {task or 'text'}{of_choice}"
     drawn = {axis: figure for axis in axes if (figure := _curves_figure(sweep, series, rows, axis)) is not None}
+    if not drawn:
+        return None
     plots = [
         Plot(
             f"{title} by {axis.name.split(' ')[0]}",
@@ -183,7 +186,7 @@ def _curves_of(sweep: Sweep, task: str, choice: str, rows: dict[str, list[Row]],
         )
         for axis, figure in drawn.items()
     ]
-    *others, last = [axis.name.split(" ")[0].replace("seconds", "time") for axis in drawn] or [""]
+    *others, last = [axis.name.split(" ")[0].replace("seconds", "time") for axis in drawn]
     by = " and ".join(filter(None, [", ".join(others), last]))
     caption = f"Loss over {target_name(task)}, by the {by} of each run by itself.{left_out}"
     if "time" in by:

@@ -20,7 +20,7 @@ from spdf_jax.sparsity import schedules
 from spdf_jax.sparsity.block_topology import block_grid
 from spdf_jax.sparsity.distributions import DISTRIBUTIONS, MatrixGroup, target_counts
 from spdf_jax.sparsity.patterns import parse_pattern
-from spdf_jax.sparsity.rules import RULES
+from spdf_jax.sparsity.rules import RULES, check_rule, check_score
 from spdf_jax.sparsity.topology import Rule
 
 SCHEDULES = ("constant", "cubic", "three_phases", "table", "alternate")
@@ -95,8 +95,8 @@ class SparsityConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, "sparsity")
-        if not self.dense and not isinstance(RULES[self.rule], Rule):
-            raise InputError(f"sparsity.rule: RULES[{self.rule!r}] is {RULES[self.rule]!r}, which is no spdf.Rule")
+        if not self.dense:
+            check_rule(self.rule)
         follows = self.topology_rule.schedules
         if not self.dense and follows and self.schedule not in follows:
             raise InputError(
@@ -217,9 +217,7 @@ class Programme:
         if config.topology_rule.moves:
             self._check_moves()
         counts = self.counts(0)  # raises where a matrix does not divide into the pattern
-        if config.blocks:
-            for name, group in self.groups.items():
-                block_grid(name, group.shape, counts[name], config.pattern)
+        check_score(config.rule, config.topology_rule, [self._scored(name, counts[name]) for name in self.groups])
 
     def level(self, step: int) -> float:
         """The sparsity last aimed at before `step`: that of the last topology step, or of the initial masks."""
@@ -271,6 +269,17 @@ class Programme:
     def active(self, step: int) -> dict[str, int]:
         """Active weights by leaf, all its matrices together, at the start of `step`."""
         return {name: n * self.groups[name].count for name, n in self.counts(step).items()}
+
+    def _scored(self, name: str, active: int) -> tuple[int, ...]:
+        """The shape in which a topology step gives the rule a matrix of a leaf."""
+        shape, pattern = self.groups[name].shape, parse_pattern(self.config.pattern)
+        if self.config.blocks:
+            side, _, outputs, live = block_grid(name, shape, active, self.config.pattern)
+            return (outputs, live, side, side)
+        axis, laid_out = pattern.axis(name, shape), list(shape)
+        if axis != -2:
+            laid_out[axis], laid_out[-2] = shape[-2], shape[axis]
+        return tuple(laid_out)
 
     def _due(self, step: int) -> bool:
         on_interval = step % self.config.update_every_steps == 0 and step <= self.last_step

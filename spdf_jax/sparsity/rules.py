@@ -32,9 +32,17 @@ True
 >>> del RULES["mine"]
 """
 
+import functools
+import inspect
+import os
+from collections.abc import Iterable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
+from spdf_jax.errors import InputError, line_of, one_line
+from spdf_jax.sparsity.select import order_keys
 from spdf_jax.sparsity.topkast import choose_by_magnitude, explore
 from spdf_jax.sparsity.topology import Rule
 
@@ -62,3 +70,78 @@ RULES: dict[str, Rule] = {
     "topkast": Rule(drop_fraction=0.0, exploration=0.3, optimizer=explore, choose_masks=choose_by_magnitude),
 }
 OWN_RULES = dict(RULES)  # this library's
+
+
+def written_in(part: Any) -> tuple[str, int] | None:
+    """The file and line at which a function is written; None of what is no function of Python's."""
+    while isinstance(part, functools.partial):
+        part = part.func
+    code = getattr(inspect.unwrap(part), "__code__", None) if callable(part) else None
+    return (code.co_filename, code.co_firstlineno) if code is not None else None
+
+
+def own_files() -> set[str]:
+    """Where the functions of the rules are written that are not this library's."""
+    own = (rule for name, rule in RULES.items() if rule is not OWN_RULES.get(name) and isinstance(rule, Rule))
+    return {place[0] for rule in own for part in rule if (place := written_in(part))}
+
+
+def check_rule(name: str) -> None:
+    """Refuses what is registered as a rule of the user's own and is none.
+
+    Raises:
+      InputError: no `Rule`, a share that is none, or what is to be a function and is none.
+    """
+    rule = RULES[name]
+    if rule is OWN_RULES.get(name):
+        return
+    if not isinstance(rule, Rule):
+        raise InputError(f"sparsity.rule: RULES[{name!r}] is {rule!r}, which is no spdf.Rule")
+    for share in ("drop_fraction", "gradient_share", "exploration"):
+        value = getattr(rule, share)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+            raise InputError(f"sparsity.rule: the {share} of {name!r} is {value!r}; it must be a number from 0 to 1")
+    for function in ("drop_score", "optimizer", "choose_masks"):
+        value = getattr(rule, function)
+        if not callable(value) and not (function == "choose_masks" and value is None):
+            raise InputError(f"sparsity.rule: the {function} of {name!r} is {value!r}; it must be a function")
+
+
+def check_score(name: str, rule: Rule, shapes: Iterable[tuple[int, ...]]) -> None:
+    """Refuses a rule of the user's own by whose score no topology step could be taken, before one is.
+
+    Args:
+      name: of the rule in `RULES`.
+      rule: that rule, as a run has it.
+      shapes: of the matrices that its drop score is to be given.
+
+    Raises:
+      InputError: the drop score raises, shown with its line, or its result cannot be ranked.
+
+    >>> check_score("mine", Rule(drop_score=lambda weights, grads: abs(weights).sum()), [(8, 8)])  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    spdf_jax.errors.InputError: sparsity.rule: the drop_score of 'mine' gives float32[] for weights and grads of shape (8, ...
+    """
+    library = name in OWN_RULES and RULES[name] is OWN_RULES[name]
+    if library or not rule.moves or rule.choose_masks is not None:
+        return
+    for shape in dict.fromkeys(shapes):
+        weights = jax.ShapeDtypeStruct(shape, jnp.float32)
+        path, line = written_in(rule.drop_score) or ("", 0)
+        try:
+            scores: Any = jax.eval_shape(rule.drop_score, weights, weights)
+        except Exception as error:
+            said = line_of(error, [path]) or f"{os.path.relpath(path)}:{line}: " * bool(path) + one_line(error)
+            raise InputError(
+                f"sparsity.rule: the drop_score of {name!r} fails on weights and grads of shape {shape}: {said}"
+            ) from error
+        if not isinstance(scores, jax.ShapeDtypeStruct) or scores.shape != shape:
+            given = ", ".join(f"{leaf.dtype}{list(leaf.shape)}" for leaf in jax.tree.leaves(scores)) or "nothing"
+            raise InputError(
+                f"sparsity.rule: the drop_score of {name!r} gives {given} for weights and grads of shape {shape}; it must give "
+                f"a score a weight, in an array of that shape"
+            )
+        try:
+            jax.eval_shape(order_keys, scores)
+        except InputError as error:
+            raise InputError(f"sparsity.rule: the drop_score of {name!r}: {error}") from None

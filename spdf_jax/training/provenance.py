@@ -3,73 +3,108 @@
 import ast
 import contextlib
 import datetime
+import functools
 import hashlib
 import importlib.metadata
 import inspect
 import itertools
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from spdf_jax.config.run import RunConfig
-from spdf_jax.errors import InputError
+from spdf_jax.errors import InputError, reading
 from spdf_jax.processes import device_name, is_first
-from spdf_jax.sparsity.rules import OWN_RULES, RULES
+from spdf_jax.sparsity.rules import OWN_RULES, RULES, written_in
 from spdf_jax.workdir import CODE_FOLDER, PROVENANCE_FILE, read_json, write_atomically, write_json
 
+PACKAGE = Path(__file__).parents[1]
 PACKAGES = ("spdf_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
-def check_same_code(config: RunConfig, workdir: Path, file: Path | None) -> None:
+class Source(NamedTuple):
+    """A file of a run's code, as it was when it was read."""
+
+    path: Path
+    content: bytes
+
+
+def read_code(config: RunConfig, file: Path | str) -> dict[str, Source]:
+    """The run's code, by file name. To be read once, as soon as it has been executed: who edits it then changes no run.
+
+    Args:
+      config: of the run.
+      file: of the experiment; "" for a run from Python.
+
+    Raises:
+      InputError: `file` cannot be read.
+    """
+    code = {}
+    for name, path in code_files(config, file).items():
+        with reading(f"{path}: the experiment's file cannot be read", "name the one that the config is from"):
+            code[name] = Source(path, path.read_bytes())
+    return code
+
+
+def check_same_code(config: RunConfig, workdir: Path, code: Mapping[str, Source]) -> None:
     """Refuses to go on with code that has changed where the run uses it, and says so where it does not.
 
     A run is its config, and what an experiment file sets is compared by that. What a config cannot hold is the code of a rule
-    that the file defines. Comments, docstrings and layout may change.
+    that the file defines. Comments, docstrings and layout may change. Not to be asked of a run that has saved nothing: nothing
+    of what other code made goes on.
 
     Args:
       config: of the command.
       workdir: with the code that the run began with, if it kept any.
-      file: of the experiment; None for a run from Python.
+      code: of the command.
 
     Raises:
       InputError: a rule of the run is from a file that has changed.
     """
     kept = {path.name: path for path in (workdir / CODE_FOLDER).glob("*.py")}
-    changed = [
-        (path, kept[name])
-        for name, path in code_files(config, file).items()
-        if name in kept and fingerprint_of_code(path) != fingerprint_of_code(kept[name])
-    ]
-    for path, before in changed:
-        if rules := list(own_rules(config)):
+    before = {name: fingerprint_of_code(path.read_bytes()) for name, path in kept.items()}
+    rules = list(own_rules(config))
+    written = {_file_of(part) for rule in rules for part in RULES[rule]}
+    for name, (path, content) in code.items():
+        ours = fingerprint_of_code(content)
+        # A rule's own file is compared whatever it is called by now.
+        if rules and ours not in before.values() and (name in kept or (kept and path in written)):
+            put_back = f"put it back as {kept.get(name, workdir / CODE_FOLDER)} has it"
             raise InputError(
-                f"{path}: has changed since this run began, and rule {rules[0]!r} of it is the run's; put it back as {before} "
-                f"has it, or choose another --workdir"
+                f"{path}: has changed since this run began, and rule {rules[0]!r} of it is the run's; {put_back}, or choose "
+                f"another --workdir"
             )
-        if is_first():
-            print(f"{path}: has changed since this run began (it was {before}); the settings are the same.", flush=True)
+        if before.get(name, ours) != ours and is_first():
+            print(
+                f"{path}: has changed since this run began (it was {kept[name]}); the settings are the same.",
+                flush=True,
+            )
 
 
-def record_start(config: RunConfig, workdir: Path, file: Path | None, command: str, step: int) -> None:
-    """Adds a start to ``provenance.json``; at the first, keeps the code, too.
+def record_start(config: RunConfig, workdir: Path, code: Mapping[str, Source], command: str, step: int) -> None:
+    """Adds a start to ``provenance.json``; where it begins the run, keeps its code, too.
 
     Args:
       config, workdir: of the run.
-      file: of the experiment; None for a run from Python.
+      code: of `read_code`.
       command: as it was given; "" for a run from Python.
       step: after which the run goes on.
     """
-    add_start(workdir, command, step)
+    add_start(workdir, command, step, {name: fingerprint_of_rule(name, code) for name in own_rules(config)})
     if is_first() and not step:
-        (workdir / CODE_FOLDER).mkdir(exist_ok=True)
-        for name, source in code_files(config, file).items():
-            write_atomically(workdir / CODE_FOLDER / name, source.read_bytes())
+        folder = workdir / CODE_FOLDER
+        folder.mkdir(exist_ok=True)
+        for name, source in code.items():
+            write_atomically(folder / name, source.content)
+        for path in folder.glob("*.py"):  # of a start that came to nothing
+            if path.name not in code:
+                path.unlink()
 
 
-def add_start(workdir: Path, command: str, step: int) -> None:
-    """Adds a start to ``provenance.json``: when, after which step, with which versions."""
+def add_start(workdir: Path, command: str, step: int, rules: Mapping[str, str] | None = None) -> None:
+    """Adds a start to ``provenance.json``: when, after which step, with which versions, which code its own `rules` have."""
     if not is_first():
         return
     path = workdir / PROVENANCE_FILE
@@ -85,7 +120,7 @@ def add_start(workdir: Path, command: str, step: int) -> None:
         "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
         "commit": commit(),
         "device": device_name(),
-    }
+    } | ({"rules": rules} if rules else {})
     write_json(path, {"starts": [*before, start]})
 
 
@@ -117,24 +152,55 @@ def now() -> str:
 
 def own_rules(config: RunConfig) -> Iterator[str]:
     """Names of the run's rules that are not this library's, or are no more what they are there."""
-    for name in dict.fromkeys(phase.sparsity.rule for phase in config.phases.values()):
-        if RULES.get(name) is not OWN_RULES.get(name):
-            yield name
+    yield from filter(is_own, dict.fromkeys(phase.sparsity.rule for phase in config.phases.values()))
 
 
-def code_files(config: RunConfig, file: Path | None) -> dict[str, Path]:
+def is_own(rule: str) -> bool:
+    """Whether a rule is not this library's, or no more what it is there."""
+    return RULES.get(rule) is not OWN_RULES.get(rule)
+
+
+def code_files(config: RunConfig, file: Path | str) -> dict[str, Path]:
     """The experiment file, and those in which the rules of its own are, by name."""
-    functions = [function for name in own_rules(config) for function in RULES[name] if callable(function)]
-    defined = (getattr(inspect.unwrap(function), "__code__", None) for function in functions)
-    sources = {Path(code.co_filename) for code in defined if code is not None}
-    package = Path(__file__).parents[1]
-    own = [path for path in sorted(sources) if path.suffix == ".py" and path.is_file() and package not in path.parents]
-    return {path.name: path for path in itertools.chain(own, [file] if file else [])}
+    found = (_file_of(part) for name in own_rules(config) for part in RULES[name])
+    own = sorted({path for path in found if path is not None and PACKAGE not in path.parents})
+    return {path.name: path for path in itertools.chain(own, [Path(file)] if file else [])}
 
 
-def fingerprint_of_code(path: Path) -> str:
+def _file_of(part: Any) -> Path | None:
+    """Where a function is written; None of what is no function, or written in no file, as in a notebook."""
+    path = Path((written_in(part) or ("",))[0])
+    return path if path.suffix == ".py" and path.is_file() else None
+
+
+def _called(part: Any) -> str:
+    if isinstance(part, functools.partial):
+        return f"{_called(part.func)} {part.args} {part.keywords}"
+    return str(part.__qualname__)
+
+
+def fingerprint_of_rule(name: str, code: Mapping[str, Source]) -> str:
+    """Of a rule's numbers and of the files that its functions are in, or of the functions alone where those are in none."""
+
+    def said(part: Any) -> str:
+        path = _file_of(part)
+        if not callable(part):
+            return repr(part)
+        if path is not None and PACKAGE in path.parents:
+            return _called(part)
+        if path is not None:
+            content = code[path.name].content if path.name in code else path.read_bytes()
+            return f"{_called(part)} {fingerprint_of_code(content)}"
+        try:
+            return fingerprint_of_code(inspect.getsource(part).encode())
+        except (OSError, TypeError):
+            return type(part).__qualname__
+
+    return hashlib.sha256("\n".join(map(said, RULES[name])).encode()).hexdigest()
+
+
+def fingerprint_of_code(content: bytes) -> str:
     """Of what a file does: its comments, docstrings and layout left out; of its bytes where it is no Python."""
-    content = path.read_bytes()
     try:
         tree = ast.parse(content)
     except (SyntaxError, ValueError):
