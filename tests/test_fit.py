@@ -146,7 +146,9 @@ def test_runs_are_set_beside_each_other(whole, tmp_path):
     shutil.copytree(whole[0], tmp_path / "copy")
     compare.run(Request(Path(), output=tmp_path / "there", runs=(whole[0], tmp_path / "copy")))
     header, *_ = (tmp_path / "there" / "compare.md").read_text().splitlines()
-    assert header.startswith("| run | status | validation loss | time (s) | parameters | highest sparsity |")
+    assert header.startswith(
+        "| run | status | validation loss | training steps | wall-clock time (s) | parameters | highest sparsity |"
+    )
     page = (tmp_path / "there" / "report.html").read_text().replace("\N{NO-BREAK SPACE}", " ")
     assert re.findall(r">(step|training [^<]*)</text>", page) == ["step"]
     assert "by the steps of each run by itself" in page
