@@ -70,6 +70,31 @@ def test_a_program_for_gpus_is_read():
     assert [i.seconds for _, i in executed(items) if i.seconds] == pytest.approx([2.5e-6, 40e-6])
 
 
+def kernel(result: str, left: str, right: str) -> str:
+    """A program of one of our kernels, as it is compiled for Hopper."""
+    return f"""ENTRY %main (p0: {left}, p1: {right}, p2: s32[6]) -> {result} {{
+  %p0 = {left}{{1,0}} parameter(0)
+  %p1 = {right}{{2,1,0}} parameter(1)
+  %p2 = s32[6]{{0}} parameter(2)
+  ROOT %mpmd_map.1 = {result} custom-call(%p0, %p1, %p2), custom_call_target="mosaic_gpu_v2", \
+operand_layout_constraints={{{left}{{1,0}}, {right}{{2,1,0}}, s32[6]{{0}}}}, backend_config={{module = "ML\\0A"}}
+}}
+"""
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        kernel("bf16[256,192]", "bf16[256,128]", "bf16[6,64,64]"),  # the product, and the input gradient
+        kernel("bf16[6,64,64]", "bf16[256,128]", "bf16[256,192]"),  # the weight gradient
+    ],
+)
+def test_our_kernels_for_hopper_are_counted_as_products_of_live_blocks(program):
+    (item,) = read_program(program)
+    assert (item.flops, item.kernel) == (2 * 256 * 6 * 64 * 64, "")
+    assert HOST.compute_seconds(item) == item.flops / (PRODUCT_SHARE * 989e12)
+
+
 def test_times_of_a_program_for_gpus():
     times = estimate(read_program(PROGRAM), HOST, lambda kernel: HOST.attention_seconds(kernel, "causal", 1))
     attention = 2 * 2 * 2 * 2 * 128 * (256 * 257 // 2) / (CUDNN_SHARE * 989e12)

@@ -103,7 +103,7 @@ def mosaic_weight_gradient(x_NP: jax.Array, dy_NQ: jax.Array, idx_JK: jax.Array,
         return 0, N // TILE
 
     def read(at: _Place, step: jax.Array, idx_ref: Any) -> tuple[Any, Any]:
-        block, row, column = at
+        row, column, block = at
         tokens = _cut(step, TILE)
         return (
             (tokens, _cut(row, tile, idx_ref[block] * b)),
@@ -111,9 +111,10 @@ def mosaic_weight_gradient(x_NP: jax.Array, dy_NQ: jax.Array, idx_JK: jax.Array,
         )
 
     def write(at: _Place) -> Any:
-        return at[0], _cut(at[1], tile), _cut(at[2], tile)
+        return at[2], _cut(at[0], tile), _cut(at[1], tile)
 
-    plan = _Plan((J * K, b // tile, b // tile), (tile, tile), (True, False), steps, read, write)
+    # The last of a grid counts to 2^31, the others to 65,535.
+    plan = _Plan((b // tile, b // tile, J * K), (tile, tile), (True, False), steps, read, write)
     found = _call("block_weight_gradient", plan, (x_NP, dy_NQ), (idx_JK.reshape(-1),), (J * K, b, b))
     return found.reshape(J, K, b, b)
 
