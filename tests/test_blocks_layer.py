@@ -11,13 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, PartitionSpec, use_abstract_mesh
+from tiny import needs_mosaic
 
 from spdf_jax.errors import InputError
 from spdf_jax.model.linear import Linear
 from spdf_jax.ops.block_linear import _choose, block_linear, live_inputs
 from spdf_jax.sparsity.blocks import expand
-
-needs_mosaic = pytest.mark.skipif(jax.__version_info__ < (0, 12), reason="the kernels for Hopper GPUs are for JAX 0.12")
 
 
 def normal(seed, *shape, dtype=jnp.float32):
