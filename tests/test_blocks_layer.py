@@ -113,6 +113,14 @@ def test_the_hopper_kernels_interpreted(B, T, b, inputs, outputs, live):
     assert_close(ours, dense_under_mask(*args), 2**-8)
 
 
+@needs_mosaic
+@pytest.mark.slow
+def test_the_hopper_kernels_where_integers_are_wide():
+    args = problem(0, 1, 64, 64, 3, 2, 1, jnp.bfloat16)
+    with jax.enable_x64(True):
+        assert_close(by_blocks(*args, "mosaic"), dense_under_mask(*args), 2**-8)
+
+
 @pytest.mark.parametrize(
     ("kind", "backend"),
     [

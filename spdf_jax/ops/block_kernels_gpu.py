@@ -234,7 +234,7 @@ def _call(
                     following = step + _STAGES - 1
                     pl.when(following < count)(functools.partial(fetch, following))
 
-                lax.fori_loop(0, count, add, None)
+                lax.fori_loop(jnp.int32(0), jnp.int32(count), add, None)
                 plgpu.wgmma_wait(0)
                 return sum_ref[...]
 
