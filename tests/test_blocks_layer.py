@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, PartitionSpec, use_abstract_mesh
+from tiny import needs_mosaic
 
 from spdf_jax.errors import InputError
 from spdf_jax.model.linear import Linear
-from spdf_jax.ops.block_linear import block_linear, live_inputs
+from spdf_jax.ops.block_linear import _choose, block_linear, live_inputs
 from spdf_jax.sparsity.blocks import expand
 
 
@@ -95,6 +96,67 @@ def test_the_tpu_kernels_in_bfloat16():
     assert_close(ours, dense_under_mask(*args), 1e-2)
 
 
+@needs_mosaic
+@pytest.mark.parametrize(
+    ("B", "T", "b", "inputs", "outputs", "live"),
+    [
+        (1, 64, 64, 3, 2, 1),  # an input block that nothing reads
+        pytest.param(3, 64, 128, 2, 3, 2, marks=pytest.mark.slow),
+        pytest.param(2, 64, 192, 3, 2, 2, marks=pytest.mark.slow),  # blocks of several tiles
+        pytest.param(1, 384, 64, 4, 5, 3, marks=pytest.mark.slow),  # more steps than stages
+    ],
+)
+def test_the_hopper_kernels_interpreted(B, T, b, inputs, outputs, live):
+    args = problem(0, B, T, b, inputs, outputs, live, jnp.bfloat16)
+    ours = by_blocks(*args, "mosaic")  # which raises where threads and copies race
+    assert {a.dtype for a in ours} == {jnp.dtype(jnp.bfloat16)}
+    assert_close(ours, dense_under_mask(*args), 2**-8)
+
+
+@needs_mosaic
+@pytest.mark.slow
+def test_the_hopper_kernels_where_integers_are_wide():
+    args = problem(0, 1, 64, 64, 3, 2, 1, jnp.bfloat16)
+    with jax.enable_x64(True):
+        assert_close(by_blocks(*args, "mosaic"), dense_under_mask(*args), 2**-8)
+
+
+@pytest.mark.parametrize(
+    ("kind", "backend"),
+    [
+        ("NVIDIA H100 80GB HBM3", "mosaic"),
+        ("NVIDIA H200", "mosaic"),
+        ("NVIDIA GH200 480GB", "mosaic"),
+        ("NVIDIA A100-SXM4-80GB", "gather"),
+        ("NVIDIA B200", "gather"),
+        ("Hopper H100", "gather"),
+    ],
+)
+def test_auto_takes_the_hopper_kernels_on_hopper_alone(monkeypatch, kind, backend):
+    monkeypatch.setattr(jax, "__version_info__", (0, 12, 0))
+    for auto, tokens, side, dtype in (
+        (backend, 128, 64, jnp.bfloat16),
+        ("gather", 96, 64, jnp.bfloat16),
+        ("gather", 128, 32, jnp.bfloat16),
+        ("gather", 128, 64, jnp.float32),
+    ):
+        with use_abstract_mesh(AbstractMesh((2,), ("data",), abstract_device=AbstractDevice(kind, 132, "gpu"))):
+            assert _choose("auto", tokens, side, jnp.dtype(dtype)) == auto
+            if auto == "gather":
+                with pytest.raises(InputError, match=f"'mosaic' cannot compute blocks of {side} on {tokens} tokens"):
+                    _choose("mosaic", tokens, side, jnp.dtype(dtype))
+    assert _choose("auto", 128, 64, jnp.dtype(jnp.bfloat16)) == "loop"
+
+
+def test_versions_of_jax_that_the_hopper_kernels_were_not_written_for_go_without(monkeypatch):
+    monkeypatch.setattr(jax, "__version_info__", (0, 11, 9))
+    mesh = AbstractMesh((2,), ("data",), abstract_device=AbstractDevice("NVIDIA H100", 132, "gpu"))
+    with use_abstract_mesh(mesh):
+        assert _choose("auto", 128, 64, jnp.dtype(jnp.bfloat16)) == "gather"
+        with pytest.raises(InputError, match=r"in bfloat16, on a Hopper GPU, by JAX 0\.12 or later: use 'auto'"):
+            _choose("mosaic", 128, 64, jnp.dtype(jnp.bfloat16))
+
+
 @pytest.mark.parametrize("backend", ["loop", "gather"])
 def test_bfloat16_keeps_its_dtype_and_sums_wide(backend):
     args = problem(0, 1, 8, 4, 2, 16, 2, jnp.bfloat16)  # 16 output blocks add up in every input's gradient
@@ -165,7 +227,11 @@ def test_live_inputs_rise_in_every_column():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"backend": "cuda"}, r"backend 'cuda' is unknown: use one of auto, loop, gather, pallas"),
+        ({"backend": "cuda"}, r"backend 'cuda' is unknown: use one of auto, loop, gather, mosaic, pallas"),
+        (
+            {"backend": "mosaic"},
+            r"backend 'mosaic' cannot compute blocks of 4 on 6 tokens a device in float32, which must be",
+        ),
         ({"backend": "pallas"}, r"backend 'pallas' cannot compute blocks of 4 on 6 tokens a device"),
         ({"x_BTP": jnp.ones((1, 6, 10))}, r"do not fit inputs of width 10: they must be \[J, K, b, b\]"),
         ({"idx_JK": jnp.zeros((3, 1), int)}, r"data \(3, 2, 4, 4\) and idx \(3, 1\) do not fit"),

@@ -1,11 +1,14 @@
 """Plans for GPUs: names, the words of the compiler, times, refusals; slowly, real ones for a small model."""
 
 import importlib.metadata
+import json
 import re
+import subprocess
+import sys
 
 import pytest
-from test_pod_plan import plans, refusal, refusals, tiny
-from tiny import needs_plan_gpu
+from test_pod_plan import ROOT, plans, refusal, refusals, tiny
+from tiny import as_users, needs_plan_gpu
 
 import spdf_jax as spdf
 from spdf_jax.planning.gpu import CUDNN_SHARE, KINDS, PRODUCT_SHARE, START_SECONDS, GpuPod, gpu_pod, target_config
@@ -65,6 +68,31 @@ def test_a_program_for_gpus_is_read():
     ]
     # Of a product the time to move its data, of anything else the time that could be reached.
     assert [i.seconds for _, i in executed(items) if i.seconds] == pytest.approx([2.5e-6, 40e-6])
+
+
+def kernel(result: str, left: str, right: str) -> str:
+    """A program of one of our kernels, as it is compiled for Hopper."""
+    return f"""ENTRY %main (p0: {left}, p1: {right}, p2: s32[6]) -> {result} {{
+  %p0 = {left}{{1,0}} parameter(0)
+  %p1 = {right}{{2,1,0}} parameter(1)
+  %p2 = s32[6]{{0}} parameter(2)
+  ROOT %mpmd_map.1 = {result} custom-call(%p0, %p1, %p2), custom_call_target="mosaic_gpu_v2", \
+operand_layout_constraints={{{left}{{1,0}}, {right}{{2,1,0}}, s32[6]{{0}}}}, backend_config={{module = "ML\\0A"}}
+}}
+"""
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        kernel("bf16[256,192]", "bf16[256,128]", "bf16[6,64,64]"),  # the product, and the input gradient
+        kernel("bf16[6,64,64]", "bf16[256,128]", "bf16[256,192]"),  # the weight gradient
+    ],
+)
+def test_our_kernels_for_hopper_are_counted_as_products_of_live_blocks(program):
+    (item,) = read_program(program)
+    assert (item.flops, item.kernel) == (2 * 256 * 6 * 64 * 64, "")
+    assert HOST.compute_seconds(item) == item.flops / (PRODUCT_SHARE * 989e12)
 
 
 def test_times_of_a_program_for_gpus():
@@ -206,6 +234,52 @@ def test_a_small_model_is_planned_for_gpus_that_are_not_there():
     assert "times                 none: XLA makes no statistics for this GPU" in old
     waited = [float(re.search(r"of the (\S+) that they take", said)[1]) for said in (plain, hosts)]
     assert waited[0] < waited[1], "between hosts it takes longer"
+
+
+KERNELS = """
+import json, sys
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from spdf_jax.ops.block_linear import block_linear
+from spdf_jax.planning.gpu import gpu_pod
+
+
+def both_ways(x_BTP, data_JKbb, idx_JK, dy_BTQ):
+    y_BTQ, pullback = jax.vjp(lambda x, data: block_linear(x, data, idx_JK), x_BTP, data_JKbb)
+    return y_BTQ, *pullback(dy_BTQ)
+
+
+texts = []
+for pod, b in json.loads(sys.argv[1]):
+    devices = np.array(gpu_pod(pod).devices())
+    mesh = Mesh(devices.reshape(-1, min(2, devices.size)), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    shapes = {(2, 192, 3 * b): jnp.bfloat16, (4, 2, b, b): jnp.bfloat16, (4, 2): jnp.int32, (2, 192, 4 * b): jnp.bfloat16}
+    placed = NamedSharding(mesh, PartitionSpec())
+    args = [jax.ShapeDtypeStruct(shape, dtype, sharding=placed) for shape, dtype in shapes.items()]
+    with jax.set_mesh(mesh):
+        texts.append(jax.jit(both_ways).lower(*args).compile().as_text())
+print(json.dumps(texts))
+"""
+
+
+@pytest.mark.slow
+@needs_plan_gpu
+def test_live_blocks_are_compiled_by_our_kernels_for_hopper_and_gathered_elsewhere():
+    asked = [("h100:1", 64), ("h100:1", 128), ("h200:1", 192), ("h100:4", 64), ("a100:1", 64), ("b200:1", 64)]
+    command = [sys.executable, "-c", KERNELS, json.dumps(asked)]
+    environment = as_users() | {"JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    kernels = ["block_input_gradient", "block_product", "block_weight_gradient"]
+    for (pod, b), text in zip(asked, json.loads(done.stdout), strict=True):
+        found = sorted(re.findall(r'custom_call_target="mosaic_gpu.*op_name="[^"]*/(block_\w+)/', text))
+        products = re.search(r" dot\(|__cublas", text)
+        if pod.startswith("h"):
+            assert (found, products) == (kernels, None), (pod, b)
+            devices = HOST.size if pod == "h100:4" else 1
+            assert matrix_flops(read_program(text)) == 3 * 2 * 384 * 4 * 2 * b * b // devices
+        else:
+            assert (found, bool(products)) == ([], True), (pod, b)
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import needs_mosaic
 
 import spdf_jax as spdf
 from spdf_jax.data import Batch
@@ -69,7 +70,13 @@ def test_gradients_in_bfloat16_are_those_in_float64_whatever_number_of_tokens_th
 
 
 @pytest.mark.parametrize(
-    ("backend", "side"), [("loop", 16), ("gather", 16), pytest.param("pallas", 128, marks=pytest.mark.slow)]
+    ("backend", "side"),
+    [
+        ("loop", 16),
+        ("gather", 16),
+        pytest.param("mosaic", 64, marks=[pytest.mark.slow, needs_mosaic]),
+        pytest.param("pallas", 128, marks=pytest.mark.slow),
+    ],
 )
 def test_gradients_of_live_blocks_in_bfloat16_are_sums_in_float32(backend, side):
     rng = np.random.default_rng(0)

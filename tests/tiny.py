@@ -134,6 +134,8 @@ needs_plan_gpu = pytest.mark.skipif(
     importlib.util.find_spec("jax_cuda13_plugin") is None,
     reason="compiling for a GPU needs NVIDIA's compiler: pip install -e '.[plan_gpu]'",
 )
+#: Of tests that interpret the kernels for Hopper GPUs, see `mosaic_fits` of `spdf_jax.ops.block_kernels_gpu`.
+needs_mosaic = pytest.mark.skipif(jax.__version_info__ < (0, 12), reason="the kernels for Hopper GPUs are for JAX 0.12")
 
 
 def die() -> None:

@@ -10,6 +10,7 @@ backend    target    computes
 =========  ========  ======================================================================================
 ``loop``   CPU       one output block after the other: what it reads is gathered while it is in the cache
 ``gather`` GPU       all output blocks in one batched product, of K / I times as many copies of x as there are blocks
+``mosaic`` Hopper    the kernels of `spdf_jax.ops.block_kernels_gpu`: bfloat16, blocks of a multiple of 64, tokens too
 ``pallas`` TPU       the kernels of `spdf_jax.ops.block_kernels`: blocks of a multiple of 128, tokens too
 =========  ========  ======================================================================================
 
@@ -28,9 +29,16 @@ from jax.sharding import PartitionSpec
 
 from spdf_jax.errors import InputError
 from spdf_jax.ops.block_kernels import LANES, pallas_input_gradient, pallas_product, pallas_weight_gradient
+from spdf_jax.ops.block_kernels_gpu import (
+    TILE,
+    mosaic_fits,
+    mosaic_input_gradient,
+    mosaic_product,
+    mosaic_weight_gradient,
+)
 from spdf_jax.sharding import split_over_mesh, target_platform
 
-BACKENDS = ("auto", "loop", "gather", "pallas")
+BACKENDS = ("auto", "loop", "gather", "mosaic", "pallas")
 #: Name of a linear layer's output, for `jax.checkpoint_policies`.
 BLOCK_OUTPUT = "block_linear_output"
 
@@ -69,7 +77,7 @@ def block_linear(x_BTP: jax.Array, data_JKbb: jax.Array, idx_JK: jax.Array, *, b
     tokens = B * T
     for axis in batch_axes:
         tokens //= mesh.shape[axis]
-    backend = _choose(backend, tokens, b)
+    backend = _choose(backend, tokens, b, x_BTP.dtype)
     product = functools.partial(_product, backend)
     if not mesh.empty and mesh.size > 1:
         # Left to itself the compiler would sum every block's gradient over the devices by itself, and cannot split a kernel.
@@ -96,26 +104,38 @@ def live_inputs(live_IJ: jax.Array, count: int) -> jax.Array:
     return jnp.argmax(found_IJK, axis=0).astype(jnp.int32)
 
 
-def _choose(backend: str, tokens: int, side: int) -> str:
+def _choose(backend: str, tokens: int, side: int, dtype: Any) -> str:
     if backend not in BACKENDS:
         raise InputError(f"block_linear: backend {backend!r} is unknown: use one of {', '.join(BACKENDS)}")
-    aligned = side % LANES == 0 and tokens % LANES == 0
-    if backend == "pallas" and not aligned:
+    fits = {
+        "mosaic": mosaic_fits(tokens, side, dtype),
+        "pallas": side % LANES == 0 and tokens % LANES == 0,
+    }
+    if not fits.get(backend, True):
+        asked = {
+            "mosaic": f"multiples of {TILE}, in bfloat16, on a Hopper GPU, by JAX 0.12 or later",
+            "pallas": f"multiples of {LANES}",
+        }
         raise InputError(
-            f"block_linear: backend 'pallas' cannot compute blocks of {side} on {tokens} tokens a device, which must be "
-            f"multiples of {LANES}: use 'auto'"
+            f"block_linear: backend {backend!r} cannot compute blocks of {side} on {tokens} tokens a device in {dtype}, which "
+            f"must be {asked[backend]}: use 'auto'"
         )
     if backend != "auto":
         return backend
+    platform = target_platform()
     # Without a mesh to split it by hand, a Pallas kernel runs on one device only.
     one_device = not jax.sharding.get_abstract_mesh().empty or jax.device_count() == 1
-    fastest = {"cpu": "loop", "tpu": "pallas" if aligned and one_device else "gather"}
-    return fastest.get(target_platform(), "gather")
+    kernel = {"gpu": "mosaic", "tpu": "pallas"}.get(platform, "")
+    if one_device and fits.get(kernel):
+        return kernel
+    return "loop" if platform == "cpu" else "gather"
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _product(backend: str, x_BTP: jax.Array, data_JKbb: jax.Array, idx_JK: jax.Array) -> jax.Array:
-    forward = {"loop": _loop_forward, "gather": _gather_forward, "pallas": pallas_product}[backend]
+    forward = {
+        "loop": _loop_forward, "gather": _gather_forward, "mosaic": mosaic_product, "pallas": pallas_product
+    }[backend]  # fmt: skip
     x_NP = x_BTP.reshape(-1, x_BTP.shape[-1])
     return forward(x_NP, data_JKbb, idx_JK).reshape(*x_BTP.shape[:-1], -1)
 
@@ -131,6 +151,9 @@ def _product_backward(backend: str, saved: Any, dy_BTQ: jax.Array) -> tuple[jax.
         dx_NP, ddata_JKbb = _loop_backward(x_NP, data_JKbb, idx_JK, dy_NQ)
     elif backend == "gather":
         dx_NP, ddata_JKbb = _gather_backward(x_NP, data_JKbb, idx_JK, dy_NQ)
+    elif backend == "mosaic":
+        dx_NP = mosaic_input_gradient(dy_NQ, data_JKbb, idx_JK, x_NP.shape[1])
+        ddata_JKbb = mosaic_weight_gradient(x_NP, dy_NQ, idx_JK, data_JKbb.shape[2])
     else:
         dx_NP = pallas_input_gradient(dy_NQ, data_JKbb, idx_JK, x_NP.shape[1])
         ddata_JKbb = pallas_weight_gradient(x_NP, dy_NQ, idx_JK, data_JKbb.shape[2])

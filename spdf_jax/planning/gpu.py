@@ -7,7 +7,8 @@ which are those of its first tiles, do not count. The estimate of time is a mode
 of it:
 
 - what computes takes the time in XLA's statistics, mostly that of the bytes that it moves; matrix products run at
-  `PRODUCT_SHARE` of the peak, if moving their bytes takes no longer. To start a kernel takes no time;
+  `PRODUCT_SHARE` of the peak, if moving their bytes takes no longer, those of live blocks by our kernels without that
+  condition. To start a kernel takes no time;
 - cuDNN's attention runs at `CUDNN_SHARE` of the peak on the positions that it visits;
 - a collective takes `START_SECONDS`, and sends as NCCL's rings do: within a host at the links' full speed, between hosts at
   that of one network card for each of a host's GPUs that takes part.

@@ -122,7 +122,7 @@ def executed_collectives(items: Items, times: int = 1) -> Iterator[tuple[int, Co
 
 
 def matrix_flops(items: Items) -> int:
-    """FLOPs of all matrix products outside of kernels."""
+    """FLOPs of all matrix products outside of the instructions with a `kernel`: our kernels' for GPUs are among them."""
     return sum(times * instruction.flops for times, instruction in executed(items))
 
 
@@ -174,7 +174,7 @@ class _Reader:
                 waited_for = (
                     self._parts(computation, self._start(computation, line)) if line.opcode == "call-done" else ()
                 )
-                flops = sum(self._flops(where, part) for where, part in parts if part.opcode in ("convolution", "dot"))
+                flops = sum(self._flops(where, part) for where, part in parts if _multiplies(part))
                 microseconds = (_MOVING_MICROSECONDS if flops else _MICROSECONDS).search(line.rest)
                 found = Instruction(
                     int(cycles[1]) if cycles else 0,
@@ -231,7 +231,11 @@ class _Reader:
         return Collective(kind, size, _group(part.rest), key)
 
     def _flops(self, computation: str, line: _Line) -> int:
-        """Of a product, or of a convolution, which is what every product becomes on a TPU."""
+        """Of a product, of a convolution, which is what every product becomes on a TPU, or of our kernels for GPUs."""
+        if line.opcode == "custom-call":
+            tokens = _dimensions(self._shape(computation, line.operands[0]))[0]
+            shapes = (_dimensions(shape) for shape in (self._shape(computation, line.operands[1]), line.shape))
+            return 2 * tokens * next(math.prod(shape) for shape in shapes if len(shape) == 3)  # the live blocks
         if line.opcode == "dot":
             factor = _dimensions(self._shape(computation, line.operands[0]))
             summed = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", line.rest)
@@ -287,6 +291,10 @@ def _closing(text: str) -> int:
 
 def _kind(opcode: str) -> str:
     return next((kind for kind in KINDS if re.fullmatch(f"{kind}(-start|-done)?", opcode)), "")
+
+
+def _multiplies(line: _Line) -> bool:
+    return line.opcode in ("convolution", "dot") or 'custom_call_target="mosaic_gpu' in line.rest
 
 
 def _kernel(line: _Line) -> tuple[str, tuple[tuple[int, ...], ...]]:
