@@ -199,9 +199,8 @@ def _loop_backward(
     """Gradients of x_NP, in float32 or wider, and of data_JKbb."""
     J, K, b, _ = data_JKbb.shape
     N, P = x_NP.shape
-    x_IbN = copied_transpose(x_NP).reshape(
-        -1, b, N
-    )  # a sum over tokens is twice as fast from features that lie in a row
+    # A sum over tokens is twice as fast from features that lie in a row.
+    x_IbN = copied_transpose(x_NP).reshape(-1, b, N)
     wide = jnp.promote_types(x_NP.dtype, jnp.float32)
 
     def column(dx_NP: jax.Array, block: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
