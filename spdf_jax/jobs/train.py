@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,12 +24,13 @@ from spdf_jax.planning.describe import describe
 from spdf_jax.processes import device_name
 from spdf_jax.sharding import batch_devices, make_mesh
 from spdf_jax.training.checkpoint import Checkpoints, DamagedCheckpointError
+from spdf_jax.training.clock import Clock
 from spdf_jax.training.early_stopping import best_evaluation, of_phase
 from spdf_jax.training.feed import Feed, load_data, make_feed
 from spdf_jax.training.loop import Run, run_phase
-from spdf_jax.training.metrics import Tracker
+from spdf_jax.training.metrics import Tracker, last_alive
 from spdf_jax.training.phases import PhasePlan, make_plan, recorded_cost
-from spdf_jax.training.provenance import Source, check_same_code, read_code, record_start
+from spdf_jax.training.provenance import Source, check_same_code, lives, read_code, record_start
 from spdf_jax.training.restore import (
     check_same_data,
     check_same_origin,
@@ -101,7 +101,7 @@ def train_with(
     announce: bool = False,
 ) -> dict[str, Any]:
     """`train` with `spdf_jax.training.provenance.read_code` as it was at the start; `announce`: print the run's plan first."""
-    mesh = make_mesh(config.mesh)
+    clock, mesh = Clock(), make_mesh(config.mesh)
     check_devices(config, batch_devices(mesh))
     processes.agree("config", json.dumps(config.as_dict()), "start all of them with the same command and files")
     plans = make_plan(config)
@@ -125,6 +125,8 @@ def train_with(
                 return _nothing_to_do(workdir, finished)
             step = int(state.step)
             _keep_identity(config, workdir, command, tokenizer, new=step == 0)
+            earlier = lives(workdir, last_alive(workdir))  # before the rows after the checkpoint are dropped
+            clock.go_on(record, earlier)
             rows = record.get("rows")
             tracker = Tracker(workdir, resume_step=step, total_steps=plans[-1].end, progress=progress, durable=rows)
             if announce:  # nothing refuses the run any more
@@ -143,12 +145,12 @@ def train_with(
                 best=best,
                 tracker=tracker,
                 total=recorded_cost(record, plans, step),
-                seconds=record["seconds"],
+                clock=clock,
                 evaluations=recorded_evaluations(workdir, step, record) if step else {},
                 step=step,
                 write_page=live_page(workdir, tracker).update,
             )
-            record_start(config, workdir, code, command, step)
+            record_start(config, workdir, code, command, step, [*earlier, [clock.begun, clock.begun]])
             return _run_phases(config, run, index, state, tokens)
 
 
@@ -191,7 +193,7 @@ def _first_state(
         before = cost_before(source) if source else None
         state = first_state(config, plans[0], mesh, source)
         origin = {"fingerprint": fingerprint(state), "before": before} if source else {}
-        return state, 0, {"seconds": 0.0, "origin": origin}
+        return state, 0, {"origin": origin}
     try:
         record = checkpoints.record()
         if "init_from" in moved:
@@ -244,7 +246,7 @@ def _go_back_for_best(
 def _finish(config: RunConfig, run: Run, step: int, tokens: TokenData | None) -> dict[str, Any]:
     run.checkpoints.wait()
     last = run.plans[-1]
-    seconds = run.seconds + time.perf_counter() - run.clock
+    run.clock.spent("saving")
     losses = of_phase(run.evaluations, last.name)
     result = best_evaluation(losses) if last.config.patience_evaluations else max(losses)
     summary: dict[str, Any] = {
@@ -257,8 +259,9 @@ def _finish(config: RunConfig, run: Run, step: int, tokens: TokenData | None) ->
         "initial_val_loss": next(iter(run.evaluations.values())),
         "sparsity": last.programme.sparsity(step - last.start),
         "flops_reduction": run.total.dense_flops / run.total.train_flops,
-        "tokens_per_second": run.total.tokens / seconds,
-        "wall_seconds": seconds,
+        "tokens_per_second": run.total.tokens / run.clock.of_the_result,
+        "wall_seconds": run.clock.of_the_result,
+        "seconds": run.clock.rounded(),
         "device": device_name(),
         "parameters": parameter_count(config.model),
         "rows": run.tracker.make_durable(),

@@ -32,6 +32,7 @@ from spdf_jax.report.words import (
     unit,
     when,
 )
+from spdf_jax.training.clock import NOT_OF_THE_RESULT, PARTS
 from spdf_jax.training.provenance import now
 
 _SCORES_IN_VERDICT = ("bleu", "rouge_l", "nist", "perplexity_per_byte")
@@ -185,7 +186,7 @@ def _number_lines(run: Run) -> Iterator[tuple[str, str, str]]:
         "steps": ("Training steps", lambda v: f"{v:,}", _steps_remark(run)),
         "parameters": ("Parameters", lambda v: f"{v:,}", zeros),
         "tokens_per_second": ("Throughput", lambda v: f"{v:,.0f} tokens/s", _rate_remark(run)),
-        "wall_seconds": ("Wall-clock time", duration, "measured; compilation, evaluations and saving included"),
+        "wall_seconds": ("Wall-clock time", duration, _time_remark(run)),
         "device": ("Device", str, ""),
     }
     hidden: tuple[str, ...] = ("sparsity", "dense_flops", "flops_reduction") if run.is_dense else ()
@@ -233,6 +234,13 @@ def _rate_remark(run: Run) -> str:
     return f"measured{last}, evaluations left out"
 
 
+def _time_remark(run: Run) -> str:
+    """What is in the wall-clock time."""
+    left_out = sum(run.numbers.get("seconds", {}).get(part, 0.0) for part in NOT_OF_THE_RESULT)
+    lost = f"; {duration(left_out)} of restarts are not" if left_out else ""
+    return f"measured; compilation, evaluations and saving included{lost}"
+
+
 def _padded(run: Run) -> bool:
     return run.numbers.get("padded_tokens", 0) > run.numbers.get("tokens", 0)
 
@@ -249,6 +257,30 @@ def _stopped_early(run: Run) -> bool:
     """The best evaluation was not the last."""
     rows = run.evaluation_rows
     return "best_step" in run.numbers and bool(rows) and run.numbers["best_step"] < rows[-1]["step"]
+
+
+def time_parts(run: Run) -> Panel | None:
+    """Where the wall-clock time went; None where it was not recorded."""
+    parts: dict[str, float] = run.numbers.get("seconds", {})
+    total = sum(parts.values())
+    if not total:
+        return None
+    rows = [(*PARTS.get(part, (part, "")), parts[part]) for part in dict.fromkeys([*PARTS, *parts]) if part in parts]
+    lines = [
+        (
+            name,
+            duration(seconds) if seconds >= 10 else f"{digits(seconds, 2)} s",
+            f"{100 * seconds / total:.1f} %: {what}",
+        )
+        for name, what, seconds in rows
+    ]
+    until = "the end" if run.is_finished else "the last evaluation"
+    caption = (
+        f"{duration(total)} from the first start to {until}. Steps are dispatched ahead of what they compute: each part is "
+        f"what the run waited for."
+    )
+    table = Table(("part", "seconds", "share"), [(name, seconds, seconds / total) for name, _, seconds in rows])
+    return Panel("Where the time went", Markup(_NUMBERS.render(lines=lines)), caption, wide=True, table=table)
 
 
 def run_again(run: Run) -> Panel | None:
@@ -297,6 +329,7 @@ _PANELS: tuple[Callable[[Run], Panel | None], ...] = (
     loss_by_step,
     loss_by_flops,
     loss_by_time,
+    time_parts,
     sparsity_by_step,
     churn_by_step,
     density_by_layer,

@@ -10,7 +10,7 @@ import inspect
 import itertools
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -83,7 +83,14 @@ def check_same_code(config: RunConfig, workdir: Path, code: Mapping[str, Source]
             )
 
 
-def record_start(config: RunConfig, workdir: Path, code: Mapping[str, Source], command: str, step: int) -> None:
+def record_start(
+    config: RunConfig,
+    workdir: Path,
+    code: Mapping[str, Source],
+    command: str,
+    step: int,
+    lives: Sequence[Sequence[float]] = (),
+) -> None:
     """Adds a start to ``provenance.json``; where it begins the run, keeps its code, too.
 
     Args:
@@ -91,8 +98,9 @@ def record_start(config: RunConfig, workdir: Path, code: Mapping[str, Source], c
       code: of `read_code`.
       command: as it was given; "" for a run from Python.
       step: after which the run goes on.
+      lives: see `lives`, with this start at their end.
     """
-    add_start(workdir, command, step, {name: fingerprint_of_rule(name, code) for name in own_rules(config)})
+    add_start(workdir, command, step, {name: fingerprint_of_rule(name, code) for name in own_rules(config)}, lives)
     if is_first() and not step:
         folder = workdir / CODE_FOLDER
         folder.mkdir(exist_ok=True)
@@ -103,7 +111,13 @@ def record_start(config: RunConfig, workdir: Path, code: Mapping[str, Source], c
                 path.unlink()
 
 
-def add_start(workdir: Path, command: str, step: int, rules: Mapping[str, str] | None = None) -> None:
+def add_start(
+    workdir: Path,
+    command: str,
+    step: int,
+    rules: Mapping[str, str] | None = None,
+    lives: Sequence[Sequence[float]] = (),
+) -> None:
     """Adds a start to ``provenance.json``: when, after which step, with which versions, which code its own `rules` have."""
     if not is_first():
         return
@@ -121,7 +135,26 @@ def add_start(workdir: Path, command: str, step: int, rules: Mapping[str, str] |
         "commit": commit(),
         "device": device_name(),
     } | ({"rules": rules} if rules else {})
-    write_json(path, {"starts": [*before, start]})
+    write_json(path, {"starts": [*before, start], "lives": lives})
+
+
+def lives(workdir: Path, last_alive: float) -> list[list[float]]:
+    """When each start so far began and when it was last alive, in seconds since 1970, those that saved nothing too.
+
+    Args:
+      workdir: of the run.
+      last_alive: of the last of them, see `spdf_jax.training.metrics.last_alive`.
+
+    Returns:
+      ``[[begun, last alive], ...]``; empty where no start is known of.
+    """
+    try:
+        found = [[float(begun), float(end)] for begun, end in read_json(workdir / PROVENANCE_FILE, "")["lives"]]
+    except (InputError, KeyError, TypeError, ValueError):  # a run of an older release, or damage
+        return []
+    if found:
+        found[-1][1] = max(found[-1][1], last_alive)
+    return found
 
 
 def record_failure(workdir: Path, step: int, why: str) -> None:
@@ -136,9 +169,9 @@ def record_failure(workdir: Path, step: int, why: str) -> None:
         return
     path = workdir / PROVENANCE_FILE
     with contextlib.suppress(InputError, KeyError, IndexError, TypeError, OSError):  # the failure may be the disk's
-        starts = read_json(path, "")["starts"]
-        starts[-1]["failure"] = {"step": step, "time": now(), "why": why}
-        write_json(path, {"starts": starts})
+        content = read_json(path, "")
+        content["starts"][-1]["failure"] = {"step": step, "time": now(), "why": why}
+        write_json(path, content)
 
 
 def now() -> str:
