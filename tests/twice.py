@@ -1,7 +1,7 @@
-"""A run of twelve steps that is killed at named steps and started again: ``python twice.py WORKDIR TEXT CACHE LOOP STEP ...``.
+"""A run of twelve steps that is killed at named steps and started again: ``python twice.py WORKDIR TEXT CACHE HOW STEP ...``.
 
 It forks a process a start, having imported everything and itself never used JAX. Each but the last dies by SIGKILL once it has
-logged the row of its step. LOOP is what the config's section ``loop`` has beside `short_run`'s, as JSON. Prints when each
+logged the row of its step. HOW are `short_run`'s settings, as JSON. Prints when each
 start was forked and when it was gone, in seconds since 1970.
 """
 
@@ -25,19 +25,20 @@ from spdf_jax.training.metrics import Tracker
 PAUSE_SECONDS = 1.0  # between a kill and the next start
 
 
-def short_run(text: Path, cache: Path, **how: object) -> RunConfig:
-    """One phase of 12 steps, logged each, evaluated every six, saved every three."""
+def short_run(text: Path, cache: Path, pretrain: dict | None = None, **loop: object) -> RunConfig:
+    """One phase of 12 steps, logged each, evaluated every six, saved every three, but for what `pretrain` and `loop` say."""
     c = tiny_config(text, cache)
     c.pretrain.steps, c.phases = 12, ("pretrain",)
-    c.loop.update({"checkpoint_every_steps": 3, "eval_every_steps": 6} | how)
+    c.loop.update({"checkpoint_every_steps": 3, "eval_every_steps": 6} | loop)
+    c.pretrain.update(pretrain or {})
     c.pretrain.sparsity.update(NO_WINDOW | {"update_every_steps": 3})
     del c.finetune
     return spdf.resolve(c)
 
 
-def killed_at(workdir: Path, text: Path, cache: Path, steps: list[int], **loop: object) -> list[list[float]]:
+def killed_at(workdir: Path, text: Path, cache: Path, steps: list[int], **how: object) -> list[list[float]]:
     """The run in `workdir`, from its first start to its end; when each start was forked and gone."""
-    command = [sys.executable, __file__, *map(str, (workdir, text, cache)), json.dumps(loop), *map(str, steps)]
+    command = [sys.executable, __file__, *map(str, (workdir, text, cache)), json.dumps(how), *map(str, steps)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout.splitlines()[-1])

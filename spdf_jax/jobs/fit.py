@@ -102,7 +102,7 @@ def fit(
     with made_workdir(workdir), lock(workdir), jax.set_mesh(mesh):
         has_begun(workdir)
         check_same_fit(run_is, workdir)
-        with opened(workdir, how.keep_checkpoints) as (checkpoints, _):
+        with opened(workdir, how) as (checkpoints, _):
             shardings = state_shardings(mesh, plan.tx, first)
             state, record = _newest(checkpoints, first, shardings)
             step = int(state.step)

@@ -117,7 +117,7 @@ def train_with(
         feeds = [make_feed(config, plan, tokens, tokenizer, mesh) for plan in plans]
         processes.agree("config.data", "".join(f.fingerprint for f in feeds), "give all of them the same data")
         stops_early = plans[-1].config.patience_evaluations > 0
-        with opened(workdir, config.loop.keep_checkpoints, best=stops_early) as (checkpoints, best):
+        with opened(workdir, config.loop, best=stops_early) as (checkpoints, best):
             if best:
                 _go_back_for_best(config, workdir, plans[-1], mesh, checkpoints, best)
             state, index, record = _first_state(config, workdir, feeds, plans, mesh, checkpoints, moved)
