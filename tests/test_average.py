@@ -24,6 +24,7 @@ from spdf_jax.sharding import make_mesh
 from spdf_jax.sparsity.block_topology import BlockGrid
 from spdf_jax.sparsity.blocks import expand_tree, init_topology, move_blocks, to_blocks
 from spdf_jax.training.average import AverageState, averaged, result_of
+from spdf_jax.training.metrics import read_metrics
 from spdf_jax.training.phases import make_plan
 from spdf_jax.training.restore import enter_phase, saved_run
 from spdf_jax.training.state import TrainState, as_masks, state_shardings
@@ -178,7 +179,8 @@ def test_a_run_is_judged_and_exported_by_its_average_and_resumes_to_the_same_bit
         c = short_run(text, text.parent / "cache", pretrain={"ema_decay": 0.8}, keep_checkpoints=1, keep_every_steps=6)
         summary = jobs.train(c, tmp_path / "whole", progress=False)
         saved = saved_run(tmp_path / "whole")
-        assert int(saved.state.opt_state.updates) == 12 - 3  # topology steps make none
+        moves = sum("density" in row for row in read_metrics(tmp_path / "whole"))
+        assert 0 < moves == 12 - int(saved.state.opt_state.updates)  # topology steps make none
         differing = 0
         for (name, weights), (_, average), (_, mask) in zip(
             *(named_leaves(tree) for tree in (saved.state.params, saved.result.params, saved.state.masks)), strict=True

@@ -72,6 +72,8 @@ class LoopConfig:
       eval_batch_size: sequences a validation batch.
       keep_checkpoints: how many of the newest stay.
       keep_every_steps: beside those, every checkpoint at a multiple of this stays; 0: none.
+      trackers: ``wandb``, ``mlflow``, ``trackio``, or several with commas between, which follow ``metrics.jsonl``. Each is an
+        extra of that name (``pip install -e '.[wandb]'``) and is set up by its own environment variables.
       watchdog_seconds: a command whose step, evaluation or save does not move for so long ends with 75, to be given again;
         compilation counts, too. 0: never.
       profile_steps: ``A:B`` leaves a profile of the steps after step A, up to step B, in ``profile/``; "" does not.
@@ -83,6 +85,7 @@ class LoopConfig:
     eval_batch_size: Count = 32
     keep_checkpoints: Count = 2
     keep_every_steps: CountOrZero = 0
+    trackers: Line = ""
     watchdog_seconds: CountOrZero = 600
     profile_steps: Line = ""
 
@@ -98,6 +101,11 @@ class LoopConfig:
                 f"loop.keep_every_steps: {self.keep_every_steps} must be a multiple of loop.checkpoint_every_steps, "
                 f"{self.checkpoint_every_steps}, as only what is saved can stay"
             )
+
+    @property
+    def tracker_names(self) -> list[str]:
+        """Of `trackers`."""
+        return [name.strip() for name in self.trackers.split(",") if name.strip()]
 
     @property
     def profiled_steps(self) -> range:

@@ -12,7 +12,7 @@ from spdf_jax import processes
 from spdf_jax.config.read import build_section
 from spdf_jax.config.run import LoopConfig
 from spdf_jax.errors import InputError
-from spdf_jax.jobs.pages import finished_page, last_page, live_page, write_run_page
+from spdf_jax.jobs.pages import finished_page, following, last_page, live_page, write_run_page
 from spdf_jax.processes import device_name
 from spdf_jax.sharding import MeshConfig, make_mesh
 from spdf_jax.sparsity.programme import Programme
@@ -26,6 +26,7 @@ from spdf_jax.training.phases import StepCost
 from spdf_jax.training.provenance import add_start, fingerprint_of_rule, is_own, lives
 from spdf_jax.training.resume import elsewhere, has_begun, opened, recorded_evaluations
 from spdf_jax.training.state import TrainState, state_shardings
+from spdf_jax.training.trackers import Followers, check_trackers
 from spdf_jax.workdir import CONFIG_FILE, SUMMARY_FILE, lock, made_workdir, read_json, write_json
 
 
@@ -93,13 +94,14 @@ def fit(
         raise InputError(f"fit: runs in one process, and this is one of {jax.process_count()}; start it alone")
     clock = Clock()
     workdir, how = Path(workdir).expanduser(), _loop_config(loop, validation is not None)
+    check_trackers(how.tracker_names)
     mesh = make_mesh(MeshConfig(data=devices))
     plan = own_plan(tx, params, programme, how.eval_every_steps if validation is not None else 0)
     with jax.set_mesh(mesh):
         first = own_state(plan, params, masks, jax.random.key(0) if key is None else key, mesh)
         feed = own_feed(loss_fn, params, batches, validation, mesh.size)
     run_is = identity(plan, feed, first, how)
-    with made_workdir(workdir), lock(workdir), jax.set_mesh(mesh):
+    with clock, made_workdir(workdir), lock(workdir), jax.set_mesh(mesh):
         has_begun(workdir)
         check_same_fit(run_is, workdir)
         with opened(workdir, how) as (checkpoints, _):
@@ -107,6 +109,7 @@ def fit(
             state, record = _newest(checkpoints, first, shardings)
             step = int(state.step)
             if summary := _finished(workdir, step):
+                Followers(workdir, how.tracker_names, summary["rows"]["bytes"], print).close(finished=True)
                 return state, summary
             if step:
                 print(f"{workdir}: resuming after step {step} of {plan.end}.{elsewhere(record)}", flush=True)
@@ -127,6 +130,7 @@ def fit(
                 checkpoints=checkpoints,
                 best=None,
                 tracker=tracker,
+                followers=Followers(workdir, how.tracker_names, (rows or {}).get("bytes", 0), tracker.message),
                 total=StepCost(),
                 clock=clock,
                 evaluations=recorded_evaluations(workdir, step, record) if step else {},
@@ -136,7 +140,7 @@ def fit(
             rule = programme.config.rule
             own = {rule: fingerprint_of_rule(rule, {})} if is_own(rule) else {}
             add_start(workdir, "", step, own, [*earlier, [clock.begun, clock.begun]])
-            with contextlib.closing(tracker), last_page(run):
+            with contextlib.closing(tracker), following(run), last_page(run):
                 state = run_phase(run, plan, state)
                 processes.beat(0, 0)
                 return state, _finish(run, state)
@@ -178,6 +182,7 @@ def _finished(workdir: Path, step: int) -> dict[str, Any] | None:
 
 def _finish(run: Run, state: TrainState) -> dict[str, Any]:
     run.checkpoints.wait()
+    run.followers.saved()
     run.clock.spent("saving")
     (plan,), step = run.plans, int(state.step)
     summary: dict[str, Any] = {"status": "finished", "experiment": PHASE, "variant": run.workdir.name, "steps": step}

@@ -17,7 +17,7 @@ from spdf_jax.data import TokenData, unigram_loss
 from spdf_jax.data.tokenizer import Tokenizer
 from spdf_jax.errors import InputError
 from spdf_jax.jobs import Request, keep_compiled
-from spdf_jax.jobs.pages import finished_page, last_page, live_page, write_run_page
+from spdf_jax.jobs.pages import finished_page, following, last_page, live_page, write_run_page
 from spdf_jax.model.flops import parameter_count
 from spdf_jax.model.gpt import GPT
 from spdf_jax.planning.describe import describe
@@ -46,6 +46,7 @@ from spdf_jax.training.restore import (
 from spdf_jax.training.resume import elsewhere, has_begun, opened, recorded_evaluations
 from spdf_jax.training.state import TrainState
 from spdf_jax.training.stored_state import fingerprint
+from spdf_jax.training.trackers import Followers, check_trackers
 from spdf_jax.workdir import CONFIG_FILE, SUMMARY_FILE, lock, made_workdir, write_atomically, write_json
 
 
@@ -101,18 +102,19 @@ def train_with(
     announce: bool = False,
 ) -> dict[str, Any]:
     """`train` with `spdf_jax.training.provenance.read_code` as it was at the start; `announce`: print the run's plan first."""
-    clock, mesh = Clock(), make_mesh(config.mesh)
+    clock, mesh, names = Clock(), make_mesh(config.mesh), config.loop.tracker_names
+    check_trackers(names)
     check_devices(config, batch_devices(mesh))
     processes.agree("config", json.dumps(config.as_dict()), "start all of them with the same command and files")
     plans = make_plan(config)
-    with made_workdir(workdir), lock(workdir), jax.set_mesh(mesh):
+    with clock, made_workdir(workdir), lock(workdir), jax.set_mesh(mesh):
         begun = has_begun(workdir)
         moved = check_same_run(config, workdir)
         if begun:
             check_same_code(config, workdir, code)
         finished = _finished(config, workdir, mesh)
         if finished and not moved:
-            return _nothing_to_do(workdir, finished)
+            return _nothing_to_do(workdir, finished, names)
         tokens, tokenizer = load_data(config, workdir, plans, begun=begun, progress=progress)
         feeds = [make_feed(config, plan, tokens, tokenizer, mesh) for plan in plans]
         processes.agree("config.data", "".join(f.fingerprint for f in feeds), "give all of them the same data")
@@ -122,7 +124,7 @@ def train_with(
                 _go_back_for_best(config, workdir, plans[-1], mesh, checkpoints, best)
             state, index, record = _first_state(config, workdir, feeds, plans, mesh, checkpoints, moved)
             if finished:
-                return _nothing_to_do(workdir, finished)
+                return _nothing_to_do(workdir, finished, names)
             step = int(state.step)
             _keep_identity(config, workdir, command, tokenizer, new=step == 0)
             earlier = lives(workdir, last_alive(workdir))  # before the rows after the checkpoint are dropped
@@ -144,6 +146,7 @@ def train_with(
                 checkpoints=checkpoints,
                 best=best,
                 tracker=tracker,
+                followers=Followers(workdir, names, (rows or {}).get("bytes", 0), tracker.message),
                 total=recorded_cost(record, plans, step),
                 clock=clock,
                 evaluations=recorded_evaluations(workdir, step, record) if step else {},
@@ -164,7 +167,7 @@ def _keep_identity(config: RunConfig, workdir: Path, command: str, tokenizer: To
 
 def _run_phases(config: RunConfig, run: Run, index: int, state: TrainState, tokens: TokenData | None) -> dict[str, Any]:
     """Phases from `index` on, whose state it is, and the summary at their end."""
-    with contextlib.closing(run.tracker), last_page(run):
+    with contextlib.closing(run.tracker), following(run), last_page(run):
         for plan in run.plans[index:]:
             if plan.index > index:
                 state = enter_phase(state, plan, run.mesh)
@@ -173,7 +176,8 @@ def _run_phases(config: RunConfig, run: Run, index: int, state: TrainState, toke
         return _finish(config, run, int(state.step), tokens)
 
 
-def _nothing_to_do(workdir: Path, summary: dict[str, Any]) -> dict[str, Any]:
+def _nothing_to_do(workdir: Path, summary: dict[str, Any], trackers: list[str]) -> dict[str, Any]:
+    Followers(workdir, trackers, summary.get("rows", {}).get("bytes", 0), print).close(finished=True)
     print(f"{workdir}: this run is finished (validation loss {summary['val_loss']:.4f}); nothing to do.")
     return summary
 
@@ -245,6 +249,7 @@ def _go_back_for_best(
 
 def _finish(config: RunConfig, run: Run, step: int, tokens: TokenData | None) -> dict[str, Any]:
     run.checkpoints.wait()
+    run.followers.saved()
     last = run.plans[-1]
     run.clock.spent("saving")
     losses = of_phase(run.evaluations, last.name)

@@ -34,36 +34,16 @@ PARTS = {
 NOT_OF_THE_RESULT = ("lost", "stopped")
 
 
-class _Compiling:
-    """Seconds of JAX's compiler in this process. What is traced inside another trace is reported with it and by itself."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-        self._spans: list[tuple[float, float]] = []  # beginning and length of those that may lie in one to come
-
-    def __call__(self, event: str, duration_secs: float, **_: Any) -> None:
-        if event.startswith("/jax/core/compile/"):
-            begun, inside = time.perf_counter() - duration_secs, 0.0
-            while self._spans and self._spans[-1][0] >= begun:
-                inside += self._spans.pop()[1]
-            self._spans = [*self._spans[-64:], (begun, duration_secs)]
-            self.seconds += max(0.0, duration_secs - inside)
-
-
-_compiling = _Compiling()
-jax.monitoring.register_event_duration_secs_listener(_compiling)
-
-
 class Clock:
-    """The time of a run, from when this is made.
+    """The time of a run, from when this is made. In a `with` it hears what JAX compiles.
 
     Attributes:
       begun: when, in seconds since 1970.
       seconds: of every part so far, by the names in `PARTS`.
       computing: a `jax.Array` that is there when the newest step is done; None before the first.
 
-    >>> clock = Clock()
-    >>> clock.spent("starting")
+    >>> with Clock() as clock:
+    ...     clock.spent("starting")
     >>> abs(clock.elapsed - clock.seconds["starting"]) < 1e-6
     True
     """
@@ -72,7 +52,24 @@ class Clock:
         self.begun = time.time()
         self.seconds = dict.fromkeys(PARTS, 0.0)
         self.computing: Any = None
-        self._since, self._compiled = time.perf_counter(), _compiling.seconds
+        self._since, self._compiled = time.perf_counter(), 0.0  # the latter since the former
+        self._spans: list[tuple[float, float]] = []  # beginning and length of what lately compiled
+
+    def __enter__(self) -> "Clock":
+        jax.monitoring.register_event_duration_secs_listener(self._hear)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        jax.monitoring.unregister_event_duration_listener(self._hear)
+
+    def _hear(self, event: str, duration_secs: float, **_: Any) -> None:
+        """What is traced inside another trace is reported by itself, and with it: it is counted once."""
+        if event.startswith("/jax/core/compile/"):
+            begun, inside = time.perf_counter() - duration_secs, 0.0
+            while self._spans and self._spans[-1][0] >= begun:
+                inside += self._spans.pop()[1]
+            self._spans = [*self._spans[-64:], (begun, duration_secs)]
+            self._compiled += max(0.0, duration_secs - inside)
 
     @property
     def elapsed(self) -> float:
@@ -86,12 +83,12 @@ class Clock:
 
     def spent(self, part: str) -> None:
         """All since the last call went into `part`, but for what was compiled meanwhile."""
-        now, compiled = time.perf_counter(), _compiling.seconds
+        now = time.perf_counter()
         passed = now - self._since
-        of_compiler = min(compiled - self._compiled, passed)
-        self.seconds["compiling"] += of_compiler
-        self.seconds[part] += passed - of_compiler
-        self._since, self._compiled = now, compiled
+        compiled = min(self._compiled, passed)
+        self.seconds["compiling"] += compiled
+        self.seconds[part] += passed - compiled
+        self._since, self._compiled = now, 0.0
 
     def waiting(self, batches: Iterable[T]) -> Iterator[T]:
         """The batches; waits for one that nothing was computed meanwhile are ``data``."""

@@ -29,6 +29,7 @@ from spdf_jax.training.metrics import Tracker
 from spdf_jax.training.phases import PhasePlan, StepCost, task_tokens
 from spdf_jax.training.programs import Steps, make_steps
 from spdf_jax.training.state import TrainState, state_shardings
+from spdf_jax.training.trackers import Followers
 from spdf_jax.workdir import PROFILE_FOLDER
 
 
@@ -50,6 +51,7 @@ class Run:
     checkpoints: Checkpoints
     best: Checkpoints | None  # of the phase that stops early
     tracker: Tracker
+    followers: Followers
     total: StepCost
     clock: Clock  # over all restarts
     evaluations: dict[tuple[str, int], float]  # validation loss by phase and step, over all restarts
@@ -90,6 +92,7 @@ def run_phase(run: Run, plan: PhasePlan, state: TrainState) -> TrainState:
             _save(run, run.checkpoints, plan, state)
         if preempted:
             run.checkpoints.wait()
+            run.followers.saved()
             raise Restart(f"preempted: saved at step {done}; the same command resumes")
         _save_pictures(run, plan, state, done)
     return state
@@ -261,6 +264,8 @@ def _save(run: Run, checkpoints: Checkpoints, plan: PhasePlan, state: TrainState
         **run.total._asdict(),
     }
     checkpoints.save(state, record)
+    if checkpoints is run.checkpoints:
+        run.followers.saving(record["rows"])
     run.clock.spent("saving")
 
 

@@ -90,7 +90,7 @@ class Tracker:
         if not is_first() or _identity(plain_row) in self._already_logged:
             return
         self._append(json.dumps(plain_row).encode() + b"\n")
-        self._events.scalars(plain_row["step"], dict(_scalars(plain_row)))
+        self._events.scalars(plain_row["step"], dict(scalars(plain_row)))
         self._progress.log(plain_row)
 
     def make_durable(self) -> dict[str, int]:
@@ -235,7 +235,7 @@ def _is_torn(line: bytes) -> bool:
     return False
 
 
-def _scalars(value: Any, tag: str = "") -> Iterator[tuple[str, float]]:
+def scalars(value: Any, tag: str = "") -> Iterator[tuple[str, float]]:
     """Every number of a nested row with its tag, as `density/blocks/attn_q/kernel/0`; left out are strings, step and time."""
     if isinstance(value, dict):
         items = [(key, item) for key, item in value.items() if tag or key not in ("step", "time")]
@@ -247,4 +247,4 @@ def _scalars(value: Any, tag: str = "") -> Iterator[tuple[str, float]]:
     else:
         return
     for key, item in items:
-        yield from _scalars(item, f"{tag}/{key}" if tag else key)
+        yield from scalars(item, f"{tag}/{key}" if tag else key)
