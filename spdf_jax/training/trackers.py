@@ -67,7 +67,7 @@ class _Wandb:
     def __init__(self, series: Series) -> None:
         import wandb
 
-        settings = wandb.Settings(console="off", silent=True, login_timeout=5)
+        settings = wandb.Settings(console="off", silent=True)
         self._series = series
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", series.project),
