@@ -18,6 +18,7 @@ Shape legend: N tokens, P inputs in I blocks, Q outputs in J blocks, K live bloc
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -108,11 +109,11 @@ def live_inputs(live_IJ: jax.Array, count: int) -> jax.Array:
 def _choose(backend: str, tokens: int, side: int, dtype: Any) -> str:
     if backend not in BACKENDS:
         raise InputError(f"block_linear: backend {backend!r} is unknown: use one of {', '.join(BACKENDS)}")
-    fits = {
-        "mosaic": mosaic_fits(tokens, side, dtype),
-        "pallas": side % LANES == 0 and tokens % LANES == 0,
+    fits: dict[str, Callable[[], bool]] = {
+        "mosaic": lambda: mosaic_fits(tokens, side, dtype),
+        "pallas": lambda: side % LANES == 0 and tokens % LANES == 0,
     }
-    if not fits.get(backend, True):
+    if backend in fits and not fits[backend]():
         asked = {
             "mosaic": f"multiples of {TILE}, in bfloat16, on a Hopper GPU, by JAX 0.12 or later",
             "pallas": f"multiples of {LANES}",
@@ -127,7 +128,7 @@ def _choose(backend: str, tokens: int, side: int, dtype: Any) -> str:
     # Without a mesh to split it by hand, a Pallas kernel runs on one device only.
     one_device = not jax.sharding.get_abstract_mesh().empty or jax.device_count() == 1
     kernel = {"gpu": "mosaic", "tpu": "pallas"}.get(platform, "")
-    if one_device and fits.get(kernel):
+    if one_device and kernel and fits[kernel]():
         return kernel
     return "loop" if platform == "cpu" else "gather"
 
