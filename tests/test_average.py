@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 from test_faults import assert_ends_as
-from tiny import NO_WINDOW, few_matrices, set_sparsity, tiny_config, write_text
+from tiny import NO_WINDOW, set_sparsity, tiny_config, write_text
 from twice import killed_at, short_run
 
 import spdf_jax as spdf
@@ -174,33 +174,32 @@ def test_a_rule_that_looks_after_the_state_itself_is_refused_an_average(text):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("few_matrices")  # as in the program
 def test_a_run_is_judged_and_exported_by_its_average_and_resumes_to_the_same_bits(text, tmp_path):
-    with few_matrices():
-        c = short_run(text, text.parent / "cache", pretrain={"ema_decay": 0.8}, keep_checkpoints=1, keep_every_steps=6)
-        summary = jobs.train(c, tmp_path / "whole", progress=False)
-        saved = saved_run(tmp_path / "whole")
-        moves = sum("density" in row for row in read_metrics(tmp_path / "whole"))
-        assert 0 < moves == 12 - int(saved.state.opt_state.updates)  # topology steps make none
-        differing = 0
-        for (name, weights), (_, average), (_, mask) in zip(
-            *(named_leaves(tree) for tree in (saved.state.params, saved.result.params, saved.state.masks)), strict=True
-        ):
-            assert not np.any(np.asarray(average) * ~np.asarray(mask)), name
-            differing += int((weights != average).sum())
-        assert differing > 1000
-        assert evaluate_checkpoint(c, tmp_path / "whole")["val_loss"] == summary["val_loss"]
-        export(c, tmp_path / "whole")
-        _, exported = load_gpt2(tmp_path / "whole" / "huggingface")
-        for (name, ours), (_, theirs) in zip(named_leaves(saved.result.params), named_leaves(exported), strict=True):
-            np.testing.assert_array_equal(ours, theirs, err_msg=name)
+    c = short_run(text, text.parent / "cache", pretrain={"ema_decay": 0.8}, keep_checkpoints=1, keep_every_steps=6)
+    summary = jobs.train(c, tmp_path / "whole", progress=False)
+    saved = saved_run(tmp_path / "whole")
+    moves = sum("density" in row for row in read_metrics(tmp_path / "whole"))
+    assert 0 < moves == 12 - int(saved.state.opt_state.updates)  # topology steps make none
+    differing = 0
+    for (name, weights), (_, average), (_, mask) in zip(
+        *(named_leaves(tree) for tree in (saved.state.params, saved.result.params, saved.state.masks)), strict=True
+    ):
+        assert not np.any(np.asarray(average) * ~np.asarray(mask)), name
+        differing += int((weights != average).sum())
+    assert differing > 1000
+    assert evaluate_checkpoint(c, tmp_path / "whole")["val_loss"] == summary["val_loss"]
+    export(c, tmp_path / "whole")
+    _, exported = load_gpt2(tmp_path / "whole" / "huggingface")
+    for (name, ours), (_, theirs) in zip(named_leaves(saved.result.params), named_leaves(exported), strict=True):
+        np.testing.assert_array_equal(ours, theirs, err_msg=name)
     assert sorted(int(p.name) for p in (tmp_path / "whole" / "checkpoints").iterdir()) == [6, 12]
     killed_at(
         tmp_path / "killed", text, text.parent / "cache", [5, 11],
         pretrain={"ema_decay": 0.8}, keep_checkpoints=1, keep_every_steps=6,
     )  # fmt: skip
     assert_ends_as(tmp_path / "killed", tmp_path / "whole")
-    with few_matrices():
-        ours, theirs = (saved_run(tmp_path / name).result.params for name in ("killed", "whole"))
+    ours, theirs = (saved_run(tmp_path / name).result.params for name in ("killed", "whole"))
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         np.testing.assert_array_equal(a, b)
     record = json.loads((tmp_path / "whole/checkpoints/12/record/metadata").read_text())

@@ -149,7 +149,8 @@ class _MLflow:
     def send(self, first: int, rows: Sequence[Row]) -> None:
         metrics = []
         for number, row in enumerate(rows, first + 1):
-            at = (round(1000 * row.get("time", 0.0)), row["step"])
+            kind = ("loss" in row) + 2 * ("val_loss" in row)  # rows of one step may be of one millisecond
+            at = (round(1000 * row.get("time", 0.0)) + kind, row["step"])
             metrics += [self._metric(key, value, *at) for key, value in (*scalars(row), ("row", number))]
         for start in range(0, len(metrics), 1000):  # a request takes no more
             self._client.log_batch(self._id, metrics=metrics[start : start + 1000])
