@@ -18,7 +18,7 @@ from tiny import NO_WINDOW_FLAGS, needs_mount, set_sparsity, tiny_config, write_
 
 import spdf_jax as spdf
 from spdf_jax import processes
-from spdf_jax.config.reference import END, START, table
+from spdf_jax.config.reference import END, PLACES, START, keys, table
 from spdf_jax.config.run import flat
 from spdf_jax.data import DataConfig
 from spdf_jax.errors import Restart
@@ -181,6 +181,13 @@ def test_every_key_of_a_config_is_told_with_default_values_and_meaning():
     wrong = command("--help_config", "modle")
     assert (wrong.returncode, wrong.stdout) == (2, "")
     assert "--help_config: no section 'modle'; did you mean 'model'?" in wrong.stderr
+
+
+@pytest.mark.parametrize("section", PLACES)
+def test_every_key_of_a_section_is_told_in_words_of_its_own(section):
+    told = [key.about for key in keys(section)]
+    assert len(set(told)) == len(told), "one line for several keys says of none what it is"
+    assert all(len(about.split()) > 2 for about in told)
 
 
 def test_the_table_of_keys_in_the_docs_is_of_today():
