@@ -20,6 +20,7 @@ from spdf_jax.report import write_report
 from spdf_jax.sparsity.rules import OWN_RULES
 from spdf_jax.training import provenance
 from spdf_jax.training.provenance import (
+    add_start,
     code_files,
     fingerprint_of_code,
     fingerprint_of_rule,
@@ -115,6 +116,12 @@ def test_a_list_of_starts_that_is_gone_or_damaged_begins_anew(harm, text, tmp_pa
         (tmp_path / "provenance.json").write_bytes(harm)
     record_start(short(text), tmp_path, {}, "again", 4)
     assert [start["step"] for start in starts(tmp_path)] == [4]
+
+
+def test_a_rule_that_has_changed_since_the_last_start_is_said(tmp_path, capsys):
+    for step, code, said in ((0, "a", 0), (4, "a", 0), (8, "b", 1), (9, "b", 0), (0, "c", 0)):
+        add_start(tmp_path, "", step, {"mine": code})
+        assert capsys.readouterr().out.count("the code of rule 'mine' has changed since the last start") == said
 
 
 def test_code_is_the_same_whatever_its_comments_and_layout():

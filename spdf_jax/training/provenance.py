@@ -122,7 +122,10 @@ def record_start(config: RunConfig, workdir: Path, code: Mapping[str, Source], c
 
 
 def add_start(workdir: Path, command: str, step: int, rules: Mapping[str, str] | None = None) -> None:
-    """Adds a start to ``provenance.json``: when, after which step, with which versions, which code its own `rules` have."""
+    """Adds a start to ``provenance.json``: when, after which step, with which versions, which code its own `rules` have.
+
+    Says where that code is not what it was at the start before: a run of `spdf_jax.fit` keeps none that could be put back.
+    """
     if not is_first():
         return
     path = workdir / PROVENANCE_FILE
@@ -130,6 +133,13 @@ def add_start(workdir: Path, command: str, step: int, rules: Mapping[str, str] |
         before = read_json(path, "")["starts"] if step else []
     except (InputError, KeyError):  # a run of an older release, or damage: from here on it is known again
         before = []
+    was = before[-1].get("rules", {}) if before else {}
+    for name in (name for name, now_is in (rules or {}).items() if was.get(name, now_is) != now_is):
+        print(
+            f"{workdir}: the code of rule {name!r} has changed since the last start, and the run goes on with it as it is now; "
+            f"put it back, or choose another workdir, if that is not meant",
+            flush=True,
+        )
     start = {
         "step": step,
         "time": now(),
