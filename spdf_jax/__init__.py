@@ -33,15 +33,15 @@ A filter is a sequence of ``(pattern, decision)``, see `spdf_jax.tree`. Shapes a
 
 __version__ = "0.1.0"
 
-import signal
-import sys
+import signal as _signal
+import sys as _sys
 
 from spdf_jax.errors import InputError as InputError
-from spdf_jax.errors import end_interrupted
+from spdf_jax.errors import end_interrupted as _end_interrupted
 
 # Of a command, which is not there yet to answer Ctrl-C itself; a shell may have it ignored.
-if sys.argv[:1] == ["-m"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, end_interrupted)
+if _sys.argv[:1] == ["-m"] and _signal.getsignal(_signal.SIGINT) is _signal.default_int_handler:
+    _signal.signal(_signal.SIGINT, _end_interrupted)
 
 from spdf_jax.config.read import default_config as default_config
 from spdf_jax.config.read import model_section as model_section
