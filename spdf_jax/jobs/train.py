@@ -30,7 +30,7 @@ from spdf_jax.training.feed import Feed, load_data, make_feed
 from spdf_jax.training.loop import Run, run_phase
 from spdf_jax.training.metrics import Tracker, last_alive
 from spdf_jax.training.phases import PhasePlan, make_plan, recorded_cost
-from spdf_jax.training.provenance import Source, check_same_code, lives, read_code, record_start
+from spdf_jax.training.provenance import Source, check_same_code, kept_start, lives, read_code, record_start
 from spdf_jax.training.restore import (
     check_same_data,
     check_same_origin,
@@ -52,11 +52,11 @@ from spdf_jax.workdir import CONFIG_FILE, SUMMARY_FILE, lock, made_workdir, writ
 
 def run(config: RunConfig, request: Request) -> None:
     """`train`, which says what it is about to do once nothing refuses it any more."""
-    code = read_code(config, request.file)
+    code, command = kept_start(request.workdir) if request.alone else (read_code(config, request.file), request.command)
     keep_compiled(config.data)
     with request.training(config):
         processes.guard()
-        train_with(config, request.workdir, code, command=request.command, progress=not request.quiet, announce=True)
+        train_with(config, request.workdir, code, command=command, progress=not request.quiet, announce=True)
 
 
 def train(
