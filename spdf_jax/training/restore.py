@@ -37,7 +37,10 @@ _COSTS = ("train_flops", "dense_flops", "tokens", "wall_seconds", "val_loss")
 
 
 class SavedRun(NamedTuple):
-    """The result of a run: its best state if its last phase may stop early, its newest otherwise; blocks as masks."""
+    """The result of a run: its best state if its last phase may stop early, its newest otherwise; blocks as masks.
+
+    Parameters of a schedule-free optimiser are those that it averaged.
+    """
 
     config: RunConfig
     plan: PhasePlan
@@ -127,9 +130,9 @@ def saved_run(workdir: Path, mesh: Mesh | None = None, config: RunConfig | None 
 
 
 def saved_run_and_record(
-    workdir: Path, mesh: Mesh | None = None, config: RunConfig | None = None
+    workdir: Path, mesh: Mesh | None = None, config: RunConfig | None = None, *, averaged: bool = True
 ) -> tuple[SavedRun, dict[str, Any]]:
-    """`saved_run`, and the record of its checkpoint."""
+    """`saved_run`, and the record of its checkpoint; `averaged` False: as training goes on from, see `TrainState.averaged`."""
     while True:
         best = any((workdir / BEST).glob("[0-9]*"))
         folder = workdir / (BEST if best else CHECKPOINTS)
@@ -146,7 +149,8 @@ def saved_run_and_record(
                 record = checkpoints.record()
                 plan = plans[min(record["phase"], len(plans) - 1)]
                 state = restore_state(config, plan, mesh, checkpoints)
-                return SavedRun(config, plan, as_masks(plan.tx, state)), record
+                state = as_masks(plan.tx, state)
+                return SavedRun(config, plan, state.averaged() if averaged else state), record
             except DamagedCheckpointError:
                 if (folder / str(step)).is_dir():
                     raise
@@ -192,7 +196,9 @@ def initial_from(folder: Path, config: RunConfig, plan: PhasePlan, mesh: Mesh) -
     phase = plan.config
     key = jax.random.key(config.seed)
     if holds_run(folder):
-        source = saved_run(folder, mesh)
+        source, _ = saved_run_and_record(
+            folder, mesh, averaged=False
+        )  # `start_phase` takes the average where it resets
         _check_same_model(folder, source.config.model, config.model)
         check_transition(source.plan.config, plan.name, phase)
         state = source.state.replace(step=jnp.zeros((), jnp.int32), key=key)

@@ -20,7 +20,13 @@ from spdf_jax.sparsity.masks import apply_masks, dense_masks, init_masks, matrix
 from spdf_jax.sparsity.programme import SparsityConfig
 from spdf_jax.sparsity.regrowth import reset_masked_state
 from spdf_jax.sparsity.topology import fit_masks
-from spdf_jax.tree import LINEAR_KERNELS, LINEAR_KERNELS_AND_HEAD, LINEAR_KERNELS_AND_TIED_HEAD, Filter
+from spdf_jax.tree import (
+    LINEAR_KERNELS,
+    LINEAR_KERNELS_AND_HEAD,
+    LINEAR_KERNELS_AND_TIED_HEAD,
+    Filter,
+    same_structure,
+)
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -50,12 +56,29 @@ class TrainState(flax.struct.PyTreeNode):
 
     @property
     def variables(self) -> dict[str, Any]:
-        """What the model computes with: ``model.apply(state.variables, tokens_BT)``."""
-        return {"params": self.params, "topology": self.topology}
+        """What the model is evaluated with: ``model.apply(state.variables, tokens_BT)``."""
+        return {"params": self.averaged().params, "topology": self.topology}
+
+    def averaged(self) -> "TrainState":
+        """The state with the parameters that count: those of a schedule-free optimiser are an average that it keeps.
+
+        Training goes on from `params` as they are. Of any other optimiser the same state.
+        """
+        found = [s for s in jax.tree.leaves(self.opt_state, is_leaf=_is_schedule_free) if _is_schedule_free(s)]
+        if not found or not same_structure(found[0].z, self.params):
+            return self
+        return self.replace(params=_average(found[0], self.params))
 
     def element_masks(self) -> Any:
         """Masks as `spdf_jax.init_masks` makes them, of kernels stored as blocks too."""
         return element_masks(self.params, self.topology) if self.topology else self.masks
+
+
+def _is_schedule_free(state: Any) -> bool:
+    return isinstance(state, optax.contrib.ScheduleFreeState)
+
+
+_average = jax.jit(optax.contrib.schedule_free_eval_params)
 
 
 def sparse_filter(config: SparsityConfig, tied_head: bool) -> Filter:
@@ -131,11 +154,12 @@ def start_phase(
 
     A dense phase drops the masks: revived weights start at exactly 0 (SPDF). A sparse phase goes on with the masks it finds,
     pruned by magnitude or grown at random to its own counts (at 0 as well), and makes them where there are none. The optimiser
-    starts fresh, or carries its state over.
+    starts fresh, from what a schedule-free one averaged, or carries its state over.
     """
 
     def start(state: TrainState) -> TrainState:
-        if reset_optimizer:
+        if reset_optimizer:  # of whole kernels, which an optimiser may look at as such
+            state = as_masks(optax.identity(), state.averaged().replace(opt_state=optax.EmptyState()))
             state = state.replace(opt_state=tx.init(state.params))
         state = as_masks(tx, state)
         if config.dense:
