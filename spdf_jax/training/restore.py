@@ -39,7 +39,7 @@ _COSTS = ("train_flops", "dense_flops", "tokens", "wall_seconds", "val_loss")
 class SavedRun(NamedTuple):
     """The result of a run: its best state if its last phase may stop early, its newest otherwise; blocks as masks.
 
-    Parameters of a schedule-free optimiser are those that it averaged.
+    Parameters of a schedule-free optimiser are those that it averaged, and its state is left out.
     """
 
     config: RunConfig

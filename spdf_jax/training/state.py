@@ -62,12 +62,13 @@ class TrainState(flax.struct.PyTreeNode):
     def averaged(self) -> "TrainState":
         """The state with the parameters that count: those of a schedule-free optimiser are an average that it keeps.
 
-        Training goes on from `params` as they are. Of any other optimiser the same state.
+        Training goes on from `params` as they are, not from this: the optimiser's state, which is of those, is left out. Of any
+        other optimiser the same state.
         """
         found = [s for s in jax.tree.leaves(self.opt_state, is_leaf=_is_schedule_free) if _is_schedule_free(s)]
         if not found or not same_structure(found[0].z, self.params):
             return self
-        return self.replace(params=_average(found[0], self.params))
+        return self.replace(params=_average(found[0], self.params, self.masks), opt_state=optax.EmptyState())
 
     def element_masks(self) -> Any:
         """Masks as `spdf_jax.init_masks` makes them, of kernels stored as blocks too."""
@@ -78,7 +79,10 @@ def _is_schedule_free(state: Any) -> bool:
     return isinstance(state, optax.contrib.ScheduleFreeState)
 
 
-_average = jax.jit(optax.contrib.schedule_free_eval_params)
+@jax.jit
+def _average(state: Any, params: Any, masks: Any) -> Any:
+    """Under the masks, for the optimiser starts from parameters that are not."""
+    return apply_masks(optax.contrib.schedule_free_eval_params(state, params), masks)
 
 
 def sparse_filter(config: SparsityConfig, tied_head: bool) -> Filter:
