@@ -7,7 +7,7 @@ Source  Muon: Jordan et al. 2024 (github.com/KellerJordan/Muon), its updates of 
 Command python -m spdf_jax.main --config experiments/optimizer_study.py
         python -m spdf_jax.main --config experiments/optimizer_study.py --job report   (the page again)
 
-mini    3 layers x 128, context 128, vocabulary 1024: 0.7M parameters; 300 steps x 16 x 128 = 0.6M tokens of the embedded
+mini    3 layers x 128, context 128, vocabulary 1024: 0.7M parameters; 240 steps x 16 x 128 = 0.5M tokens of the embedded
         corpus; 2 optimisers x dense or sparse x 4 rates x 3 seeds, which order the data alike: 48 cells, resumable one by one.
         Under masks Muon's orthogonal update is masked afterwards: `scale_by_hidden_muon` in spdf_jax/sparsity/optimizers.py.
 """
@@ -56,10 +56,10 @@ def run(optimizer, sparsity, rate, seed):
     c.seed = seed
     c.model.n_layer, c.model.n_head, c.model.d_model, c.model.context, c.model.vocab_size = 3, 4, 128, 128, 1024
     c.data.tokenizer_vocab_size, c.data.validation_fraction = 1024, 0.01
-    c.loop.eval_every_steps, c.loop.checkpoint_every_steps = 100, 400
-    c.pretrain.steps, c.pretrain.batch_size = 300, 16
+    c.loop.eval_every_steps, c.loop.checkpoint_every_steps = 80, 240
+    c.pretrain.steps, c.pretrain.batch_size = 240, 16
     c.pretrain.optimizer.name = optimizer
-    c.pretrain.optimizer.peak_learning_rate, c.pretrain.optimizer.warmup_steps = rate, 50
+    c.pretrain.optimizer.peak_learning_rate, c.pretrain.optimizer.warmup_steps = rate, 40
     c.pretrain.sparsity.rule, c.pretrain.sparsity.sparsity = ("static", sparsity) if sparsity else ("dense", 0.0)
     return c
 
