@@ -23,8 +23,9 @@ class OptimizerConfig:
     Attributes:
       peak_learning_rate: after warm-up.
       final_fraction: end of the schedule as a fraction of the peak.
+      decay_fraction: share of the phase's steps, its last ones, over which ``wsd`` decays.
       warmup_steps: linear from 0.
-      schedule: ``cosine`` | ``linear`` | ``constant``.
+      schedule: ``cosine`` | ``linear`` | ``constant`` | ``wsd`` (warm-up, stable, decay).
       beta1, beta2, eps: Adam.
       weight_decay: decoupled; on matrices and embeddings, not on biases and norms.
       clip_norm: global gradient norm, on masked gradients; 0 turns it off.
@@ -35,9 +36,10 @@ class OptimizerConfig:
     """
 
     peak_learning_rate: Annotated[float, Range(above=0)] = 6e-4
-    final_fraction: Annotated[Share, used_with("schedule", "cosine", "linear")] = 0.1
+    final_fraction: Annotated[Share, used_with("schedule", "cosine", "linear", "wsd")] = 0.1
+    decay_fraction: Annotated[Share, used_with("schedule", "wsd")] = 0.2
     warmup_steps: CountOrZero = 100
-    schedule: Annotated[str, OneOf(("cosine", "linear", "constant"))] = "cosine"
+    schedule: Annotated[str, OneOf(("cosine", "linear", "constant", "wsd"))] = "cosine"
     beta1: Annotated[float, Range(least=0, below=1)] = 0.9
     beta2: Annotated[float, Range(least=0, below=1)] = 0.95
     eps: Annotated[float, Range(above=0)] = 1e-8
@@ -69,11 +71,27 @@ def _schedule(config: OptimizerConfig, total_steps: int, start: int) -> Callable
         "cosine": optax.cosine_decay_schedule(peak, decay_steps, config.final_fraction),
         "linear": optax.linear_schedule(peak, final, decay_steps),
         "constant": optax.constant_schedule(peak),
+        "wsd": _stable_then_decay(peak, config.final_fraction, decay_steps, round(config.decay_fraction * total_steps)),
     }[config.schedule]
     # From peak / n, not 0: the very first update counts too.
     warmup = optax.linear_schedule(peak / max(1, config.warmup_steps), peak, max(1, config.warmup_steps - 1))
     schedule = optax.join_schedules([warmup, after], [config.warmup_steps])
     return lambda step: schedule(step - start)
+
+
+def _stable_then_decay(peak: float, final_fraction: float, steps: int, decay_steps: int) -> optax.Schedule:
+    """The peak, and over the last `decay_steps` of `steps` down by one minus the square root of what has passed of them.
+
+    Warm-up, stable, decay: Hu et al. 2024 (MiniCPM, arXiv 2404.06395). That 1-sqrt ends ahead of linear, and that a fifth of
+    the steps is enough: Hägele et al. 2024 (arXiv 2405.18392).
+    """
+    decay_steps = min(decay_steps, steps)
+
+    def schedule(step: jax.Array) -> jax.Array:
+        passed = jnp.clip((step - (steps - decay_steps)) / max(1, decay_steps), 0, 1)
+        return peak * (1 - (1 - final_fraction) * jnp.sqrt(passed))
+
+    return schedule
 
 
 @cache  # compiled steps are known by it: of equal configs it must be one

@@ -83,7 +83,15 @@ def check_same_code(config: RunConfig, workdir: Path, code: Mapping[str, Source]
             )
 
 
-def record_start(config: RunConfig, workdir: Path, code: Mapping[str, Source], command: str, step: int) -> None:
+def record_start(
+    config: RunConfig,
+    workdir: Path,
+    code: Mapping[str, Source],
+    command: str,
+    step: int,
+    first_step: int = 0,
+    changed: Mapping[str, Any] | None = None,
+) -> None:
     """Adds a start to ``provenance.json``; where it begins the run, keeps its code, too.
 
     Args:
@@ -91,9 +99,12 @@ def record_start(config: RunConfig, workdir: Path, code: Mapping[str, Source], c
       code: of `read_code`.
       command: as it was given; "" for a run from Python.
       step: after which the run goes on.
+      first_step: that at which it began.
+      changed: settings that this start changes, as they were and are.
     """
-    add_start(workdir, command, step, {name: fingerprint_of_rule(name, code) for name in own_rules(config)})
-    if is_first() and not step:
+    rules = {name: fingerprint_of_rule(name, code) for name in own_rules(config)}
+    add_start(workdir, command, step, rules, first_step, changed)
+    if is_first() and step == first_step:
         folder = workdir / CODE_FOLDER
         folder.mkdir(exist_ok=True)
         for name, source in code.items():
@@ -103,13 +114,20 @@ def record_start(config: RunConfig, workdir: Path, code: Mapping[str, Source], c
                 path.unlink()
 
 
-def add_start(workdir: Path, command: str, step: int, rules: Mapping[str, str] | None = None) -> None:
+def add_start(
+    workdir: Path,
+    command: str,
+    step: int,
+    rules: Mapping[str, str] | None = None,
+    first_step: int = 0,
+    changed: Mapping[str, Any] | None = None,
+) -> None:
     """Adds a start to ``provenance.json``: when, after which step, with which versions, which code its own `rules` have."""
     if not is_first():
         return
     path = workdir / PROVENANCE_FILE
     try:
-        before = read_json(path, "")["starts"] if step else []
+        before = read_json(path, "")["starts"] if step > first_step else []
     except (InputError, KeyError):  # a run of an older release, or damage: from here on it is known again
         before = []
     start = {
@@ -120,7 +138,8 @@ def add_start(workdir: Path, command: str, step: int, rules: Mapping[str, str] |
         "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
         "commit": commit(),
         "device": device_name(),
-    } | ({"rules": rules} if rules else {})
+    }
+    start |= {name: said for name, said in (("rules", rules), ("changed", changed)) if said}
     write_json(path, {"starts": [*before, start]})
 
 
