@@ -7,6 +7,7 @@ from pathlib import Path
 import matplotlib
 from markupsafe import Markup
 
+from spdf_jax.report.ancestry import ancestry
 from spdf_jax.report.closer import write_curves
 from spdf_jax.report.draw import STYLE, Table
 from spdf_jax.report.figures import write_figures
@@ -86,7 +87,7 @@ def _what_next(run: Run) -> str:
     unknown = "Its disk has no locks, so whether it runs nobody knows. " if run.running is None else ""
     if run.saved_step:
         return f"{unknown}The same {same} resumes it from its checkpoint at step {run.saved_step:,}."
-    return f"{unknown}Nothing is saved yet: the same {same} starts at step 0."
+    return f"{unknown}Nothing is saved yet: the same {same} starts at step {run.first_step:,}."
 
 
 def verdict(run: Run) -> str:
@@ -97,6 +98,8 @@ def verdict(run: Run) -> str:
         text += f" after {numbers['steps']:,} steps, up to {percent(run.max_sparsity)} sparse"
     if numbers.get("tokens"):
         text += f" after {quantity(numbers['tokens'], COUNT_UNITS)} tokens"
+        if run.first_step and "before" in numbers:
+            text += f", and {quantity(numbers['before']['tokens'], COUNT_UNITS)} of the runs before,"
     if "flops_reduction" in numbers:
         scale, name = unit(numbers["dense_flops"], FLOP_UNITS)
         spent, dense = (digits(numbers[key] / scale) for key in ("train_flops", "dense_flops"))
@@ -129,7 +132,7 @@ def _last_losses(run: Run) -> str:
     last, evaluated = (rows[-1]["step"] if rows else -1 for rows in (run.train_rows, run.evaluation_rows))
     if last > evaluated:
         text = f"Training loss {run.train_rows[-1]['loss']:.2f} at step {last:,} ({text[0].lower()}{text[1:]})"
-    return f"{text}, before training" if run.last_step == 0 else text
+    return f"{text}, before training" if run.last_step == run.first_step else text
 
 
 def main_numbers(run: Run) -> Panel | None:
@@ -198,9 +201,10 @@ def _number_lines(run: Run) -> Iterator[tuple[str, str, str]]:
             yield label, render(run.numbers[key]), remark
     yield from _start_lines(run)
     if before := run.numbers.get("before"):
-        yield "Counted FLOPs of the run before", flops(before["train_flops"]), "that this one started from"
+        runs, together = ("runs", "All") if len(run.ancestors) > 1 and run.first_step else ("run", "Both")
+        yield f"Counted FLOPs of the {runs} before", flops(before["train_flops"]), "that this one started from"
         if "train_flops" in run.numbers:
-            yield "Both together", flops(before["train_flops"] + run.numbers["train_flops"]), ""
+            yield f"{together} together", flops(before["train_flops"] + run.numbers["train_flops"]), ""
 
 
 def _start_lines(run: Run) -> Iterator[tuple[str, str, str]]:
@@ -212,6 +216,13 @@ def _start_lines(run: Run) -> Iterator[tuple[str, str, str]]:
             times = "once" if again == 1 else f"{again} times"
             same = "with the same versions" if made_with(first) == made_with(last) else made_with(last)
             yield f"Resumed {times}", f"{when(last['time'])}, after step {last['step']:,}", same
+        for start in run.starts:
+            for key, (was, is_now) in start.get("changed", {}).items():
+                yield (
+                    "Extended",
+                    f"{key} from {was:,} to {is_now:,}",
+                    f"{when(start['time'])}, after step {start['step']:,}",
+                )
 
 
 def _last_evaluation(run: Run) -> str:
@@ -221,7 +232,11 @@ def _last_evaluation(run: Run) -> str:
 
 def _steps_remark(run: Run) -> str:
     if run.is_finished:
-        return "stopped early" if _stopped_early(run) else ""
+        return (
+            "stopped early"
+            if _stopped_early(run)
+            else f"the first {run.first_step:,} by the runs before" * bool(run.first_step)
+        )
     return f"of {run.planned_steps:,}" if run.planned_steps else ""
 
 
@@ -240,9 +255,11 @@ def _padded(run: Run) -> bool:
 def _first_remark(run: Run) -> str:
     """What the loss before training is over, against that at the end."""
     if not run.evaluation_rows or not run.loss_unit:
-        return "step 0"
+        return f"step {run.first_step:,}"
     first, last = (target_name(run.task(run.evaluation_rows[i])) for i in (0, -1))
-    return "same tokens, step 0" if first == last else f"over {first}: not to be compared with the last"
+    return (
+        f"same tokens, step {run.first_step:,}" if first == last else f"over {first}: not to be compared with the last"
+    )
 
 
 def _stopped_early(run: Run) -> bool:
@@ -304,6 +321,7 @@ _PANELS: tuple[Callable[[Run], Panel | None], ...] = (
     mask_degrees,
     masks_by_step,
     generated_texts,
+    ancestry,
     run_again,
     settings,
 )

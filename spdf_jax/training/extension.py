@@ -39,10 +39,12 @@ def check_same_or_longer(
     lengths = {key: values for key, values in others.items() if _LENGTHS.match(key)}
     if not lengths or any(key not in lengths and key not in ("experiment", "variant") for key in others):
         return check_same_run(config, workdir), {}
-    summary = read_summary(workdir)
-    taken = max([*(int(p.name) for p in (workdir / CHECKPOINTS).glob("*") if p.name.isdecimal()), 0])
-    planned = make_plan(load_config(workdir / CONFIG_FILE), begin_of(workdir))
-    if why := _why_not(planned, plans, taken, stopped_early=summary is not None and summary["steps"] < planned[-1].end):
+    summary, planned = read_summary(workdir), make_plan(load_config(workdir / CONFIG_FILE), begin_of(workdir))
+    if summary is not None and summary["steps"] < planned[-1].end:
+        why = f"the run stopped early, at step {summary['steps']}"
+    else:
+        why = why_not(workdir, planned, plans)
+    if why:
         said = "; ".join(f"{key} was {was}, is {now}" for key, (was, now) in lengths.items())
         raise InputError(
             f"workdir {workdir}: {said}, but {why}; give another --workdir and --config.init_from={workdir} "
@@ -51,9 +53,9 @@ def check_same_or_longer(
     return places, lengths
 
 
-def _why_not(planned: Sequence[PhasePlan], plans: Sequence[PhasePlan], taken: int, *, stopped_early: bool) -> str:
-    if stopped_early:
-        return f"the run stopped early, at step {taken}"
+def why_not(workdir: Path, planned: Sequence[PhasePlan], plans: Sequence[PhasePlan]) -> str:
+    """Why the run in a folder, `planned` so far, cannot go on by `plans`; "" where it can."""
+    taken = max((int(p.name) for p in (workdir / CHECKPOINTS).glob("*") if p.name.isdecimal()), default=0)
     if plans[-1].end <= taken:
         return f"{taken} steps are taken already"
     return first_difference(planned, plans, taken)
