@@ -1,7 +1,7 @@
 """To go on from a run: longer in its own folder, or from another's whole state; nothing is lost, seen twice or skipped.
 
-As a program it trains a run in the place of a shorter one and dies by SIGKILL in a step:
-``python test_go_on.py WORKDIR TEXT STEP``.
+As a program it trains a run in the place of a shorter one and dies by SIGKILL in a step, or where a function of
+`spdf_jax.jobs.train` would be called: ``python test_go_on.py WORKDIR TEXT STEP|FUNCTION``.
 """
 
 import dataclasses
@@ -294,22 +294,13 @@ def test_a_finished_run_goes_on_and_what_was_made_of_its_end_is_kept(finished, l
 
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", [9, 13, "set_end_aside", "_write_config"])
-def test_killed_while_it_goes_on_it_ends_with_the_same_bits(moment, finished, longer, text, tmp_path, monkeypatch):
-    """In a step, or as its config is about to say that it is longer."""
+def test_killed_while_it_goes_on_it_ends_with_the_same_bits(moment, finished, longer, text, tmp_path):
+    """In a step, or as its folder is about to say that it is longer."""
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
-    if isinstance(moment, int):
-        program = [sys.executable, __file__, tmp_path, text, str(moment)]
-        assert subprocess.run(program, check=False).returncode == -signal.SIGKILL
-    else:
-
-        def stop(*_):
-            raise KeyboardInterrupt
-
-        monkeypatch.setattr(jobs, moment, stop)
-        with pytest.raises(KeyboardInterrupt):
-            train(constant(text, 16), tmp_path)
-        monkeypatch.undo()
-    assert not (tmp_path / "summary.json").exists() or moment == "set_end_aside"
+    program = [sys.executable, __file__, tmp_path, text, str(moment)]
+    assert subprocess.run(program, check=False).returncode == -signal.SIGKILL
+    assert (tmp_path / "summary.json").exists() == (moment == "set_end_aside")
+    assert read_json(tmp_path / "config.json", "")["pretrain"]["steps"] == (16 if isinstance(moment, int) else 8)
     assert train(constant(text, 16), tmp_path)["steps"] == 16
     assert_ends_as(tmp_path, longer)
 
@@ -615,13 +606,16 @@ def test_a_page_has_the_runs_before_and_their_curves(parent, tmp_path):
 
 if __name__ == "__main__":
     jax.config.update("jax_num_cpu_devices", 8)  # as in the tests: whose compiled programs are then this process's too
-    one_step, at = loop.one_step, int(sys.argv[3])
+    one_step, moment = loop.one_step, sys.argv[3]
 
     def stepping(steps, plan, local, state, batch):
-        if plan.start + local == at:
+        if str(plan.start + local) == moment:
             die()
         return one_step(steps, plan, local, state, batch)
 
-    loop.one_step = stepping
+    if moment.isdecimal():
+        loop.one_step = stepping
+    else:
+        setattr(jobs, moment, lambda *_: die())
     with few_matrices():
         train(constant(Path(sys.argv[2]), 16), Path(sys.argv[1]))
