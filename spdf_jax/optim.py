@@ -67,31 +67,18 @@ def learning_rate_schedule(
 def _schedule(config: OptimizerConfig, total_steps: int, start: int) -> Callable[[jax.Array], jax.Array]:
     peak, final = config.peak_learning_rate, config.peak_learning_rate * config.final_fraction
     decay_steps = max(1, total_steps - config.warmup_steps)
+    falling = min(decay_steps, round(config.decay_fraction * total_steps))
     after = {
         "cosine": optax.cosine_decay_schedule(peak, decay_steps, config.final_fraction),
         "linear": optax.linear_schedule(peak, final, decay_steps),
         "constant": optax.constant_schedule(peak),
-        "wsd": _stable_then_decay(peak, config.final_fraction, decay_steps, round(config.decay_fraction * total_steps)),
+        # Hu et al. 2024 (MiniCPM, arXiv 2404.06395); linear, over a fifth: Hägele et al. 2024 (arXiv 2405.18392).
+        "wsd": optax.linear_schedule(peak, final, falling, decay_steps - falling),
     }[config.schedule]
     # From peak / n, not 0: the very first update counts too.
     warmup = optax.linear_schedule(peak / max(1, config.warmup_steps), peak, max(1, config.warmup_steps - 1))
     schedule = optax.join_schedules([warmup, after], [config.warmup_steps])
     return lambda step: schedule(step - start)
-
-
-def _stable_then_decay(peak: float, final_fraction: float, steps: int, decay_steps: int) -> optax.Schedule:
-    """The peak, and over the last `decay_steps` of `steps` down by one minus the square root of what has passed of them.
-
-    Warm-up, stable, decay: Hu et al. 2024 (MiniCPM, arXiv 2404.06395). That 1-sqrt ends ahead of linear, and that a fifth of
-    the steps is enough: Hägele et al. 2024 (arXiv 2405.18392).
-    """
-    decay_steps = min(decay_steps, steps)
-
-    def schedule(step: jax.Array) -> jax.Array:
-        passed = jnp.clip((step - (steps - decay_steps)) / max(1, decay_steps), 0, 1)
-        return peak * (1 - (1 - final_fraction) * jnp.sqrt(passed))
-
-    return schedule
 
 
 @cache  # compiled steps are known by it: of equal configs it must be one
