@@ -72,7 +72,7 @@ def _schedule(config: OptimizerConfig, total_steps: int, start: int) -> Callable
         "cosine": optax.cosine_decay_schedule(peak, decay_steps, config.final_fraction),
         "linear": optax.linear_schedule(peak, final, decay_steps),
         "constant": optax.constant_schedule(peak),
-        # Hu et al. 2024 (MiniCPM, arXiv 2404.06395); linear, over a fifth: Hägele et al. 2024 (arXiv 2405.18392).
+        # Hu et al. 2024 (MiniCPM, arXiv 2404.06395); down as `linear` is, so that a branch by that does the same.
         "wsd": optax.linear_schedule(peak, final, falling, decay_steps - falling),
     }[config.schedule]
     # From peak / n, not 0: the very first update counts too.
