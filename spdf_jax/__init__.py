@@ -33,12 +33,21 @@ A filter is a sequence of ``(pattern, decision)``, see `spdf_jax.tree`. Shapes a
 
 __version__ = "0.1.0"
 
+import signal as _signal
+import sys as _sys
+
+from spdf_jax.errors import InputError as InputError
+from spdf_jax.errors import end_interrupted as _end_interrupted
+
+# Of a command, which is not there yet to answer Ctrl-C itself; a shell may have it ignored.
+if _sys.argv[:1] == ["-m"] and _signal.getsignal(_signal.SIGINT) is _signal.default_int_handler:
+    _signal.signal(_signal.SIGINT, _end_interrupted)
+
 from spdf_jax.config.read import default_config as default_config
 from spdf_jax.config.read import model_section as model_section
 from spdf_jax.config.read import resolve as resolve
 from spdf_jax.config.read import shared_value as shared_value
 from spdf_jax.config.sweep import sweep_config as sweep_config
-from spdf_jax.errors import InputError as InputError
 from spdf_jax.jobs.fit import fit as fit
 from spdf_jax.jobs.train import train as train
 from spdf_jax.model.config import GPT_SIZES as GPT_SIZES

@@ -21,17 +21,19 @@ class OptimizerConfig:
     """AdamW with clipping, and its learning-rate schedule.
 
     Attributes:
-      peak_learning_rate: after warm-up.
+      peak_learning_rate: learning rate after warm-up.
       final_fraction: end of the schedule as a fraction of the peak.
       decay_fraction: share of the phase's steps, its last ones, over which ``wsd`` decays.
       warmup_steps: linear from 0.
       schedule: ``cosine`` | ``linear`` | ``constant`` | ``wsd`` (warm-up, stable, decay).
-      beta1, beta2, eps: Adam.
+      beta1: Adam: what is kept of the mean of gradients, each step.
+      beta2: Adam: what is kept of the mean of their squares, each step.
+      eps: Adam: added to the root of that mean before it divides.
       weight_decay: decoupled; on matrices and embeddings, not on biases and norms.
       clip_norm: global gradient norm, on masked gradients; 0 turns it off.
       regrowth: where the moments of a weight that grows back start. ``reset``: at 0; ``smet``: at 0 with a step count and a
         warm-up of its own; ``keep``: as dropped, decayed since (for comparison: masked state is then not 0).
-      regrowth_warmup_steps: of ``smet``.
+      regrowth_warmup_steps: steps of that warm-up, for ``smet``.
       density_exponent: learning rate of a sparse tensor x ``1 / density ** exponent``.
     """
 

@@ -63,8 +63,9 @@ class LoopConfig:
     """How often a run reports and saves. May change between restarts, see `spdf_jax.training.restore.check_same_run`.
 
     Attributes:
-      log_every_steps, eval_every_steps, checkpoint_every_steps: intervals; evaluation and checkpoints also happen at the end
-        of every phase.
+      log_every_steps: steps from one row of ``metrics.jsonl`` to the next.
+      eval_every_steps: steps from one evaluation to the next; every phase ends with one, too.
+      checkpoint_every_steps: steps from one checkpoint to the next; every phase ends with one, too.
       eval_batch_size: sequences a validation batch.
       keep_checkpoints: how many of the newest stay.
       watchdog_seconds: a command whose step, evaluation or save does not move for so long ends with 75, to be given again;
@@ -100,7 +101,9 @@ class RunConfig:
     """A whole run.
 
     Attributes:
-      experiment, variant, variants: names; the variant is one of `variants`.
+      experiment: name that the experiment file gives itself, and that pages and the default workdir are called by.
+      variant: name of these settings, one of `variants`; chosen as ``--config FILE:VARIANT``.
+      variants: names of all settings that the file has.
       seed: of everything drawn.
       init_from: where the parameters (and masks) come from: the workdir of another run, a folder of a Hugging Face GPT-2, or
         ``cell:NAME``, the workdir NAME beside this run's; "" draws them.

@@ -55,7 +55,8 @@ def fit(
     Args:
       loss_fn: ``(params, batch) -> loss``, a scalar, or ``(sum of losses, sum of their weights)``. What it draws at random, it
         draws from a number or a key in the batch. State beside the parameters, such as running means, is not carried from step
-        to step. Its code is not compared when a run goes on.
+        to step. Its code is not compared when a run goes on, nor are the numbers inside `tx`: its state's shapes are, and a
+        rule of one's own that has changed is said.
       params: the parameters, a pytree of float arrays: a dict, `flax.nnx.State`, an Equinox module. They are not changed.
       batches: ``start_batch -> iterator`` over the batches from that number on, the same every time: pytrees of arrays. A
         step takes one, a topology step too.

@@ -33,7 +33,7 @@ from spdf_jax.training.feed import Feed, load_data, make_feed
 from spdf_jax.training.loop import Run, run_phase
 from spdf_jax.training.metrics import Tracker
 from spdf_jax.training.phases import Begin, PhasePlan, make_plan, recorded_cost
-from spdf_jax.training.provenance import Source, check_same_code, read_code, record_start
+from spdf_jax.training.provenance import Source, check_same_code, kept_start, read_code, record_start
 from spdf_jax.training.restore import (
     begin_of,
     check_same_data,
@@ -55,11 +55,11 @@ from spdf_jax.workdir import ANCESTORS_FILE, CONFIG_FILE, SUMMARY_FILE, lock, ma
 
 def run(config: RunConfig, request: Request) -> None:
     """`train`, which says what it is about to do once nothing refuses it any more."""
-    code = read_code(config, request.file)
+    code, command = kept_start(request.workdir) if request.alone else (read_code(config, request.file), request.command)
     keep_compiled(config.data)
     with request.training(config):
         processes.guard()
-        train_with(config, request.workdir, code, command=request.command, progress=not request.quiet, announce=True)
+        train_with(config, request.workdir, code, command=command, progress=not request.quiet, announce=True)
 
 
 def train(
@@ -163,7 +163,10 @@ def train_with(
             record_start(config, workdir, code, command, step, first_step, lengths)
             if lengths:
                 set_end_aside(workdir)
-                _write_config(config, workdir, command, plans[0].begin)
+                # That of a start by the workdir alone is the one before, without what is longer.
+                flags = (f"--config.{key}={now}" for key, (_, now) in lengths.items())
+                again = " ".join([command, *(flag for flag in flags if flag not in command.split())]) if command else ""
+                _write_config(config, workdir, again, plans[0].begin)
             return _run_phases(config, run, index, state, tokens)
 
 

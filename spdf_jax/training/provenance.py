@@ -18,7 +18,7 @@ from spdf_jax.config.run import RunConfig
 from spdf_jax.errors import InputError, reading
 from spdf_jax.processes import device_name, is_first
 from spdf_jax.sparsity.rules import OWN_RULES, RULES, written_in
-from spdf_jax.workdir import CODE_FOLDER, PROVENANCE_FILE, read_json, write_atomically, write_json
+from spdf_jax.workdir import CODE_FOLDER, CONFIG_FILE, PROVENANCE_FILE, read_json, write_atomically, write_json
 
 PACKAGE = Path(__file__).parents[1]
 PACKAGES = ("spdf_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -46,6 +46,24 @@ def read_code(config: RunConfig, file: Path | str) -> dict[str, Source]:
         with reading(f"{path}: the experiment's file cannot be read", "name the one that the config is from"):
             code[name] = Source(path, path.read_bytes())
     return code
+
+
+def kept_start(workdir: Path) -> tuple[dict[str, Source], str]:
+    """The code and the command that a run began with, where its workdir alone says that it is to go on.
+
+    Raises:
+      InputError: a rule of the run is of that code, which is kept to be compared and not to be executed.
+    """
+    command = read_json(workdir / CONFIG_FILE, "restore it, or choose another --workdir").get("command")
+    fix = f"give what began it: {command or 'the same call from Python'}"
+    code = {path.name: Source(path, path.read_bytes()) for path in sorted((workdir / CODE_FOLDER).glob("*.py"))}
+    path = workdir / PROVENANCE_FILE
+    if code or path.exists():  # else of an older release
+        with reading(f"{path}: no list of starts", fix):
+            rules = sorted(name for start in read_json(path, fix)["starts"] for name in start.get("rules", ()))
+        if rules:
+            raise InputError(f"--workdir {workdir}: rule {rules[0]!r} of this run is of a file of its own; {fix}")
+    return code, command or ""
 
 
 def check_same_code(config: RunConfig, workdir: Path, code: Mapping[str, Source]) -> None:
@@ -122,7 +140,10 @@ def add_start(
     first_step: int = 0,
     changed: Mapping[str, Any] | None = None,
 ) -> None:
-    """Adds a start to ``provenance.json``: when, after which step, with which versions, which code its own `rules` have."""
+    """Adds a start to ``provenance.json``: when, after which step, with which versions, which code its own `rules` have.
+
+    Says where that code is not what it was at the start before: a run of `spdf_jax.fit` keeps none that could be put back.
+    """
     if not is_first():
         return
     path = workdir / PROVENANCE_FILE
@@ -130,6 +151,13 @@ def add_start(
         before = read_json(path, "")["starts"] if step > first_step else []
     except (InputError, KeyError):  # a run of an older release, or damage: from here on it is known again
         before = []
+    was = before[-1].get("rules", {}) if before else {}
+    for name in (name for name, now_is in (rules or {}).items() if was.get(name, now_is) != now_is):
+        print(
+            f"{workdir}: the code of rule {name!r} has changed since the last start, and the run goes on with it as it is now; "
+            f"put it back, or choose another workdir, if that is not meant",
+            flush=True,
+        )
     start = {
         "step": step,
         "time": now(),
