@@ -25,7 +25,7 @@ class OptimizerConfig:
       final_fraction: end of the schedule as a fraction of the peak.
       decay_fraction: share of the phase's steps, its last ones, over which ``wsd`` decays.
       warmup_steps: linear from 0.
-      schedule: ``cosine`` | ``linear`` | ``constant`` | ``wsd`` (warm-up, stable, decay).
+      schedule: ``cosine`` | ``linear`` | ``constant`` | ``wsd``: warm-up, stable, decay as linear's (arXiv 2404.06395).
       beta1: Adam: what is kept of the mean of gradients, each step.
       beta2: Adam: what is kept of the mean of their squares, each step.
       eps: Adam: added to the root of that mean before it divides.
@@ -58,10 +58,7 @@ class OptimizerConfig:
 def learning_rate_schedule(
     config: OptimizerConfig, total_steps: int, start: int = 0
 ) -> Callable[[jax.Array], jax.Array]:
-    """Learning rate of a phase of `total_steps`, by the run's step, of which `start` come before the phase.
-
-    Linear warm-up, then the schedule down to the final fraction.
-    """
+    """Learning rate of a phase of `total_steps`, by the run's step, of which `start` come before it: warm-up, then the schedule."""
     return _schedule(config, 0 if config.schedule == "constant" else total_steps, start)
 
 
@@ -69,14 +66,11 @@ def learning_rate_schedule(
 def _schedule(config: OptimizerConfig, total_steps: int, start: int) -> Callable[[jax.Array], jax.Array]:
     peak, final = config.peak_learning_rate, config.peak_learning_rate * config.final_fraction
     decay_steps = max(1, total_steps - config.warmup_steps)
-    falling = min(decay_steps, round(config.decay_fraction * total_steps))
+    falling = max(1, round(config.decay_fraction * total_steps)) if config.schedule == "wsd" else decay_steps
     after = {
         "cosine": optax.cosine_decay_schedule(peak, decay_steps, config.final_fraction),
-        "linear": optax.linear_schedule(peak, final, decay_steps),
         "constant": optax.constant_schedule(peak),
-        # Hu et al. 2024 (MiniCPM, arXiv 2404.06395); down as `linear` is, so that a branch by that does the same.
-        "wsd": optax.linear_schedule(peak, final, falling, decay_steps - falling),
-    }[config.schedule]
+    }.get(config.schedule, optax.linear_schedule(peak, final, min(falling, decay_steps), max(0, decay_steps - falling)))
     # From peak / n, not 0: the very first update counts too.
     warmup = optax.linear_schedule(peak / max(1, config.warmup_steps), peak, max(1, config.warmup_steps - 1))
     schedule = optax.join_schedules([warmup, after], [config.warmup_steps])

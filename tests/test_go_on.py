@@ -43,7 +43,7 @@ from spdf_jax.training.metrics import read_metrics
 from spdf_jax.training.phases import Begin, make_plan
 from spdf_jax.training.restore import begin_of, saved_run
 from spdf_jax.training.watch import watch_training
-from spdf_jax.workdir import lock, read_json
+from spdf_jax.workdir import lock, read_json, write_json
 
 pytestmark = pytest.mark.usefixtures("no_figures", "all_with_few_matrices")
 
@@ -216,6 +216,23 @@ def test_where_it_would_have_been_another_run_the_way_out_is_named_and_nothing_i
     assert files(workdir) == before
 
 
+def test_a_run_that_stopped_early_would_not_go_on(text, parent, tmp_path):
+    shutil.copytree(parent, tmp_path, dirs_exist_ok=True)
+    for name, change in (
+        ("config", lambda c: c["pretrain"].update(patience_evaluations=2)),
+        ("summary", lambda s: s.update(steps=3)),
+    ):
+        values = read_json(tmp_path / f"{name}.json", "")
+        change(values)
+        write_json(tmp_path / f"{name}.json", values)
+    c = one_phase(text, 8)
+    c.pretrain.patience_evaluations = 2
+    with pytest.raises(
+        spdf.InputError, match=r"pretrain.steps was 4, is 8, but the run stopped early, at step 3; give another"
+    ):
+        train(c, tmp_path)
+
+
 def test_only_training_goes_on_longer(text, parent):
     """What a run came to is of the run that it was."""
     before = files(parent)
@@ -284,7 +301,9 @@ def longer(text, tmp_path_factory):
 def test_a_finished_run_goes_on_and_what_was_made_of_its_end_is_kept(finished, longer, text, tmp_path):
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     summary = (tmp_path / "summary.json").read_bytes()
-    assert train(constant(text, 16), tmp_path)["steps"] == 16
+    command = "python -m spdf_jax.main --config mine.py"  # as it was, where the workdir alone is given to go on
+    assert jobs.train(spdf.resolve(constant(text, 16)), tmp_path, command=command, progress=False)["steps"] == 16
+    assert read_json(tmp_path / "config.json", "")["command"] == f"{command} --config.pretrain.steps=16"
     assert_ends_as(tmp_path, longer)
     assert (tmp_path / "summary.json.before_extension-1").read_bytes() == summary
     assert (tmp_path / "evaluation.json.before_extension-1").exists()
