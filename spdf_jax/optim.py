@@ -58,7 +58,7 @@ class OptimizerConfig:
 def learning_rate_schedule(
     config: OptimizerConfig, total_steps: int, start: int = 0
 ) -> Callable[[jax.Array], jax.Array]:
-    """Learning rate of a phase of `total_steps`, by the run's step, of which `start` come before it: warm-up, then the schedule."""
+    """Learning rate of a phase of `total_steps`, by the run's step; `start` come before it. Warm-up, then the schedule."""
     return _schedule(config, 0 if config.schedule == "constant" else total_steps, start)
 
 
