@@ -33,6 +33,7 @@ GENERATIONS_FILE = "generations.jsonl"
 #: The newest checkpoints, and the best one of a phase that may stop early.
 CHECKPOINTS, BEST = "checkpoints", "best"
 TENSORBOARD_FOLDER = "tensorboard"
+TRACKERS_FOLDER = "trackers"
 PICTURES_FOLDER = "mask_pictures"
 FIGURES_FOLDER = "figures"
 PROFILE_FOLDER = "profile"

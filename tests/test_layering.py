@@ -44,6 +44,9 @@ LIBRARIES = {
     "matplotlib": {"report"},
     "bokeh": {"report.closer"},
     "tensorboard": {"training.events"},
+    "wandb": {"training.trackers"},
+    "mlflow": {"training.trackers"},
+    "trackio": {"training.trackers"},
     "tensorflow": set(),
     "torch": set(),
 }

@@ -95,6 +95,11 @@ def check_phase(run: RunConfig, name: str, phase: PhaseConfig) -> None:
             f"config.{name}.optimizer.regrowth: rule {phase.sparsity.rule!r} looks after the optimiser's state itself; use "
             f"'keep', not {phase.optimizer.regrowth!r}"
         )
+    if phase.sparsity.topology_rule.choose_masks and phase.ema_decay:
+        raise InputError(
+            f"config.{name}.ema_decay: rule {phase.sparsity.rule!r} looks after the optimiser's state itself, and knows "
+            f"nothing of an average in it; set ema_decay to 0"
+        )
     if phase.sparsity.blocks and (phase.optimizer.regrowth != "reset" or phase.optimizer.density_exponent):
         raise InputError(
             f"config.{name}.optimizer: sparse_compute 'blocks' keeps nothing of weights that are not live, and no masks to "
@@ -115,6 +120,11 @@ def check_transition(before: PhaseConfig, name: str, phase: PhaseConfig) -> None
             f"config.{name}.reset_optimizer: False cannot carry the state over, since rule {before.sparsity.rule!r} with "
             f"optimizer.regrowth {before.optimizer.regrowth!r} and rule {phase.sparsity.rule!r} with "
             f"{phase.optimizer.regrowth!r} keep different state; make them alike, or reset"
+        )
+    if not phase.reset_optimizer and bool(before.ema_decay) != bool(phase.ema_decay):
+        raise InputError(
+            f"config.{name}.reset_optimizer: False carries the average of ema_decay over with the state, and it is "
+            f"{before.ema_decay} before and {phase.ema_decay} here; set both or none, or reset"
         )
     if phase.sparsity.topology_rule.choose_masks and not before.sparsity.dense:
         raise InputError(

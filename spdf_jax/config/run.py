@@ -15,6 +15,7 @@ from spdf_jax.fields import (
     FilePath,
     Line,
     OneOf,
+    Range,
     Text,
     Used,
     check_fields,
@@ -40,6 +41,9 @@ class PhaseConfig:
         the run's result; 0 trains to the end. In the last phase only.
       grad_accumulation_steps: micro-batches a step.
       reset_optimizer: start with fresh optimiser state; False carries it over from the phase before.
+      ema_decay: the result of the phase, which is evaluated, exported and gone on from, is an average of its parameters over
+        steps: that of a step weighs this much of that of the step after it, and nothing of the values at the start is in it.
+        A weight that grows back starts from 0 in it, as in the model. 0.999, for one; 0 is no average.
       optimizer, sparsity: see there.
     """
 
@@ -51,6 +55,7 @@ class PhaseConfig:
     task: TaskConfig = field(default_factory=TaskConfig)
     epochs: CountOrZero = 0
     patience_evaluations: CountOrZero = 0
+    ema_decay: Annotated[float, Range(least=0, below=1)] = 0.0
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     sparsity: SparsityConfig = field(default_factory=SparsityConfig)
 
@@ -68,6 +73,9 @@ class LoopConfig:
       checkpoint_every_steps: steps from one checkpoint to the next; every phase ends with one, too.
       eval_batch_size: sequences a validation batch.
       keep_checkpoints: how many of the newest stay.
+      keep_every_steps: beside those, every checkpoint at a multiple of this stays; 0: none.
+      trackers: ``wandb``, ``mlflow``, ``trackio``, or several with commas between, which follow ``metrics.jsonl``. Each is an
+        extra of that name (``pip install -e '.[wandb]'``) and is set up by its own environment variables.
       watchdog_seconds: a command whose step, evaluation or save does not move for so long ends with 75, to be given again;
         compilation counts, too. 0: never.
       profile_steps: ``A:B`` leaves a profile of the steps after step A, up to step B, in ``profile/``; "" does not.
@@ -78,6 +86,8 @@ class LoopConfig:
     checkpoint_every_steps: Count = 200
     eval_batch_size: Count = 32
     keep_checkpoints: Count = 2
+    keep_every_steps: CountOrZero = 0
+    trackers: Line = ""
     watchdog_seconds: CountOrZero = 600
     profile_steps: Line = ""
 
@@ -88,6 +98,16 @@ class LoopConfig:
             raise InputError(
                 f"loop.profile_steps: {self.profile_steps!r} must be A:B with 0 <= A < B, for example 100:105"
             )
+        if self.keep_every_steps % self.checkpoint_every_steps:
+            raise InputError(
+                f"loop.keep_every_steps: {self.keep_every_steps} must be a multiple of loop.checkpoint_every_steps, "
+                f"{self.checkpoint_every_steps}, as only what is saved can stay"
+            )
+
+    @property
+    def tracker_names(self) -> list[str]:
+        """Of `trackers`."""
+        return [name.strip() for name in self.trackers.split(",") if name.strip()]
 
     @property
     def profiled_steps(self) -> range:

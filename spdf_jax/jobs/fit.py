@@ -1,7 +1,6 @@
 """A run of any model: what ``--job train`` is for the GPT, for a loss over any pytree of parameters."""
 
 import contextlib
-import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -13,20 +12,22 @@ from spdf_jax import processes
 from spdf_jax.config.read import build_section
 from spdf_jax.config.run import LoopConfig
 from spdf_jax.errors import InputError
-from spdf_jax.jobs.pages import finished_page, last_page, live_page, write_run_page
+from spdf_jax.jobs.pages import finished_page, following, last_page, live_page, write_run_page
 from spdf_jax.processes import device_name
 from spdf_jax.sharding import MeshConfig, make_mesh
 from spdf_jax.sparsity.programme import Programme
 from spdf_jax.training.checkpoint import Checkpoints, DamagedCheckpointError
+from spdf_jax.training.clock import Clock
 from spdf_jax.training.extension import set_end_aside
 from spdf_jax.training.loop import Run, run_phase
 from spdf_jax.training.loss_function import LossFunction
-from spdf_jax.training.metrics import Tracker, read_metrics
+from spdf_jax.training.metrics import Tracker, last_alive, read_metrics
 from spdf_jax.training.own_model import PHASE, check_same_fit, identity, own_feed, own_plan, own_state
 from spdf_jax.training.phases import StepCost
-from spdf_jax.training.provenance import add_start, fingerprint_of_rule, is_own
+from spdf_jax.training.provenance import add_start, fingerprint_of_rule, is_own, lives
 from spdf_jax.training.resume import elsewhere, has_begun, opened, recorded_evaluations
 from spdf_jax.training.state import TrainState, state_shardings
+from spdf_jax.training.trackers import Followers, check_trackers
 from spdf_jax.workdir import CONFIG_FILE, SUMMARY_FILE, lock, made_workdir, read_json, write_json
 
 
@@ -94,26 +95,31 @@ def fit(
     """
     if jax.process_count() > 1:
         raise InputError(f"fit: runs in one process, and this is one of {jax.process_count()}; start it alone")
+    clock = Clock()
     workdir, how = Path(workdir).expanduser(), _loop_config(loop, validation is not None)
+    check_trackers(how.tracker_names)
     mesh = make_mesh(MeshConfig(data=devices))
     plan = own_plan(tx, params, programme, how.eval_every_steps if validation is not None else 0)
     with jax.set_mesh(mesh):
         first = own_state(plan, params, masks, jax.random.key(0) if key is None else key, mesh)
         feed = own_feed(loss_fn, params, batches, validation, mesh.size)
     run_is = identity(plan, feed, first, how)
-    with made_workdir(workdir), lock(workdir), jax.set_mesh(mesh):
+    with clock, made_workdir(workdir), lock(workdir), jax.set_mesh(mesh):
         has_begun(workdir)
         lengths = check_same_fit(run_is, plan, workdir)
-        with opened(workdir, how.keep_checkpoints) as (checkpoints, _):
+        with opened(workdir, how) as (checkpoints, _):
             shardings = state_shardings(mesh, plan.tx, first)
             state, record = _newest(checkpoints, first, shardings)
             step, config = int(state.step), {"experiment": PHASE, "variant": workdir.name, **run_is}
             if not lengths and (summary := _finished(workdir, step)):
+                Followers(workdir, how.tracker_names, summary["rows"]["bytes"], print).close(finished=True)
                 return state, summary
             if step:
                 print(f"{workdir}: resuming after step {step} of {plan.end}.{elsewhere(record)}", flush=True)
             else:
                 write_json(workdir / CONFIG_FILE, config)
+            earlier = lives(workdir, last_alive(workdir))  # before the rows after the checkpoint are dropped
+            clock.go_on(record, earlier)
             rows = record.get("rows")
             tracker = Tracker(workdir, resume_step=step, total_steps=plan.end, progress=progress, durable=rows)
             run = Run(
@@ -127,18 +133,20 @@ def fit(
                 checkpoints=checkpoints,
                 best=None,
                 tracker=tracker,
+                followers=Followers(workdir, how.tracker_names, (rows or {}).get("bytes", 0), tracker.message),
                 total=StepCost(),
-                seconds=record["seconds"],
+                clock=clock,
                 evaluations=recorded_evaluations(workdir, step, record) if step else {},
                 step=step,
                 write_page=live_page(workdir, tracker).update,
             )
             rule = programme.config.rule
-            add_start(workdir, "", step, {rule: fingerprint_of_rule(rule, {})} if is_own(rule) else {}, changed=lengths)
+            own = {rule: fingerprint_of_rule(rule, {})} if is_own(rule) else {}
+            add_start(workdir, "", step, own, [*earlier, [clock.begun, clock.begun]], changed=lengths)
             if lengths:
                 set_end_aside(workdir)
                 write_json(workdir / CONFIG_FILE, config)
-            with contextlib.closing(tracker), last_page(run):
+            with contextlib.closing(tracker), following(run), last_page(run):
                 state = run_phase(run, plan, state)
                 processes.beat(0, 0)
                 return state, _finish(run, state)
@@ -163,7 +171,7 @@ def _newest(checkpoints: Checkpoints, first: TrainState, shardings: TrainState) 
             return checkpoints.restore(jax.eval_shape(lambda: first), shardings), record
         except DamagedCheckpointError as damage:
             print(checkpoints.fall_back(damage), flush=True)
-    return first, {"seconds": 0.0}
+    return first, {}
 
 
 def _finished(workdir: Path, step: int) -> dict[str, Any] | None:
@@ -180,6 +188,8 @@ def _finished(workdir: Path, step: int) -> dict[str, Any] | None:
 
 def _finish(run: Run, state: TrainState) -> dict[str, Any]:
     run.checkpoints.wait()
+    run.followers.saved()
+    run.clock.spent("saving")
     (plan,), step = run.plans, int(state.step)
     summary: dict[str, Any] = {"status": "finished", "experiment": PHASE, "variant": run.workdir.name, "steps": step}
     losses = [row["loss"] for row in read_metrics(run.workdir) if "loss" in row]
@@ -190,7 +200,8 @@ def _finish(run: Run, state: TrainState) -> dict[str, Any]:
         summary |= {"val_loss": evaluations[-1], "initial_val_loss": evaluations[0]}
     summary |= {
         "sparsity": plan.programme.sparsity(step),
-        "wall_seconds": run.seconds + time.perf_counter() - run.clock,
+        "wall_seconds": run.clock.of_the_result,
+        "seconds": run.clock.rounded(),
         "device": device_name(),
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
         "rows": run.tracker.make_durable(),

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,25 +14,34 @@ from spdf_jax.config.checks import check_devices
 from spdf_jax.config.read import AnyConfig, resolve
 from spdf_jax.config.run import RunConfig
 from spdf_jax.data import TokenData, unigram_loss
-from spdf_jax.data.tokenizer import Tokenizer
 from spdf_jax.errors import InputError
 from spdf_jax.jobs import Request, keep_compiled
-from spdf_jax.jobs.pages import finished_page, last_page, live_page, write_run_page
+from spdf_jax.jobs.pages import finished_page, following, last_page, live_page, write_run_page
 from spdf_jax.model.flops import parameter_count
 from spdf_jax.model.gpt import GPT
 from spdf_jax.planning.describe import describe
 from spdf_jax.processes import device_name
 from spdf_jax.sharding import batch_devices, make_mesh
-from spdf_jax.training.ancestry import ancestors
+from spdf_jax.training.ancestry import ancestors, keep_lineage
 from spdf_jax.training.branch import Parent, branch, cost_so_far
 from spdf_jax.training.checkpoint import Checkpoints, DamagedCheckpointError
+from spdf_jax.training.clock import Clock
 from spdf_jax.training.early_stopping import best_evaluation, of_phase
-from spdf_jax.training.extension import check_same_or_longer, set_end_aside
+from spdf_jax.training.extension import check_same_or_longer, set_end_aside, with_lengths
 from spdf_jax.training.feed import Feed, load_data, make_feed
 from spdf_jax.training.loop import Run, run_phase
-from spdf_jax.training.metrics import Tracker
-from spdf_jax.training.phases import Begin, PhasePlan, make_plan, recorded_cost
-from spdf_jax.training.provenance import Source, check_same_code, kept_start, read_code, record_start
+from spdf_jax.training.metrics import Tracker, last_alive
+from spdf_jax.training.phases import PhasePlan, make_plan, recorded_cost
+from spdf_jax.training.provenance import (
+    Source,
+    check_same_code,
+    keep_identity,
+    kept_start,
+    lives,
+    read_code,
+    record_start,
+    write_config,
+)
 from spdf_jax.training.restore import (
     begin_of,
     check_same_data,
@@ -50,7 +58,8 @@ from spdf_jax.training.restore import (
 from spdf_jax.training.resume import elsewhere, has_begun, opened, recorded_evaluations
 from spdf_jax.training.state import TrainState
 from spdf_jax.training.stored_state import fingerprint
-from spdf_jax.workdir import ANCESTORS_FILE, CONFIG_FILE, SUMMARY_FILE, lock, made_workdir, write_atomically, write_json
+from spdf_jax.training.trackers import Followers, check_trackers
+from spdf_jax.workdir import SUMMARY_FILE, lock, made_workdir, write_json
 
 
 def run(config: RunConfig, request: Request) -> None:
@@ -105,11 +114,12 @@ def train_with(
     announce: bool = False,
 ) -> dict[str, Any]:
     """`train` with `spdf_jax.training.provenance.read_code` as it was at the start; `announce`: print the run's plan first."""
-    mesh = make_mesh(config.mesh)
+    clock, mesh, names = Clock(), make_mesh(config.mesh), config.loop.tracker_names
+    check_trackers(names)
     check_devices(config, batch_devices(mesh))
     processes.agree("config", json.dumps(config.as_dict()), "start all of them with the same command and files")
     plans = make_plan(config)
-    with made_workdir(workdir), lock(workdir), jax.set_mesh(mesh):
+    with clock, made_workdir(workdir), lock(workdir), jax.set_mesh(mesh):
         begun = has_begun(workdir)
         parent, plans = (None, make_plan(config, begin_of(workdir))) if begun else branch(config, workdir, plans, mesh)
         moved, lengths = check_same_or_longer(config, workdir, plans)
@@ -117,28 +127,26 @@ def train_with(
             check_same_code(config, workdir, code)
         finished = None if lengths else _finished(config, workdir, mesh)
         if finished and not moved:
-            return _nothing_to_do(workdir, finished)
+            return _nothing_to_do(workdir, finished, names)
         tokens, tokenizer = load_data(config, workdir, plans, begun=begun, progress=progress)
         feeds = [make_feed(config, plan, tokens, tokenizer, mesh) for plan in plans]
         processes.agree("config.data", "".join(f.fingerprint for f in feeds), "give all of them the same data")
         lineage = [] if begun else ancestors(config, workdir, parent, feeds[0].fingerprint)
         stops_early = plans[-1].config.patience_evaluations > 0
-        with opened(workdir, config.loop.keep_checkpoints, best=stops_early) as (checkpoints, best):
+        with opened(workdir, config.loop, best=stops_early) as (checkpoints, best):
             if best:
                 _go_back_for_best(config, workdir, plans[-1], mesh, checkpoints, best)
             state, index, record = _first_state(config, workdir, feeds, plans, mesh, checkpoints, moved, parent)
             if finished:
-                return _nothing_to_do(workdir, finished)
-            step, first_step = int(state.step), plans[0].start
-            _keep_identity(config, workdir, command, tokenizer, lineage, plans[0].begin, new=step == first_step)
-            tracker = Tracker(
-                workdir,
-                resume_step=step,
-                total_steps=plans[-1].end,
-                first_step=first_step,
-                progress=progress,
-                durable=record.get("rows"),
-            )
+                return _nothing_to_do(workdir, finished, names)
+            step, first_step, rows = int(state.step), plans[0].start, record.get("rows")
+            if step == first_step:
+                keep_lineage(workdir, lineage)
+            keep_identity(config, workdir, command, tokenizer, plans[0].begin, new=step == first_step)
+            earlier = lives(workdir, last_alive(workdir))  # before the rows after the checkpoint are dropped
+            clock.go_on(record, earlier)
+            where = {"resume_step": step, "total_steps": plans[-1].end, "first_step": first_step}
+            tracker = Tracker(workdir, **where, progress=progress, durable=rows)
             if announce:  # nothing refuses the run any more
                 tracker.message(describe(config))
             if step > first_step:
@@ -154,49 +162,24 @@ def train_with(
                 checkpoints=checkpoints,
                 best=best,
                 tracker=tracker,
+                followers=Followers(workdir, names, (rows or {}).get("bytes", 0), tracker.message),
                 total=recorded_cost(record, plans, step),
-                seconds=record["seconds"],
+                clock=clock,
                 evaluations=recorded_evaluations(workdir, step, record) if step > first_step else {},
                 step=step,
                 write_page=live_page(workdir, tracker).update,
             )
-            record_start(config, workdir, code, command, step, first_step, lengths)
+            alive = [*earlier, [clock.begun, clock.begun]]
+            record_start(config, workdir, code, command, step, alive, first_step, lengths)
             if lengths:
                 set_end_aside(workdir)
-                # That of a start by the workdir alone is the one before, without what is longer.
-                flags = (f"--config.{key}={now}" for key, (_, now) in lengths.items())
-                again = " ".join([command, *(flag for flag in flags if flag not in command.split())]) if command else ""
-                _write_config(config, workdir, again, plans[0].begin)
+                write_config(config, workdir, with_lengths(command, lengths), plans[0].begin)
             return _run_phases(config, run, index, state, tokens)
-
-
-def _keep_identity(
-    config: RunConfig,
-    workdir: Path,
-    command: str,
-    tokenizer: Tokenizer | None,
-    lineage: list[dict[str, Any]],
-    begin: Begin,
-    *,
-    new: bool,
-) -> None:
-    """Writes what says whose run it is: its config, the runs that it goes on from, and the tokenizer if it has one."""
-    if new:
-        if lineage:
-            write_json(workdir / ANCESTORS_FILE, {"ancestors": lineage})
-        _write_config(config, workdir, command, begin)
-    if tokenizer is not None and (new or not (workdir / "tokenizer.json").is_file()):
-        write_atomically(workdir / "tokenizer.json", tokenizer.to_str(pretty=True).encode())
-
-
-def _write_config(config: RunConfig, workdir: Path, command: str, begin: Begin) -> None:
-    begins = {"begins": begin._asdict()} if begin.step else {}
-    write_json(workdir / CONFIG_FILE, config.as_dict() | {"command": command} | begins)
 
 
 def _run_phases(config: RunConfig, run: Run, index: int, state: TrainState, tokens: TokenData | None) -> dict[str, Any]:
     """Phases from `index` on, whose state it is, and the summary at their end."""
-    with contextlib.closing(run.tracker), last_page(run):
+    with contextlib.closing(run.tracker), following(run), last_page(run):
         for plan in run.plans[index:]:
             if plan.index > index:
                 state = enter_phase(state, plan, run.mesh)
@@ -205,7 +188,8 @@ def _run_phases(config: RunConfig, run: Run, index: int, state: TrainState, toke
         return _finish(config, run, int(state.step), tokens)
 
 
-def _nothing_to_do(workdir: Path, summary: dict[str, Any]) -> dict[str, Any]:
+def _nothing_to_do(workdir: Path, summary: dict[str, Any], trackers: list[str]) -> dict[str, Any]:
+    Followers(workdir, trackers, summary.get("rows", {}).get("bytes", 0), print).close(finished=True)
     print(f"{workdir}: this run is finished (validation loss {summary['val_loss']:.4f}); nothing to do.")
     return summary
 
@@ -227,7 +211,7 @@ def _first_state(
         before = cost_so_far(parent) if parent else cost_before(source) if source else None
         state = parent.state if parent else first_state(config, plans[0], mesh, source)
         origin = {"fingerprint": fingerprint(state), "before": before} if source else {}
-        return state, 0, {"seconds": 0.0, "origin": origin}
+        return state, 0, {"origin": origin}
     try:
         record = checkpoints.record()
         if "init_from" in moved:
@@ -281,8 +265,9 @@ def _go_back_for_best(
 
 def _finish(config: RunConfig, run: Run, step: int, tokens: TokenData | None) -> dict[str, Any]:
     run.checkpoints.wait()
+    run.followers.saved()
     last = run.plans[-1]
-    seconds = run.seconds + time.perf_counter() - run.clock
+    run.clock.spent("saving")
     losses = of_phase(run.evaluations, last.name)
     result = best_evaluation(losses) if last.config.patience_evaluations else max(losses)
     summary: dict[str, Any] = {
@@ -295,8 +280,9 @@ def _finish(config: RunConfig, run: Run, step: int, tokens: TokenData | None) ->
         "initial_val_loss": next(iter(run.evaluations.values())),
         "sparsity": last.programme.sparsity(step - last.start),
         "flops_reduction": run.total.dense_flops / run.total.train_flops,
-        "tokens_per_second": run.total.tokens / seconds,
-        "wall_seconds": seconds,
+        "tokens_per_second": run.total.tokens / run.clock.of_the_result,
+        "wall_seconds": run.clock.of_the_result,
+        "seconds": run.clock.rounded(),
         "device": device_name(),
         "parameters": parameter_count(config.model),
         "rows": run.tracker.make_durable(),

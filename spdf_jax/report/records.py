@@ -263,7 +263,9 @@ def _numbers_so_far(rows: Sequence[Row], first_step: int) -> dict[str, Any]:
             continue
         numbers["steps"] = row["step"]
         counted = ("tokens", "padded_tokens", "topology_tokens")
-        numbers |= {key: row[key] for key in (*counted, "sparsity", "tokens_per_second", "val_loss") if key in row}
+        numbers |= {
+            key: row[key] for key in (*counted, "sparsity", "tokens_per_second", "val_loss", "seconds") if key in row
+        }
         if "train_flops" in row:
             numbers |= {"train_flops": row["train_flops"], "dense_flops": row["dense_flops"]}
         if "val_loss" in row and row["step"] == first_step:

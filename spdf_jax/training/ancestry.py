@@ -10,7 +10,7 @@ from spdf_jax.config.run import RunConfig, flat
 from spdf_jax.training.branch import Parent, check_same_order
 from spdf_jax.training.metrics import check_rows, read_rows
 from spdf_jax.training.restore import holds_run, source_folder
-from spdf_jax.workdir import ANCESTORS_FILE, BEST, CHECKPOINTS, CONFIG_FILE, METRICS_FILE, read_json
+from spdf_jax.workdir import ANCESTORS_FILE, BEST, CHECKPOINTS, CONFIG_FILE, METRICS_FILE, read_json, write_json
 
 #: Of a row, what is drawn.
 _COLUMNS = ("step", "phase", "loss", "val_loss")
@@ -66,6 +66,12 @@ def ancestors(config: RunConfig, workdir: Path, parent: Parent | None, fingerpri
             "rows": rows,
         },
     ]
+
+
+def keep_lineage(workdir: Path, lineage: list[dict[str, Any]]) -> None:
+    """Writes `ancestors` into the folder of the run that begins, if there are any."""
+    if lineage:
+        write_json(workdir / ANCESTORS_FILE, {"ancestors": lineage})
 
 
 def _result_step(folder: Path) -> int:

@@ -15,6 +15,7 @@ from spdf_jax.data import load_task, steps_per_epoch
 from spdf_jax.errors import InputError
 from spdf_jax.processes import from_first
 from spdf_jax.training.checkpoint import Checkpoints, DamagedCheckpointError
+from spdf_jax.training.clock import Clock
 from spdf_jax.training.phases import Begin, PhasePlan, make_plan, recorded_cost
 from spdf_jax.training.restore import (
     begin_of,
@@ -155,7 +156,9 @@ def _kept(plan: PhasePlan, step: int) -> tuple[Any, ...]:
 def cost_so_far(parent: Parent) -> dict[str, Any]:
     """What the parent had cost at its checkpoint, and what it had gone on from: as `spdf_jax.training.restore.cost_before`."""
     record, earlier = parent.record, parent.record.get("origin", {}).get("before") or {}
-    total = recorded_cost(record, parent.plans, record["step"])._asdict() | {"wall_seconds": record["seconds"]}
+    clock = Clock()
+    clock.go_on(record, ())
+    total = recorded_cost(record, parent.plans, record["step"])._asdict() | {"wall_seconds": clock.of_the_result}
     losses = recorded_evaluations(parent.folder, record["step"], record)
     costs = {key: total[key] + earlier.get(key, 0) for key in ("train_flops", "dense_flops", "tokens", "wall_seconds")}
     return costs | {"val_loss": list(losses.values())[-1]}

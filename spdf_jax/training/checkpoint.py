@@ -40,14 +40,16 @@ class Checkpoints:
     Args:
       directory: created if needed.
       keep: how many of the newest stay.
+      keep_every_steps: those at a multiple of it stay too; 0: none.
     """
 
-    def __init__(self, directory: Path, keep: int = 2) -> None:
+    def __init__(self, directory: Path, keep: int = 2, keep_every_steps: int = 0) -> None:
         self.directory = directory
         self._manager = ocp.CheckpointManager(
             directory.absolute(),
             options=ocp.CheckpointManagerOptions(
                 max_to_keep=keep,
+                keep_period=keep_every_steps or None,
                 enable_async_checkpointing=True,
                 lightweight_initialize=True,  # a damaged checkpoint is met where it is read, not here
             ),
@@ -115,7 +117,7 @@ class Checkpoints:
         if step and step not in there:
             raise InputError(
                 f"{self.directory}: no checkpoint at step {step}, but at {', '.join(map(str, there))}; choose one of these "
-                f"(a run keeps the newest config.loop.keep_checkpoints)"
+                f"(config.loop.keep_checkpoints and keep_every_steps say which a run keeps)"
             )
         step = step or there[-1]
         with self._damage_named(step):

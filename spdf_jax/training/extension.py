@@ -1,7 +1,7 @@
 """A run that is to be longer, or shorter, than planned: it goes on where nothing that it did would have been different."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,3 +106,13 @@ def set_end_aside(workdir: Path) -> None:
         if is_first() and (workdir / name).exists():
             aside = set_aside(workdir / name, "before_extension")
             print(f"{workdir / name}: of the end so far, is kept as {aside.name}", flush=True)
+
+
+def with_lengths(command: str, lengths: Mapping[str, tuple[int, int]]) -> str:
+    """The command that made a run, so that it says how long that is by now: by a workdir alone it is gone on with as begun.
+
+    >>> with_lengths("python -m spdf_jax.main --config mine.py", {"pretrain.steps": (100, 200)})
+    'python -m spdf_jax.main --config mine.py --config.pretrain.steps=200'
+    """
+    flags = [f"--config.{key}={now}" for key, (_, now) in lengths.items()]
+    return " ".join([command, *(flag for flag in flags if flag not in command.split())]) if command else ""

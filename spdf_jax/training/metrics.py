@@ -1,9 +1,11 @@
 """The rows that a run writes as it goes: `metrics.jsonl`, and from it TensorBoard events and the progress line.
 
 A row is one JSON object a line, of one of three kinds told apart by a key: a train row has `loss`, an evaluation row
-`val_loss`, a topology row `density`. Everything here is plain files and plain numbers; nothing needs TensorFlow.
+`val_loss`, a topology row `density`. `time` is in seconds since 1970. Everything here is plain files and plain numbers; nothing
+needs TensorFlow.
 """
 
+import contextlib
 import json
 import os
 import zlib
@@ -90,7 +92,7 @@ class Tracker:
         if not is_first() or _identity(plain_row) in self._already_logged:
             return
         self._append(json.dumps(plain_row).encode() + b"\n")
-        self._events.scalars(plain_row["step"], dict(_scalars(plain_row)))
+        self._events.scalars(plain_row["step"], dict(scalars(plain_row)))
         self._progress.log(plain_row)
 
     def make_durable(self) -> dict[str, int]:
@@ -176,6 +178,15 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return [row for _, row in _read_lines(path)]
 
 
+def last_alive(workdir: Path) -> float:
+    """When the last row was logged there that can be read, in seconds since 1970; 0 where none says so."""
+    path = Path(workdir) / METRICS_FILE
+    for line in reversed(path.read_bytes().split(b"\n") if path.is_file() else []):
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            return float(json.loads(line)["time"])
+    return 0.0
+
+
 def durable_rows(content: bytes, before: Mapping[str, int] | None = None) -> dict[str, int]:
     """The size of rows and their checksum, that of `content` after what `before` says."""
     before = before or {"bytes": 0, "crc32": 0}
@@ -230,10 +241,10 @@ def _is_torn(line: bytes) -> bool:
     return False
 
 
-def _scalars(value: Any, tag: str = "") -> Iterator[tuple[str, float]]:
-    """Every number of a nested row with its tag, as `density/blocks/attn_q/kernel/0`; strings and the step left out."""
+def scalars(value: Any, tag: str = "") -> Iterator[tuple[str, float]]:
+    """Every number of a nested row with its tag, as `density/blocks/attn_q/kernel/0`; left out are strings, step and time."""
     if isinstance(value, dict):
-        items = [(key, item) for key, item in value.items() if (tag, key) != ("", "step")]
+        items = [(key, item) for key, item in value.items() if tag or key not in ("step", "time")]
     elif isinstance(value, list):
         items = [(str(index), item) for index, item in enumerate(value)]
     elif isinstance(value, int | float):
@@ -242,4 +253,4 @@ def _scalars(value: Any, tag: str = "") -> Iterator[tuple[str, float]]:
     else:
         return
     for key, item in items:
-        yield from _scalars(item, f"{tag}/{key}" if tag else key)
+        yield from scalars(item, f"{tag}/{key}" if tag else key)

@@ -21,6 +21,7 @@ from spdf_jax.model.mupar import mup_multipliers
 from spdf_jax.optim import learning_rate_schedule, make_optimizer
 from spdf_jax.sparsity.masks import matrix_groups
 from spdf_jax.sparsity.programme import Programme
+from spdf_jax.training.average import averaged
 from spdf_jax.training.state import abstract_params, sparse_filter
 from spdf_jax.tree import Filter
 
@@ -149,11 +150,7 @@ def make_plan(config: RunConfig, begin: Begin = _AT_ZERO) -> list[PhasePlan]:
                 seq_len=config.seq_len(phase),
                 filter=filter,
                 programme=programme,
-                tx=make_optimizer(
-                    phase.optimizer,
-                    _multipliers(config.model, phase.sparsity.density),
-                    programme.config.topology_rule.optimizer,
-                ),
+                tx=_optimizer(config.model, phase, programme),
                 learning_rate=learning_rate_schedule(phase.optimizer, phase.steps, start),
                 cost=_cost(config, phase, programme),
                 epoch_steps=epoch_steps,
@@ -164,6 +161,12 @@ def make_plan(config: RunConfig, begin: Begin = _AT_ZERO) -> list[PhasePlan]:
         )
         start += phase.steps
     return plans
+
+
+def _optimizer(model: GPTConfig, phase: PhaseConfig, programme: Programme) -> optax.GradientTransformationExtraArgs:
+    wrap = programme.config.topology_rule.optimizer
+    tx = make_optimizer(phase.optimizer, _multipliers(model, phase.sparsity.density), wrap)
+    return averaged(tx, phase.ema_decay) if phase.ema_decay else tx
 
 
 @cache  # as optimisers are: what is made of equal configs is one object, which compiled steps are known by

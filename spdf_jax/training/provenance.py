@@ -10,14 +10,16 @@ import inspect
 import itertools
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from spdf_jax.config.run import RunConfig
+from spdf_jax.data.tokenizer import Tokenizer
 from spdf_jax.errors import InputError, reading
 from spdf_jax.processes import device_name, is_first
 from spdf_jax.sparsity.rules import OWN_RULES, RULES, written_in
+from spdf_jax.training.phases import Begin
 from spdf_jax.workdir import CODE_FOLDER, CONFIG_FILE, PROVENANCE_FILE, read_json, write_atomically, write_json
 
 PACKAGE = Path(__file__).parents[1]
@@ -101,12 +103,29 @@ def check_same_code(config: RunConfig, workdir: Path, code: Mapping[str, Source]
             )
 
 
+def keep_identity(
+    config: RunConfig, workdir: Path, command: str, tokenizer: Tokenizer | None, begin: Begin, *, new: bool
+) -> None:
+    """Writes what says whose run it is: its config, and the tokenizer if it has one."""
+    if new:
+        write_config(config, workdir, command, begin)
+    if tokenizer is not None and (new or not (workdir / "tokenizer.json").is_file()):
+        write_atomically(workdir / "tokenizer.json", tokenizer.to_str(pretty=True).encode())
+
+
+def write_config(config: RunConfig, workdir: Path, command: str, begin: Begin) -> None:
+    """Writes ``config.json``, with the command and where the run begins if that is not at zero."""
+    begins = {"begins": begin._asdict()} if begin.step else {}
+    write_json(workdir / CONFIG_FILE, config.as_dict() | {"command": command} | begins)
+
+
 def record_start(
     config: RunConfig,
     workdir: Path,
     code: Mapping[str, Source],
     command: str,
     step: int,
+    lives: Sequence[Sequence[float]] = (),
     first_step: int = 0,
     changed: Mapping[str, Any] | None = None,
 ) -> None:
@@ -117,11 +136,12 @@ def record_start(
       code: of `read_code`.
       command: as it was given; "" for a run from Python.
       step: after which the run goes on.
+      lives: see `lives`, with this start at their end.
       first_step: that at which it began.
       changed: settings that this start changes, as they were and are.
     """
     rules = {name: fingerprint_of_rule(name, code) for name in own_rules(config)}
-    add_start(workdir, command, step, rules, first_step, changed)
+    add_start(workdir, command, step, rules, lives, first_step, changed)
     if is_first() and step == first_step:
         folder = workdir / CODE_FOLDER
         folder.mkdir(exist_ok=True)
@@ -137,6 +157,7 @@ def add_start(
     command: str,
     step: int,
     rules: Mapping[str, str] | None = None,
+    lives: Sequence[Sequence[float]] = (),
     first_step: int = 0,
     changed: Mapping[str, Any] | None = None,
 ) -> None:
@@ -168,7 +189,26 @@ def add_start(
         "device": device_name(),
     }
     start |= {name: said for name, said in (("rules", rules), ("changed", changed)) if said}
-    write_json(path, {"starts": [*before, start]})
+    write_json(path, {"starts": [*before, start], "lives": lives})
+
+
+def lives(workdir: Path, last_alive: float) -> list[list[float]]:
+    """When each start so far began and when it was last alive, in seconds since 1970, those that saved nothing too.
+
+    Args:
+      workdir: of the run.
+      last_alive: of the last of them, see `spdf_jax.training.metrics.last_alive`.
+
+    Returns:
+      ``[[begun, last alive], ...]``; empty where no start is known of.
+    """
+    try:
+        found = [[float(begun), float(end)] for begun, end in read_json(workdir / PROVENANCE_FILE, "")["lives"]]
+    except (InputError, KeyError, TypeError, ValueError):  # a run of an older release, or damage
+        return []
+    if found:
+        found[-1][1] = max(found[-1][1], last_alive)
+    return found
 
 
 def record_failure(workdir: Path, step: int, why: str) -> None:
@@ -183,9 +223,9 @@ def record_failure(workdir: Path, step: int, why: str) -> None:
         return
     path = workdir / PROVENANCE_FILE
     with contextlib.suppress(InputError, KeyError, IndexError, TypeError, OSError):  # the failure may be the disk's
-        starts = read_json(path, "")["starts"]
-        starts[-1]["failure"] = {"step": step, "time": now(), "why": why}
-        write_json(path, {"starts": starts})
+        content = read_json(path, "")
+        content["starts"][-1]["failure"] = {"step": step, "time": now(), "why": why}
+        write_json(path, content)
 
 
 def now() -> str:

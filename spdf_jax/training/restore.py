@@ -19,6 +19,7 @@ from spdf_jax.model.config import GPTConfig
 from spdf_jax.model.gpt import GPT
 from spdf_jax.sharding import make_mesh, parameter_shardings
 from spdf_jax.sparsity.masks import dense_masks
+from spdf_jax.training.average import result_of
 from spdf_jax.training.checkpoint import Checkpoints, DamagedCheckpointError
 from spdf_jax.training.phases import Begin, PhasePlan, make_plan
 from spdf_jax.training.state import TrainState, abstract_state, as_masks, init_state, start_phase, state_shardings
@@ -42,6 +43,11 @@ class SavedRun(NamedTuple):
     config: RunConfig
     plan: PhasePlan
     state: TrainState
+
+    @property
+    def result(self) -> TrainState:
+        """The state to evaluate, generate from and export: `state`, with the average of its parameters if the run has one."""
+        return result_of(self.state)
 
     @property
     def model(self) -> GPT:
@@ -123,7 +129,8 @@ def saved_run(workdir: Path, mesh: Mesh | None = None, config: RunConfig | None 
       config: the run's own, but for what may change after a run, such as `decode`; by default its ``config.json``.
 
     Returns:
-      ``(config, plan, state)``: parameters are ``state.params``, masks ``state.masks``; see `spdf_jax.TrainState`. The notebook
+      ``(config, plan, state)``: parameters are ``state.params``, masks ``state.masks``; see `spdf_jax.TrainState`. Of a run
+      with ``ema_decay`` the averages are ``.result.params``, and what `train` measured is theirs. The notebook
       ``4_read_a_run.ipynb`` looks at one.
 
     Raises:
@@ -267,8 +274,9 @@ def read_summary(workdir: Path) -> dict[str, Any] | None:
 
 
 def enter_phase(state: TrainState, plan: PhasePlan, mesh: Mesh) -> TrainState:
-    """`start_phase` as the plan says."""
+    """`start_phase` as the plan says: from the result of the phase before, or, with its optimiser, from its parameters."""
     phase = plan.config
+    state = result_of(state) if phase.reset_optimizer else state
     return start_phase(state, plan.tx, phase.sparsity, plan.filter, mesh, reset_optimizer=phase.reset_optimizer)
 
 
