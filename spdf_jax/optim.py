@@ -27,8 +27,9 @@ class OptimizerConfig:
         `spdf_jax.OPTIMIZERS`; see "Optimisers of a run" in ``experiments/README.md``.
       peak_learning_rate: learning rate after warm-up.
       final_fraction: end of the schedule as a fraction of the peak.
+      decay_fraction: share of the phase's steps, its last ones, over which ``wsd`` decays.
       warmup_steps: linear from 0.
-      schedule: ``cosine`` | ``linear`` | ``constant``.
+      schedule: ``cosine`` | ``linear`` | ``constant`` | ``wsd``: warm-up, stable, decay as linear's (arXiv 2404.06395).
       beta1: Adam: what is kept of the mean of gradients, each step. Lion's first; SGD's momentum.
       beta2: Adam: what is kept of the mean of their squares, each step. Lion's second.
       eps: Adam: added to the root of that mean before it divides.
@@ -43,9 +44,10 @@ class OptimizerConfig:
 
     name: Annotated[str, OneOf(optimizers.OPTIMIZERS)] = "adamw"
     peak_learning_rate: Annotated[float, Range(above=0)] = 6e-4
-    final_fraction: Annotated[Share, used_with("schedule", "cosine", "linear")] = 0.1
+    final_fraction: Annotated[Share, used_with("schedule", "cosine", "linear", "wsd")] = 0.1
+    decay_fraction: Annotated[Share, used_with("schedule", "wsd")] = 0.2
     warmup_steps: CountOrZero = 100
-    schedule: Annotated[str, OneOf(("cosine", "linear", "constant"))] = "cosine"
+    schedule: Annotated[str, OneOf(("cosine", "linear", "constant", "wsd"))] = "cosine"
     beta1: Annotated[float, Range(least=0, below=1), used_by("lion", "sgd", *ADAMS)] = 0.9
     beta2: Annotated[float, Range(least=0, below=1), used_by("lion", *ADAMS)] = 0.95
     eps: Annotated[float, Range(above=0), used_by(*ADAMS)] = 1e-8
@@ -64,10 +66,7 @@ class OptimizerConfig:
 def learning_rate_schedule(
     config: OptimizerConfig, total_steps: int, start: int = 0
 ) -> Callable[[jax.Array], jax.Array]:
-    """Learning rate of a phase of `total_steps`, by the run's step, of which `start` come before the phase.
-
-    Linear warm-up, then the schedule down to the final fraction.
-    """
+    """Learning rate of a phase of `total_steps`, by the run's step; `start` come before it. Warm-up, then the schedule."""
     return _schedule(config, 0 if config.schedule == "constant" else total_steps, start)
 
 
@@ -75,11 +74,11 @@ def learning_rate_schedule(
 def _schedule(config: OptimizerConfig, total_steps: int, start: int) -> Callable[[jax.Array], jax.Array]:
     peak, final = config.peak_learning_rate, config.peak_learning_rate * config.final_fraction
     decay_steps = max(1, total_steps - config.warmup_steps)
+    falling = max(1, round(config.decay_fraction * total_steps)) if config.schedule == "wsd" else decay_steps
     after = {
         "cosine": optax.cosine_decay_schedule(peak, decay_steps, config.final_fraction),
-        "linear": optax.linear_schedule(peak, final, decay_steps),
         "constant": optax.constant_schedule(peak),
-    }[config.schedule]
+    }.get(config.schedule, optax.linear_schedule(peak, final, min(falling, decay_steps), max(0, decay_steps - falling)))
     # From peak / n, not 0: the very first update counts too.
     warmup = optax.linear_schedule(peak / max(1, config.warmup_steps), peak, max(1, config.warmup_steps - 1))
     schedule = optax.join_schedules([warmup, after], [config.warmup_steps])

@@ -28,6 +28,7 @@ METRICS_FILE = "metrics.jsonl"
 SUMMARY_FILE = "summary.json"
 EVALUATION_FILE = "evaluation.json"
 PROVENANCE_FILE = "provenance.json"
+ANCESTORS_FILE = "ancestors.json"
 GENERATIONS_FILE = "generations.jsonl"
 #: The newest checkpoints, and the best one of a phase that may stop early.
 CHECKPOINTS, BEST = "checkpoints", "best"

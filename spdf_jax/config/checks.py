@@ -22,6 +22,12 @@ def check_effect(run: RunConfig) -> None:
         near = nearest(run.variant, list(run.variants))
         raise InputError(f"config.variant: {run.experiment} has no variant {run.variant!r}{near}")
     check_used(unused_settings(run))
+    if run.init_step and run.init_what != "state":
+        check_used([Unused("config.init_step", run.init_step, 0, "runs with init_what 'state'")])
+    if run.init_what == "state" and not run.init_from:
+        raise InputError(
+            "config.init_what: 'state' of which run? Name its workdir by config.init_from, or use 'parameters'"
+        )
     for index, (name, phase) in enumerate(run.phases.items()):
         check_zeros(f"config.{name}.sparsity", phase.sparsity)
         if index == 0 and not phase.reset_optimizer and not run.init_from:

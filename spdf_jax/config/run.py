@@ -14,6 +14,7 @@ from spdf_jax.fields import (
     CountOrZero,
     FilePath,
     Line,
+    OneOf,
     Range,
     Text,
     Used,
@@ -126,6 +127,9 @@ class RunConfig:
       seed: of everything drawn.
       init_from: where the parameters (and masks) come from: the workdir of another run, a folder of a Hugging Face GPT-2, or
         ``cell:NAME``, the workdir NAME beside this run's; "" draws them.
+      init_what: ``parameters``: those and the masks, at step 0; ``state``: all of that run, optimiser state (whatever
+        `reset_optimizer` of the first phase says), random state and count of steps too, and its data goes on where it was.
+      init_step: of which checkpoint the ``state``; 0: the newest.
       phases: names to configs, in the order in which they run.
       model, data, mesh, loop, decode, evaluation: see there.
     """
@@ -135,6 +139,8 @@ class RunConfig:
     variants: Annotated[tuple[str, ...], Text()]
     seed: CountOrZero
     init_from: FilePath
+    init_what: Annotated[str, OneOf(("parameters", "state"))]
+    init_step: CountOrZero
     model: GPTConfig
     data: DataConfig
     mesh: MeshConfig
@@ -183,4 +189,12 @@ SECTIONS: dict[str, type] = {
     "evaluation": EvaluationConfig,
 }
 
-SCALARS: dict[str, Any] = {"experiment": "", "variant": "", "variants": (), "seed": 0, "init_from": ""}
+SCALARS: dict[str, Any] = {
+    "experiment": "",
+    "variant": "",
+    "variants": (),
+    "seed": 0,
+    "init_from": "",
+    "init_what": "parameters",
+    "init_step": 0,
+}

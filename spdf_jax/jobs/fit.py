@@ -18,6 +18,7 @@ from spdf_jax.sharding import MeshConfig, make_mesh
 from spdf_jax.sparsity.programme import Programme
 from spdf_jax.training.checkpoint import Checkpoints, DamagedCheckpointError
 from spdf_jax.training.clock import Clock
+from spdf_jax.training.extension import set_end_aside
 from spdf_jax.training.loop import Run, run_phase
 from spdf_jax.training.loss_function import LossFunction
 from spdf_jax.training.metrics import Tracker, last_alive, read_metrics
@@ -48,8 +49,9 @@ def fit(
     """Trains any model with masks that move, by the steps, the loop and the checkpoints of `spdf_jax.train`.
 
     The same call again goes on from the last checkpoint, whatever ended it, and ends with the same bits; when the run is
-    finished it returns what that came to. A dense phase after it is a run of its own, from ``state.params`` with
-    `spdf_jax.dense_masks` and ``make_programme(params, steps)``.
+    finished it returns what that came to. With a programme of more steps it goes on, too, if that says the same of those that
+    were taken; so must a schedule in `tx`, which cannot be compared. A dense phase after it is a run of its own, from
+    ``state.params`` with `spdf_jax.dense_masks` and ``make_programme(params, steps)``.
 
     Args:
       loss_fn: ``(params, batch) -> loss``, a scalar, or ``(sum of losses, sum of their weights)``. What it draws at random, it
@@ -105,18 +107,18 @@ def fit(
     run_is = identity(plan, feed, first, how)
     with clock, made_workdir(workdir), lock(workdir), jax.set_mesh(mesh):
         has_begun(workdir)
-        check_same_fit(run_is, workdir)
+        lengths = check_same_fit(run_is, plan, workdir)
         with opened(workdir, how) as (checkpoints, _):
             shardings = state_shardings(mesh, plan.tx, first)
             state, record = _newest(checkpoints, first, shardings)
-            step = int(state.step)
-            if summary := _finished(workdir, step):
+            step, config = int(state.step), {"experiment": PHASE, "variant": workdir.name, **run_is}
+            if not lengths and (summary := _finished(workdir, step)):
                 Followers(workdir, how.tracker_names, summary["rows"]["bytes"], print).close(finished=True)
                 return state, summary
             if step:
                 print(f"{workdir}: resuming after step {step} of {plan.end}.{elsewhere(record)}", flush=True)
             else:
-                write_json(workdir / CONFIG_FILE, {"experiment": PHASE, "variant": workdir.name, **run_is})
+                write_json(workdir / CONFIG_FILE, config)
             earlier = lives(workdir, last_alive(workdir))  # before the rows after the checkpoint are dropped
             clock.go_on(record, earlier)
             rows = record.get("rows")
@@ -141,7 +143,10 @@ def fit(
             )
             rule = programme.config.rule
             own = {rule: fingerprint_of_rule(rule, {})} if is_own(rule) else {}
-            add_start(workdir, "", step, own, [*earlier, [clock.begun, clock.begun]])
+            add_start(workdir, "", step, own, [*earlier, [clock.begun, clock.begun]], changed=lengths)
+            if lengths:
+                set_end_aside(workdir)
+                write_json(workdir / CONFIG_FILE, config)
             with contextlib.closing(tracker), following(run), last_page(run):
                 state = run_phase(run, plan, state)
                 processes.beat(0, 0)

@@ -105,15 +105,21 @@ class Checkpoints:
                 self._manager.delete(there)
         return self
 
-    def record(self) -> dict[str, Any]:
-        """The JSON record of the newest checkpoint.
+    def record(self, step: int = 0) -> dict[str, Any]:
+        """The JSON record of a checkpoint, by default the newest.
 
         Raises:
           InputError: there is none; `DamagedCheckpointError`: it is not what was written.
         """
-        step = self.latest_step()
-        if step is None:
+        there = self.steps()
+        if not there:
             raise InputError(f"{self.directory}: no checkpoint there; train first with --job train")
+        if step and step not in there:
+            raise InputError(
+                f"{self.directory}: no checkpoint at step {step}, but at {', '.join(map(str, there))}; choose one of these "
+                f"(config.loop.keep_checkpoints and keep_every_steps say which a run keeps)"
+            )
+        step = step or there[-1]
         with self._damage_named(step):
             record = self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))["record"]
             if "crc32" in record and record.pop("crc32") != checksum(record):  # absent: of an older version
@@ -122,19 +128,20 @@ class Checkpoints:
                 raise ValueError(f"it is a copy of that at step {record['step']}")
         return record
 
-    def restore(self, abstract: TrainState, shardings: TrainState) -> TrainState:
-        """The newest state, laid out on the mesh of `shardings` whatever mesh wrote it.
+    def restore(self, abstract: TrainState, shardings: TrainState, step: int = 0) -> TrainState:
+        """A state, by default the newest, laid out on the mesh of `shardings` whatever mesh wrote it.
 
         Args:
           abstract: expected shapes and dtypes.
           shardings: where to put it.
+          step: of which checkpoint; 0: the newest.
 
         Raises:
           InputError: no checkpoint; one of another model (names the shapes that differ); one without masks where the
             phase is sparse; `DamagedCheckpointError`: it is not what was written.
         """
-        record = self.record()
-        step: int = record["step"]
+        record = self.record(step)
+        step = record["step"]
         packed = jax.eval_shape(pack, abstract)
         with self._damage_named(step):
             saved = record["leaves"] if "leaves" in record else shapes(self._manager.item_metadata(step)["state"])

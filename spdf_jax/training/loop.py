@@ -251,7 +251,8 @@ def _save(run: Run, checkpoints: Checkpoints, plan: PhasePlan, state: TrainState
     record = {
         "phase": plan.index,
         "step": step,
-        "next_example": (step - plan.start) * plan.config.batch_size,
+        "next_example": plan.first_example + (step - plan.start) * plan.config.batch_size,
+        "order": plan.order,
         "data_fingerprint": run.feeds[plan.index].fingerprint,
         "data_fingerprints": [feed.fingerprint for feed in run.feeds],
         "origin": run.origin,

@@ -38,17 +38,19 @@ class Tracker:
         *,
         resume_step: int,
         total_steps: int,
+        first_step: int = 0,
         progress: bool = True,
         durable: Mapping[str, int] | None = None,
     ) -> None:
         """Opens `metrics.jsonl` for appending, after dropping every row of a step after `resume_step`.
 
-        Rows after step 0 where there is no checkpoint are set aside under another name, and this is said.
+        Rows after the first step where there is no checkpoint are set aside under another name, and this is said.
 
         Args:
           workdir: the run's folder; made if it is not there.
-          resume_step: the step of the restored checkpoint; 0 for a fresh run, which keeps rows of step 0 only.
+          resume_step: the step of the restored checkpoint; `first_step` for a fresh run, which keeps rows of that step only.
           total_steps: the run's last step, over all phases.
+          first_step: that at which it begins: not 0 where it goes on from another run's.
           progress: whether to show a progress bar (on a terminal) or occasional lines (elsewhere).
           durable: what `make_durable` returned for that checkpoint.
 
@@ -63,7 +65,7 @@ class Tracker:
         metrics_path = self._workdir / METRICS_FILE
         try:
             self._workdir.mkdir(parents=True, exist_ok=True)
-            kept_rows = self._kept_rows(metrics_path, resume_step, durable)
+            kept_rows = self._kept_rows(metrics_path, resume_step, first_step, durable)
             # Unbuffered: a row is with the operating system when `log` returns, and a failed write leaves no remainder.
             self._metrics = metrics_path.open("ab", buffering=0)
             self._durable = durable_rows(metrics_path.read_bytes())
@@ -127,7 +129,9 @@ class Tracker:
             raise
         self._durable = durable_rows(line, self._durable)
 
-    def _kept_rows(self, path: Path, resume_step: int, durable: Mapping[str, int] | None) -> list[dict[str, Any]]:
+    def _kept_rows(
+        self, path: Path, resume_step: int, first_step: int, durable: Mapping[str, int] | None
+    ) -> list[dict[str, Any]]:
         """The rows that a start at `resume_step` goes on from; the file then holds these and no others."""
         if not path.exists():
             if durable and durable["bytes"]:
@@ -135,11 +139,13 @@ class Tracker:
             return []
         if durable:
             kept = check_rows(path, durable, f"the checkpoint at step {resume_step} counts on")
-        elif resume_step == 0 and (steps := [row["step"] for row in read_rows(path) if row["step"] > 0]):
+        elif resume_step == first_step and (
+            steps := [row["step"] for row in read_rows(path) if row["step"] > first_step]
+        ):
             aside = set_aside(path, "set_aside")
             self.message(
-                f"{path}: has rows up to step {max(steps)}, but no checkpoint is there: starting at step 0. The rows are kept "
-                f"as {aside.name}"
+                f"{path}: has rows up to step {max(steps)}, but no checkpoint is there: starting at step {first_step}. The "
+                f"rows are kept as {aside.name}"
             )
             return []
         else:

@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from spdf_jax.config.run import RunConfig
+from spdf_jax.data.tokenizer import Tokenizer
 from spdf_jax.errors import InputError, reading
 from spdf_jax.processes import device_name, is_first
 from spdf_jax.sparsity import optimizers
 from spdf_jax.sparsity.rules import OWN_RULES, RULES, written_in
+from spdf_jax.training.phases import Begin
 from spdf_jax.workdir import CODE_FOLDER, CONFIG_FILE, PROVENANCE_FILE, read_json, write_atomically, write_json
 
 PACKAGE = Path(__file__).parents[1]
@@ -102,6 +104,22 @@ def check_same_code(config: RunConfig, workdir: Path, code: Mapping[str, Source]
             )
 
 
+def keep_identity(
+    config: RunConfig, workdir: Path, command: str, tokenizer: Tokenizer | None, begin: Begin, *, new: bool
+) -> None:
+    """Writes what says whose run it is: its config, and the tokenizer if it has one."""
+    if new:
+        write_config(config, workdir, command, begin)
+    if tokenizer is not None and (new or not (workdir / "tokenizer.json").is_file()):
+        write_atomically(workdir / "tokenizer.json", tokenizer.to_str(pretty=True).encode())
+
+
+def write_config(config: RunConfig, workdir: Path, command: str, begin: Begin) -> None:
+    """Writes ``config.json``, with the command and where the run begins if that is not at zero."""
+    begins = {"begins": begin._asdict()} if begin.step else {}
+    write_json(workdir / CONFIG_FILE, config.as_dict() | {"command": command} | begins)
+
+
 def record_start(
     config: RunConfig,
     workdir: Path,
@@ -109,6 +127,8 @@ def record_start(
     command: str,
     step: int,
     lives: Sequence[Sequence[float]] = (),
+    first_step: int = 0,
+    changed: Mapping[str, Any] | None = None,
 ) -> None:
     """Adds a start to ``provenance.json``; where it begins the run, keeps its code, too.
 
@@ -118,10 +138,13 @@ def record_start(
       command: as it was given; "" for a run from Python.
       step: after which the run goes on.
       lives: see `lives`, with this start at their end.
+      first_step: that at which it began.
+      changed: settings that this start changes, as they were and are.
     """
     parts = own_parts(config)
-    add_start(workdir, command, step, {name: _fingerprint_of_parts(parts[name], code) for name in parts}, lives)
-    if is_first() and not step:
+    own = {name: _fingerprint_of_parts(parts[name], code) for name in parts}
+    add_start(workdir, command, step, own, lives, first_step, changed)
+    if is_first() and step == first_step:
         folder = workdir / CODE_FOLDER
         folder.mkdir(exist_ok=True)
         for name, source in code.items():
@@ -137,6 +160,8 @@ def add_start(
     step: int,
     rules: Mapping[str, str] | None = None,
     lives: Sequence[Sequence[float]] = (),
+    first_step: int = 0,
+    changed: Mapping[str, Any] | None = None,
 ) -> None:
     """Adds a start to ``provenance.json``: when, after which step, with which versions, which code its own `rules` have,
     and its optimisers, as ``optimizer NAME``.
@@ -147,7 +172,7 @@ def add_start(
         return
     path = workdir / PROVENANCE_FILE
     try:
-        before = read_json(path, "")["starts"] if step else []
+        before = read_json(path, "")["starts"] if step > first_step else []
     except (InputError, KeyError):  # a run of an older release, or damage: from here on it is known again
         before = []
     was = before[-1].get("rules", {}) if before else {}
@@ -165,7 +190,8 @@ def add_start(
         "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
         "commit": commit(),
         "device": device_name(),
-    } | ({"rules": rules} if rules else {})
+    }
+    start |= {name: said for name, said in (("rules", rules), ("changed", changed)) if said}
     write_json(path, {"starts": [*before, start], "lives": lives})
 
 
