@@ -15,6 +15,8 @@ LAYERS = (
     "tree",
     "sharding",
     "processes",
+    "cloud",
+    "lease",
     "workdir",
     "ops",
     "sparsity",
@@ -44,6 +46,9 @@ LIBRARIES = {
     "matplotlib": {"report"},
     "bokeh": {"report.closer"},
     "tensorboard": {"training.events"},
+    "etils": {"cloud"},
+    "gcsfs": {"cloud"},
+    "google": {"cloud"},
     "tensorflow": set(),
     "torch": set(),
 }

@@ -1,9 +1,8 @@
 """The experiment file of a run that was: ``--config`` where only its ``--workdir`` is given."""
 
-from pathlib import Path
-
 from ml_collections import ConfigDict
 
+from spdf_jax.cloud import located
 from spdf_jax.config.read import load_config
 from spdf_jax.errors import InputError
 from spdf_jax.workdir import CODE_FOLDER, CONFIG_FILE
@@ -18,13 +17,13 @@ def get_config(workdir: str) -> ConfigDict:
     Raises:
       InputError: no run is there, or its ``config.json`` is none.
     """
-    file = Path(workdir) / CONFIG_FILE
+    file = located(workdir) / CONFIG_FILE
     if not file.exists():
         raise InputError(f"--workdir {workdir}: no run is there; give the folder of one, or --config FILE[:VARIANT]")
     try:
         return ConfigDict(load_config(file).as_dict())
     except InputError as error:
-        code = Path(workdir) / CODE_FOLDER
+        code = file.with_name(CODE_FOLDER)
         if not any(code.glob("*.py")):
             raise
         raise InputError(f"{error}; if an experiment file defines it ({code}), name that by --config, too") from None

@@ -10,6 +10,7 @@ import jax
 import optax
 
 from spdf_jax import processes
+from spdf_jax.cloud import located
 from spdf_jax.config.read import build_section
 from spdf_jax.config.run import LoopConfig
 from spdf_jax.errors import InputError
@@ -91,7 +92,7 @@ def fit(
     """
     if jax.process_count() > 1:
         raise InputError(f"fit: runs in one process, and this is one of {jax.process_count()}; start it alone")
-    workdir, how = Path(workdir).expanduser(), _loop_config(loop, validation is not None)
+    workdir, how = located(workdir), _loop_config(loop, validation is not None)
     mesh = make_mesh(MeshConfig(data=devices))
     plan = own_plan(tx, params, programme, how.eval_every_steps if validation is not None else 0)
     with jax.set_mesh(mesh):
