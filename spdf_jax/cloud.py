@@ -249,21 +249,26 @@ def _send(path: Path, signature: tuple[int, int, int]) -> None:
         _known[path] = _Known(blob.generation, signature, 0, 0)
         return
     content = path.read_bytes()
-    grown = before is not None and _APPEND_BYTES <= before.size <= len(content)
-    if before is not None and grown and zlib.crc32(content[: before.size]) == before.crc32:
-        end = bucket.blob(f"{name.rpartition('/')[0]}/.{path.name}.end")
-        end.upload_from_string(content[before.size :], content_type=kind, retry=DEFAULT_RETRY)
-        blob.content_type = kind
-        try:
-            blob.compose([blob, end], if_generation_match=before.generation, retry=DEFAULT_RETRY)
-        except exceptions().PreconditionFailed:  # an answer was lost, and the request made again
-            grown = False
-        forgiving_absence(end.delete)
-    else:
-        grown = False
-    if not grown:
+    if before is None or not _put_behind(blob, before, content, kind):
         blob.upload_from_string(content, content_type=kind, retry=DEFAULT_RETRY)
     _known[path] = _Known(blob.generation, signature, len(content), zlib.crc32(content))
+
+
+def _put_behind(blob: Any, before: _Known, content: bytes, kind: str) -> bool:
+    """Makes an object `content` by sending its end alone, where what is there is its beginning; False: it did not."""
+    if not _APPEND_BYTES <= before.size < len(content) or zlib.crc32(content[: before.size]) != before.crc32:
+        return False
+    folder, _, name = blob.name.rpartition("/")
+    end = blob.bucket.blob(f"{folder}/.{name}.end")
+    blob.content_type = kind
+    try:
+        end.upload_from_string(content[before.size :], content_type=kind)
+        # Never asked again: where the answer was lost, the end is there already.
+        blob.compose([blob, end], if_generation_match=before.generation, retry=None)
+        forgiving_absence(end.delete)
+    except (exceptions().GoogleAPICallError, OSError):
+        return False
+    return True
 
 
 def address(path: Path) -> tuple[str, str]:
