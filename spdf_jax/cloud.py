@@ -277,13 +277,9 @@ def address(path: Path) -> tuple[str, str]:
     return bucket, name
 
 
-def bucket_named(name: str) -> Any:
-    return _bucket_of_thread(name, threading.get_ident())
-
-
 @functools.cache
-def _bucket_of_thread(name: str, _: int) -> Any:
-    """A connection is one thread's."""
+def bucket_named(name: str) -> Any:
+    """As an object of google-cloud-storage, whose own transfer manager shares it among threads too."""
     from google.cloud import storage
 
     return storage.Client().bucket(name)
@@ -298,6 +294,15 @@ def exceptions() -> Any:
 def forgiving_absence(do: Callable[..., None], *what: Any) -> None:
     with contextlib.suppress(exceptions().NotFound):
         do(*what)
+
+
+def check_writable(folder: Path) -> None:
+    """Refuses a folder of the spool that cannot be published."""
+    bucket, name = address(folder)
+    with answering(folder):
+        probe = bucket_named(bucket).blob(f"{name}/.probe")
+        probe.upload_from_string(b"")
+        forgiving_absence(probe.delete)
 
 
 @contextlib.contextmanager

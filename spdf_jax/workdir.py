@@ -20,6 +20,7 @@ from typing import IO, Any
 
 import jax
 
+from spdf_jax import cloud
 from spdf_jax.cloud import url
 from spdf_jax.errors import InputError, reading
 from spdf_jax.lease import held, lease_of
@@ -289,6 +290,8 @@ def check_writable(folder: Path) -> None:
     """Refuses a folder that cannot hold what is about to be computed. Process 0 writes it."""
     if not is_first():
         return
+    if url(folder):
+        cloud.check_writable(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()

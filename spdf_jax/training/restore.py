@@ -131,6 +131,7 @@ def saved_run_and_record(
     workdir: Path, mesh: Mesh | None = None, config: RunConfig | None = None
 ) -> tuple[SavedRun, dict[str, Any]]:
     """`saved_run`, and the record of its checkpoint."""
+    workdir = located(workdir)
     while True:
         best = any(stored(workdir / BEST).glob("[0-9]*"))
         folder = stored(workdir / (BEST if best else CHECKPOINTS))
