@@ -28,7 +28,7 @@ from spdf_jax.cloud import (
     forgiving_absence,
     publish,
 )
-from spdf_jax.errors import InputError, Restart
+from spdf_jax.errors import InputError
 from spdf_jax.processes import RESTART_CODE, is_first, stop, wait_for_first
 
 #: How old a lease is that anyone may take, and how often what a run leaves is published.
@@ -192,7 +192,7 @@ def _again_and_again(seconds: float, do: Callable[[], None]) -> Iterator[None]:
 
 
 def _publish_if_it_answers(folder: Path) -> None:
-    with contextlib.suppress(Restart, InputError, OSError):
+    with contextlib.suppress(Exception):  # at the next checkpoint it is said
         publish(folder)
 
 

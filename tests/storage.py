@@ -178,7 +178,7 @@ def begun(storage: Storage, *arguments: str, **env: str) -> subprocess.Popen:
 
 def ended(process: subprocess.Popen) -> tuple[int, str, str]:
     """Its exit code, output and errors."""
-    output, errors = process.communicate(timeout=900)
+    output, errors = process.communicate()
     return process.returncode, output, errors
 
 

@@ -325,7 +325,9 @@ def test_the_main_job_ends_in_a_bucket_as_on_a_disk_through_kills_and_failures(s
         {
             path.relative_to(folder).as_posix()
             for path in folder.rglob("*")
-            if path.is_file() and not {"checkpoints", "tensorboard"} & set(path.parts)
+            if path.is_file()
+            and not {"checkpoints", "tensorboard"} & set(path.parts)
+            and ".set_aside-" not in path.name  # rows of before the first checkpoint, as on a disk
         }
         for folder in (fetched, on_disk)
     )
@@ -510,3 +512,13 @@ def test_two_processes_train_in_one_bucket(here, text, tmp_path):
             assert process.code == 0, process.errors
     same_bits(here.fetch("two", tmp_path / "fetched"), tmp_path / "disk")
     assert rows(tmp_path / "fetched") == rows(tmp_path / "disk")
+
+
+@needs_storage
+@pytest.mark.slow
+def test_a_run_that_is_refused_leaves_nothing_there(here, text):
+    c = short(text).as_dict()
+    c["data"]["path"] = str(text / "not there")
+    with pytest.raises(InputError, match="not there"):
+        spdf.train(spdf.resolve(c), f"gs://{BUCKET}/refused", progress=False)
+    assert not here.objects("refused")
