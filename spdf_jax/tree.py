@@ -124,6 +124,11 @@ def check_same_structure(what: str, tree: Any, params: Any) -> None:
     )
 
 
+def is_absent(leaf: Any) -> bool:
+    """Whether `optax.masked` or `partition` keeps nothing for a weight in this place of a tree."""
+    return isinstance(leaf, optax.MaskedNode)
+
+
 def along_state(tx: optax.GradientTransformation, state: Any, values: Any, elsewhere: Any) -> Any:
     """One value a weight tensor, laid along an optimiser's state: the only place that knows which state is whose.
 
@@ -146,9 +151,6 @@ def along_state(tx: optax.GradientTransformation, state: Any, values: Any, elsew
 
     def follow(leaf: Any, value: Any) -> Any:
         return leaf if is_absent(leaf) else value
-
-    def is_absent(leaf: Any) -> bool:  # `optax.masked`, `partition`: no state for this weight in this place
-        return isinstance(leaf, optax.MaskedNode)
 
     try:
         return optax.tree.map_params(
@@ -187,12 +189,7 @@ def follow_shapes(tx: optax.GradientTransformation, params: Any) -> tuple[Any, A
         shapes = jax.tree.map(reshaped, params)
         state = jax.eval_shape(tx.init, shapes)
         along = along_state(tx, state, shapes, None)
-        fits = jax.tree.map(
-            lambda leaf, weight: weight is None or leaf.shape == weight.shape or leaf.size == 1,
-            state,
-            along,
-        )
-        return state, fits
+        return state, jax.tree.map(lambda x, w: w is None or x.shape == w.shape or x.size == 1, state, along)
 
     state, fits = made_for(lambda i, rank: 0)
     for more in (lambda i, rank: 1 + i, lambda i, rank: rank - i):

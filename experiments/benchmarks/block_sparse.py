@@ -1,10 +1,11 @@
 """Claim: zero blocks skipped are seconds saved: layers and whole training steps that compute live blocks alone.
 
 ``--layer`` times a [P, Q] linear layer forward and backward, dense and in blocks; ``--step`` the compiled training step
-(forward, backward, clip, AdamW, metrics) of GPT-2 124M, 12 layers x 768, one sequence of 1024 tokens, vocabulary 50304, dense
-and with ``sparse_compute = blocks`` in blocks of 64. All of a table run in turn in every repeat, so that a busy machine slows
-them alike; every step takes the state of the one before, as in training. Beside wall-clock time the tables give the ratio of
-processor time, which other work on the machine touches less.
+(forward, backward, clip, AdamW, metrics), dense and with ``sparse_compute = blocks``, in two shapes: ``124m`` (12 layers x
+768, one sequence of 1024 tokens, vocabulary 50304, blocks of 64) and ``8x1024``, where linear layers take most of the step, as
+in large models (8 layers x 1024, 8 sequences of 512, vocabulary 4096, blocks of 128). All of a table run in turn in every
+repeat, so that a busy machine slows them alike; every step takes the state of the one before, as in training. Beside
+wall-clock time the tables give the ratio of processor time, which other work on the machine touches less.
 
 *ideal* is what would come out if live blocks took their share of the time of dense products and nothing else changed: for a
 layer 1 / density; for a step, the dense one's processor time less that of the zeros in its linear layers, timed in its turn.
@@ -34,6 +35,7 @@ from runner import announce, arguments, print_head, print_row, time_in_turn, tim
 import spdf_jax as spdf
 from spdf_jax.config.run import RunConfig
 from spdf_jax.data import Batch
+from spdf_jax.model.linear import dense_linear
 from spdf_jax.ops.block_linear import block_linear, live_inputs
 from spdf_jax.planning.hlo import Instruction, executed, matrix_flops, read_program
 from spdf_jax.planning.pod import estimate
@@ -47,8 +49,19 @@ from spdf_jax.training.state import abstract_state, init_state
 from spdf_jax.tree import named_leaves
 
 Timed = dict[str, Callable[[], Any]]
-#: Of the steps, with the side of a block.
-STEPS = {"dense": (0.0, 0), "block64, 3 of 12": (0.75, 64), "block64, 1 of 12": (11 / 12, 64)}
+#: Of the steps: model, sequences a batch, and sparsity with the side of a block.
+STEPS = {
+    "124m": (
+        dataclasses.replace(spdf.GPT_SIZES["124m"], vocab_size=50304, remat="none"),
+        1,
+        {"dense": (0.0, 0), "block64, 3 of 12": (0.75, 64), "block64, 1 of 12": (11 / 12, 64)},
+    ),
+    "8x1024": (
+        spdf.GPTConfig(n_layer=8, n_head=16, d_model=1024, vocab_size=4096, context=512),
+        8,
+        {"dense": (0.0, 0), "block128, 2 of 8": (0.75, 128), "block128, 1 of 8": (0.875, 128)},
+    ),
+}
 TPU_STEPS = {"dense": (0.0, 0), "block128, 2 of 8": (0.75, 128), "block128, 1 of 8": (0.875, 128)}
 
 
@@ -70,7 +83,7 @@ def forward_and_backward(layer: Callable[..., jax.Array]) -> Callable[..., tuple
 def layers(tokens: int, inputs: int, outputs: int, cases: list[tuple[int, int]], dtype: str) -> Timed:
     """The dense layer, and one in blocks for every (side, live blocks a column)."""
     x_BTP, dy_BTQ = normal(0, 1, tokens, inputs).astype(dtype), normal(1, 1, tokens, outputs).astype(dtype)
-    dense = forward_and_backward(lambda x, w: x @ w)
+    dense = forward_and_backward(dense_linear)
     ready: Timed = {"dense": partial(dense, x_BTP, dy_BTQ, normal(2, inputs, outputs).astype(dtype))}
     for side, live in cases:
         grid = BlockGrid(side, inputs // side, outputs // side, live)
@@ -138,12 +151,13 @@ def training(config: RunConfig) -> Callable[[], Any]:
     return run
 
 
-def linear_layers(config: spdf.GPTConfig) -> Callable[[], Any]:
-    """The linear layers of one block, dense, forward and backward."""
+def linear_layers(config: spdf.GPTConfig, batch_size: int) -> Callable[[], Any]:
+    """The linear layers of one block, dense, forward and backward, as the step computes them."""
     d, f = config.d_model, config.mlp_width
     shapes = [(d, d)] * 4 + [(d, f), (f, d)]
-    layer = forward_and_backward(lambda x, w: x @ w)
-    arrays = [(normal(0, 1, config.context, p), normal(1, 1, config.context, q), normal(2, p, q)) for p, q in shapes]
+    layer, rows = forward_and_backward(dense_linear), (batch_size, config.context)
+    arrays = [(normal(0, *rows, p), normal(1, *rows, q), normal(2, p, q)) for p, q in shapes]
+    arrays = [(x.astype(config.dtype), dy.astype(config.dtype), w) for x, dy, w in arrays]
     return lambda: [layer(*a) for a in arrays]
 
 
@@ -156,27 +170,31 @@ def kernel_state_bytes(config: RunConfig) -> int:
 
 
 def step_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Prints the table of whole training steps."""
-    model = dataclasses.replace(
-        spdf.GPT_SIZES["124m"], vocab_size=50304, n_layer=args.n_layer, dtype=args.dtype, remat="none"
-    )
-    configs = {name: step_config(model, 1, sparsity, side) for name, (sparsity, side) in STEPS.items()}
+    """Prints a table of whole training steps for every shape."""
+    return [row for name in args.shapes for row in shape_rows(name, args)]
+
+
+def shape_rows(shape: str, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Prints the table of one."""
+    model, batch_size, cases = STEPS[shape]
+    model = dataclasses.replace(model, n_layer=args.n_layer or model.n_layer, dtype=args.dtype)
+    configs = {name: step_config(model, batch_size, sparsity, side) for name, (sparsity, side) in cases.items()}
     ready: Timed = {name: training(config) for name, config in configs.items()}
-    seconds = time_in_turn(ready | {"linear": linear_layers(model)}, args.repeats)
+    seconds = time_in_turn(ready | {"linear": linear_layers(model, batch_size)}, args.repeats)
     # Shares of processor time: they hold on a busy machine too.
     dense, linear = (statistics.median(seconds[name].processor) for name in ("dense", "linear"))
     rows = []
     for name, config in configs.items():
-        zeros = args.n_layer * linear * STEPS[name][0]
+        zeros = model.n_layer * linear * cases[name][0]
         share = kernel_state_bytes(config) / kernel_state_bytes(configs["dense"])
         rows.append(
-            {"name": name, "ideal": dense / (dense - zeros), "state": share}
+            {"shape": shape, "name": name, "ideal": dense / (dense - zeros), "state": share}
             | times_faster(seconds[name], seconds["dense"])
         )
-    print_rows(f"training step, {model.n_layer} x {model.d_model}, 1 x {model.context} tokens", rows)
+    print_rows(f"training step, {model.n_layer} x {model.d_model}, {batch_size} x {model.context} tokens", rows)
     for row in rows[1:]:
         print(f"{row['name']}: {row['state']:.3f} of the dense state's bytes (sparse leaves)")
-    print(f"linear layers take {args.n_layer * linear / dense:.0%} of the dense step\n", flush=True)
+    print(f"linear layers take {model.n_layer * linear / dense:.0%} of the dense step\n", flush=True)
     return rows
 
 
@@ -237,7 +255,8 @@ def main() -> None:
     parser.add_argument("--layer", action="store_true", help="time layers")
     parser.add_argument("--step", action="store_true", help="time whole training steps")
     parser.add_argument("--tpu", default="", help="topology to compile the steps for, such as v5e:4x4")
-    parser.add_argument("--n-layer", type=int, default=12, help="of the steps")
+    parser.add_argument("--shapes", nargs="+", default=list(STEPS), choices=list(STEPS), help="of the steps")
+    parser.add_argument("--n-layer", type=int, default=0, help="of the steps; 0: as their shape has")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--repeats", type=int, default=7)
     args = parser.parse_args()

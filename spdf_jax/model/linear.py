@@ -101,7 +101,7 @@ class Linear(nn.Module):
         if self.has_variable("topology", "kernel"):
             data_JKbb: jax.Array = self.get_variable("params", "kernel")
             idx_JK = live_inputs(self.get_variable("topology", "kernel"), data_JKbb.shape[1])
-            y_BTQ = block_linear(x_BTP, data_JKbb.astype(self.dtype), idx_JK)
+            y_BTQ = block_linear(x_BTP, data_JKbb, idx_JK)
         else:
             w_PQ = self.param("kernel", self.kernel_init, (x_BTP.shape[-1], self.features))
             y_BTQ = checkpoint_name(dense_linear(x_BTP, w_PQ), BLOCK_OUTPUT)

@@ -12,6 +12,7 @@ pass, Dao et al. 2022 (arXiv 2205.14135, algorithms 1 and 4).
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -28,11 +29,12 @@ from spdf_jax.sharding import target_platform
 # Stands for -inf in scores and log-sum-exps: exp gives exactly 0 beside a real score, and no difference is NaN.
 _NOWHERE = -1e30
 
-# Blocks of an eighth of the reach keep the half-used tiles on the diagonal few and each tile near the cache's size.
-_MIN_BLOCK, _MAX_BLOCK = 64, 512
+# Blocks of up to (reach, side): a quarter of the reach or so keeps the half-used tiles on the diagonal few, and a tile near the
+# cache's size.
+_BLOCKS = ((128, 64), (512, 128), (math.inf, 256))
 
-# Up to here one tile holds all that a block meets, which spares merging; beyond, it would outgrow the cache.
-_SLAB_BLOCKS = 4
+# Positions up to which one tile holds all that a block meets, which spares merging; beyond, it would outgrow the cache.
+_SLAB = 512
 
 # Sequences x heads at a time when sequences are short, again for the cache: 1.3 to 1.7 times faster at 256 on CPU.
 _SHORT_ROWS = 24
@@ -128,7 +130,7 @@ class _Tiles(NamedTuple):
 
     def scan(self, step: Callable, carry: Any) -> tuple[Any, Any]:
         """``lax.scan`` of (carry, block) -> (carry, arrays_BGHCD) over all blocks, arrays joined to BGHLD."""
-        if self.blocks > _SLAB_BLOCKS:
+        if self.blocks * self.block > _SLAB:
             carry, parts = lax.scan(step, carry, jnp.arange(self.blocks))
             return carry, jax.tree.map(lambda x: jnp.moveaxis(x, 0, 3).reshape(*x.shape[1:4], -1, x.shape[-1]), parts)
         parts = []
@@ -151,7 +153,7 @@ class _Tiles(NamedTuple):
 def _tiles(band: Band, shape: tuple[int, ...], segments_BT: jax.Array | None) -> _Tiles:
     length = jax.eval_shape(band.fold_queries, jax.ShapeDtypeStruct(shape, jnp.float32)).shape[2]
     far = min(length, band.far or length)
-    blocks = -(-length // min(max(far // 8, _MIN_BLOCK), _MAX_BLOCK))
+    blocks = -(-length // next(side for reach, side in _BLOCKS if far <= reach))
     block = -(-length // blocks)  # all blocks nearly full
     padding = ((0, 0), (0, 0), (0, 0), (0, blocks * block - length), (0, 0))
 
@@ -205,7 +207,7 @@ def _band_forward(
         return _matmul(p.astype(v.dtype), tiles.cut(v, keys)) / total, top + jnp.log(total)
 
     def query_block(_: None, i: _Index) -> tuple[None, tuple[jax.Array, jax.Array]]:
-        if tiles.back < _SLAB_BLOCKS:
+        if (tiles.back + 1) * tiles.block <= _SLAB:
             return None, tile(i, tiles.keys_of(i))
         q_i = tiles.cut(q, (i, 1))
         nothing = jnp.zeros_like(q_i, _wide(q)), jnp.full_like(q_i[..., :1], _NOWHERE, _wide(q))
@@ -246,7 +248,7 @@ def _band_backward(
             dq, dk_BGHDC, dv_BGHDC = tile(grads[0], (i, 1), j)
             return dq, grads[1] + dk_BGHDC, grads[2] + dv_BGHDC
 
-        if tiles.back < _SLAB_BLOCKS:
+        if (tiles.back + 1) * tiles.block <= _SLAB:
             dq, dk_BGHDC, dv_BGHDC = tile(dq, tiles.queries_of(j), j)
         else:
             zeros_BGHDC = jnp.zeros_like(tiles.cut(k, (j, 1)).mT, _wide(q))
@@ -265,7 +267,7 @@ def _in_chunks(compute: Callable, q_BTHD: jax.Array, *args: Any) -> Any:
     # Split over devices, the batch stays whole: a loop over it would gather it.
     alone = jax.device_count() == 1 and target_platform() == "cpu"
     chunks = next(n for n in range(1, B + 1) if B % n == 0 and (B // n * H <= _SHORT_ROWS or n == B))
-    if chunks == 1 or T > _SLAB_BLOCKS * _MIN_BLOCK or not alone:
+    if chunks == 1 or T > _SLAB or not alone:
         return compute(q_BTHD, *args)
     parts = jax.tree.map(lambda x: x.reshape(chunks, -1, *x.shape[1:]), (q_BTHD, *args))
     return jax.tree.map(lambda x: x.reshape(B, *x.shape[2:]), lax.map(lambda part: compute(*part), parts))

@@ -18,6 +18,7 @@ Shape legend: N tokens, P inputs in I blocks, Q outputs in J blocks, K live bloc
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -51,7 +52,7 @@ def block_linear(x_BTP: jax.Array, data_JKbb: jax.Array, idx_JK: jax.Array, *, b
 
     Args:
       x_BTP: floats.
-      data_JKbb: the live blocks, of the dtype of `x_BTP`.
+      data_JKbb: the live blocks. Rounded to the dtype of `x_BTP` here: outside, a loop over layers would store all twice.
       idx_JK: int32, the input block that each one reads.
       backend: one of ``BACKENDS``; ``auto`` chooses by where the program will run.
 
@@ -80,6 +81,7 @@ def block_linear(x_BTP: jax.Array, data_JKbb: jax.Array, idx_JK: jax.Array, *, b
     backend = _choose(backend, tokens, b, x_BTP.dtype)
     product = functools.partial(_product, backend)
     if not mesh.empty and mesh.size > 1:
+        data_JKbb = data_JKbb.astype(x_BTP.dtype)  # before they are sent
         # Left to itself the compiler would sum every block's gradient over the devices by itself, and cannot split a kernel.
         x_spec, block_spec = PartitionSpec(batch_axes or None), PartitionSpec(tensor_axis)
         y_spec = PartitionSpec(batch_axes or None, None, tensor_axis)
@@ -107,11 +109,11 @@ def live_inputs(live_IJ: jax.Array, count: int) -> jax.Array:
 def _choose(backend: str, tokens: int, side: int, dtype: Any) -> str:
     if backend not in BACKENDS:
         raise InputError(f"block_linear: backend {backend!r} is unknown: use one of {', '.join(BACKENDS)}")
-    fits = {
-        "mosaic": mosaic_fits(tokens, side, dtype),
-        "pallas": side % LANES == 0 and tokens % LANES == 0,
+    fits: dict[str, Callable[[], bool]] = {
+        "mosaic": lambda: mosaic_fits(tokens, side, dtype),
+        "pallas": lambda: side % LANES == 0 and tokens % LANES == 0,
     }
-    if not fits.get(backend, True):
+    if backend in fits and not fits[backend]():
         asked = {
             "mosaic": f"multiples of {TILE}, in bfloat16, on a Hopper GPU, by JAX 0.12 or later",
             "pallas": f"multiples of {LANES}",
@@ -126,7 +128,7 @@ def _choose(backend: str, tokens: int, side: int, dtype: Any) -> str:
     # Without a mesh to split it by hand, a Pallas kernel runs on one device only.
     one_device = not jax.sharding.get_abstract_mesh().empty or jax.device_count() == 1
     kernel = {"gpu": "mosaic", "tpu": "pallas"}.get(platform, "")
-    if one_device and fits.get(kernel):
+    if one_device and kernel and fits[kernel]():
         return kernel
     return "loop" if platform == "cpu" else "gather"
 
@@ -137,7 +139,7 @@ def _product(backend: str, x_BTP: jax.Array, data_JKbb: jax.Array, idx_JK: jax.A
         "loop": _loop_forward, "gather": _gather_forward, "mosaic": mosaic_product, "pallas": pallas_product
     }[backend]  # fmt: skip
     x_NP = x_BTP.reshape(-1, x_BTP.shape[-1])
-    return forward(x_NP, data_JKbb, idx_JK).reshape(*x_BTP.shape[:-1], -1)
+    return forward(x_NP, data_JKbb.astype(x_BTP.dtype), idx_JK).reshape(*x_BTP.shape[:-1], -1)
 
 
 def _product_forward(backend: str, x_BTP: jax.Array, *blocks: jax.Array) -> tuple[jax.Array, Any]:
@@ -145,7 +147,8 @@ def _product_forward(backend: str, x_BTP: jax.Array, *blocks: jax.Array) -> tupl
 
 
 def _product_backward(backend: str, saved: Any, dy_BTQ: jax.Array) -> tuple[jax.Array, jax.Array, None]:
-    x_BTP, data_JKbb, idx_JK = saved
+    x_BTP, parameters, idx_JK = saved
+    data_JKbb = parameters.astype(x_BTP.dtype)
     x_NP, dy_NQ = x_BTP.reshape(-1, x_BTP.shape[-1]), dy_BTQ.reshape(-1, dy_BTQ.shape[-1])
     if backend == "loop":
         dx_NP, ddata_JKbb = _loop_backward(x_NP, data_JKbb, idx_JK, dy_NQ)
@@ -157,7 +160,7 @@ def _product_backward(backend: str, saved: Any, dy_BTQ: jax.Array) -> tuple[jax.
     else:
         dx_NP = pallas_input_gradient(dy_NQ, data_JKbb, idx_JK, x_NP.shape[1])
         ddata_JKbb = pallas_weight_gradient(x_NP, dy_NQ, idx_JK, data_JKbb.shape[2])
-    return dx_NP.reshape(x_BTP.shape).astype(x_BTP.dtype), ddata_JKbb.astype(data_JKbb.dtype), None
+    return dx_NP.reshape(x_BTP.shape).astype(x_BTP.dtype), ddata_JKbb.astype(parameters.dtype), None
 
 
 _product.defvjp(_product_forward, _product_backward)
@@ -187,10 +190,10 @@ def _loop_forward(x_NP: jax.Array, data_JKbb: jax.Array, idx_JK: jax.Array) -> j
     x_IbN = copied_transpose(x_NP).reshape(-1, b, N)  # blocks that lie in a row are copied as one
 
     def column(block: tuple[jax.Array, jax.Array]) -> jax.Array:
-        data_Kbb, idx_K = block
-        return data_Kbb.reshape(K * b, b).T @ x_IbN[idx_K].reshape(K * b, N)
+        data_bR, idx_K = block
+        return data_bR @ x_IbN[idx_K].reshape(K * b, N)
 
-    return copied_transpose(lax.map(column, (data_JKbb, idx_JK)).reshape(J * b, N))
+    return copied_transpose(lax.map(column, (_columns(data_JKbb), idx_JK)).reshape(J * b, N))
 
 
 def _loop_backward(
@@ -204,17 +207,17 @@ def _loop_backward(
     wide = jnp.promote_types(x_NP.dtype, jnp.float32)
 
     def column(dx_NP: jax.Array, block: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
-        j, data_Kbb, idx_K = block
+        j, data_bR, idx_K = block
         dy_Nb = _take(dy_NQ, j, b)
         ddata_Rb = x_IbN[idx_K].reshape(K * b, N) @ dy_Nb
-        dx_NR = (dy_Nb @ data_Kbb.reshape(K * b, b).T).astype(wide)
+        dx_NR = (dy_Nb @ data_bR).astype(wide)
 
         def add(k: jax.Array, dx_NP: jax.Array) -> jax.Array:
             return _put(dx_NP, _take(dx_NP, idx_K[k], b) + _take(dx_NR, k, b), idx_K[k])
 
         return lax.fori_loop(0, K, add, dx_NP), ddata_Rb.reshape(K, b, b)
 
-    dx_NP, ddata_JKbb = lax.scan(column, jnp.zeros((N, P), wide), (jnp.arange(J), data_JKbb, idx_JK))
+    dx_NP, ddata_JKbb = lax.scan(column, jnp.zeros((N, P), wide), (jnp.arange(J), _columns(data_JKbb), idx_JK))
     return dx_NP, ddata_JKbb
 
 
@@ -222,6 +225,12 @@ def copied_transpose(x_NP: jax.Array) -> jax.Array:
     """x_PN, by itself: fused with what makes or uses it, a CPU takes ten times as long over the transposition."""
     rows = Layout((0, 1))
     return with_layout_constraint(lax.optimization_barrier(with_layout_constraint(x_NP, rows)).T, rows)
+
+
+def _columns(data_JKbb: jax.Array) -> jax.Array:
+    """data_JbR, R = K b: the blocks of each column side by side, transposed, as products multiply half precision natively."""
+    J, K, b, _ = data_JKbb.shape
+    return lax.optimization_barrier(data_JKbb.transpose(0, 3, 1, 2).reshape(J, b, K * b))
 
 
 def _take(x_NP: jax.Array, i: jax.Array, b: int) -> jax.Array:

@@ -43,7 +43,7 @@ class Inside:
     """
 
     def __init__(self, inner: optax.GradientTransformation, moving: bool) -> None:
-        self.inner, self.moving = optax.with_extra_args_support(inner), moving
+        self.inner, self.moving, self.name = optax.with_extra_args_support(inner), moving, optimizer_name(inner)
         self._copies: dict[Any, Any] = {}
 
     def update(self, grads: Any, state: Any, params: Any, masks: Any, extra: dict[str, Any]) -> tuple[Any, Any]:
@@ -64,15 +64,12 @@ class Inside:
         except InputError:
             raise
         except _REFUSALS as error:
-            kind = (
-                TypeError if "required keyword-only argument" in str(error) else InputError
-            )  # as any forgotten argument
-            raise kind(
-                f"sparse: {optimizer_name(self.inner)} cannot update these parameters: {_one_line(error)}"
-            ) from error
+            forgotten = "required keyword-only argument" in str(error)
+            kind = TypeError if forgotten else InputError
+            raise kind(f"sparse: {self.name} cannot update these parameters: {_one_line(error)}") from error
         if self.moving and not same_structure(state, new_state):
             raise InputError(
-                f"the state of {optimizer_name(self.inner)} cannot be followed weight by weight: it changes its structure at "
+                f"the state of {self.name} cannot be followed weight by weight: it changes its structure at "
                 f"an update; use sparse(..., moving=False) if the masks never move"
             )
         state = new_state
@@ -87,7 +84,7 @@ class Inside:
         return updates, state
 
     def _check_updates(self, updates: Any, params: Any) -> None:
-        what = f"sparse: the updates of {optimizer_name(self.inner)}"
+        what = f"sparse: the updates of {self.name}"
         check_same_structure(what, updates, params)
         for (name, update), weight in zip(named_leaves(updates), jax.tree.leaves(params), strict=True):
             if jnp.shape(update) != weight.shape:
@@ -137,7 +134,7 @@ class Inside:
         for name, (others, grown) in largest.items():
             if others > 0 and not grown <= _LARGEST_FIRST_UPDATE * others:
                 raise InputError(
-                    f"sparse: {optimizer_name(self.inner)} divides by what a weight's past gradients were: one of {name} that "
+                    f"sparse: {self.name} divides by what a weight's past gradients were: one of {name} that "
                     f"grows, whose were 0, took an update {grown / others:.0e} times the others'. Use another optimiser "
                     f"(optax.contrib.adopt with its clipping), or sparse(..., moving=False) if the masks never move"
                 )

@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from spdf_jax.errors import InputError
 from spdf_jax.sparsity.distributions import MatrixGroup, target_counts
@@ -18,6 +17,7 @@ from spdf_jax.tree import (
     LINEAR_KERNELS,
     Filter,
     check_same_structure,
+    is_absent,
     map_named,
     match_filter,
     named_leaves,
@@ -138,8 +138,7 @@ def apply_masks(params: Any, masks: Any) -> Any:
 
 def check_masks(masks: Any, params: Any) -> None:
     """Raises `InputError` unless `masks` are a mask tree of `params`: of bool arrays, 0-d or of their shapes."""
-    absent = any(isinstance(leaf, optax.MaskedNode) for leaf in jax.tree.leaves(params, is_leaf=_is_absent))
-    if absent and not same_structure(masks, params):
+    if not same_structure(masks, params) and any(map(is_absent, jax.tree.leaves(params, is_leaf=is_absent))):
         raise InputError(
             "masks: of all parameters, but optax.masked or partition gave only a part of these; put spdf_jax.sparse around "
             "them, sparse(optax.partition(...)), or give them mask_compatible_extra_args=True"
@@ -151,10 +150,6 @@ def check_masks(masks: Any, params: Any) -> None:
             raise InputError(f"masks: {name} is {kind}, not an array of bool; jnp.array(True) is for a dense leaf")
         if mask.ndim and mask.shape != leaf.shape:
             raise InputError(f"masks: {name} has a mask of shape {mask.shape}, its weight shape {leaf.shape}")
-
-
-def _is_absent(leaf: Any) -> bool:
-    return isinstance(leaf, optax.MaskedNode)
 
 
 def keep_where(mask: jax.Array, value: jax.Array) -> jax.Array:

@@ -6,6 +6,7 @@ optimiser is skipped.
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -138,7 +139,6 @@ def _sums(model: Model, variables: Any, batch_BT: Any, **options: Any) -> tuple[
     return cross_entropy(logits_BTV, batch_BT.targets_BT, batch_BT.weights_BT), jnp.sum(batch_BT.weights_BT)
 
 
-@jax.custom_vjp
 def cross_entropy(logits_BTV: Any, targets_BT: Any, weights_BT: Any) -> jax.Array:
     """Sum of weighted next-token losses, in nats.
 
@@ -153,22 +153,13 @@ def cross_entropy(logits_BTV: Any, targets_BT: Any, weights_BT: Any) -> jax.Arra
     >>> float(cross_entropy(jnp.zeros((1, 2, 4)), jnp.zeros((1, 2), int), jnp.array([[1.0, 0.0]])))  # ln 4
     1.3862943649291992
     """
-    return _cross_entropy_forward(logits_BTV, targets_BT, weights_BT)[0]
+    return jnp.sum(_token_losses(logits_BTV, targets_BT) * weights_BT)
 
 
-def _cross_entropy_forward(logits_BTV: Any, targets_BT: Any, weights_BT: Any) -> tuple[jax.Array, tuple[Any, ...]]:
+# Computed again for the backward pass: float32 of every logit would be stored. A sum over a one-hot vector where an index would
+# do: its gradient is one pass, the index's a scatter.
+@partial(jax.checkpoint, prevent_cse=False)
+def _token_losses(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
     wide_BTV = logits_BTV.astype(jnp.float32)
-    log_z_BT = jax.nn.logsumexp(wide_BTV, axis=-1)
-    loss_BT = log_z_BT - jnp.take_along_axis(wide_BTV, targets_BT[..., None], axis=-1)[..., 0]
-    return jnp.sum(loss_BT * weights_BT), (logits_BTV, targets_BT, weights_BT, log_z_BT, loss_BT)
-
-
-def _cross_entropy_backward(saved: tuple[Any, ...], dloss: jax.Array) -> tuple[jax.Array, None, jax.Array]:
-    """From the logits alone, in one pass; differentiated by itself, float32 of each would be stored, and a scatter made."""
-    logits_BTV, targets_BT, weights_BT, log_z_BT, loss_BT = saved
-    p_BTV = jnp.exp(logits_BTV.astype(jnp.float32) - log_z_BT[..., None])
-    dlogits_BTV = (p_BTV - jax.nn.one_hot(targets_BT, p_BTV.shape[-1])) * (dloss * weights_BT)[..., None]
-    return dlogits_BTV.astype(logits_BTV.dtype), None, dloss * loss_BT
-
-
-cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
+    target_BTV = jax.nn.one_hot(targets_BT, wide_BTV.shape[-1], dtype=bool)
+    return jax.nn.logsumexp(wide_BTV, axis=-1) - jnp.sum(wide_BTV, axis=-1, where=target_BTV)
