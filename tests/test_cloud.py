@@ -1,5 +1,6 @@
 """A workdir in a bucket: all that a run does there ends as on a disk, whatever fails, and no two runs write there."""
 
+import dataclasses
 import json
 import os
 import random
@@ -70,16 +71,10 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_text(tmp_path_factory.mktemp("data") / "text")
 
 
-def short(text: Path, seed: int = 0, steps: int = 6):
+def short(text: Path, seed: int = 0):
     c = tiny_config(text, text.parent / "cache")
-    c.seed, c.pretrain.steps, c.phases, c.loop.checkpoint_every_steps, c.loop.eval_every_steps = (
-        seed,
-        steps,
-        ("pretrain",),
-        3,
-        3,
-    )
-    c.pretrain.sparsity.update_every_steps = 2
+    c.seed, c.phases, c.pretrain.steps, c.pretrain.sparsity.update_every_steps = seed, ("pretrain",), 12, 3
+    c.loop.checkpoint_every_steps = c.loop.eval_every_steps = 6
     c.pretrain.sparsity.update(NO_WINDOW)
     del c.finetune
     return spdf.resolve(c)
@@ -379,8 +374,8 @@ def test_every_job_works_there_and_answers_as_on_a_disk(storage, on_disk, tmp_pa
 
     output = f"gs://{BUCKET}/compared"
     code, said, errors = ended(begun(storage, "--job=compare", workdir, str(on_disk), f"--output={output}"))
-    assert (code, said.splitlines()[-1]) == (0, f"{output}/compare.html"), errors
-    assert {"compare.html", "compare.md", "compare.csv", "compare.tex", "compare.json"} <= storage.objects(
+    assert (code, said.splitlines()[-1]) == (0, f"{output}/report.html"), errors
+    assert {"report.html", "compare.md", "compare.csv", "compare.tex", "compare.json"} <= storage.objects(
         "compared"
     ).keys()
     code, said, errors = ended(begun(storage, "--job=compare", workdir, str(on_disk), f"--output={output}"))
@@ -450,11 +445,11 @@ def test_a_damaged_checkpoint_is_set_aside_there(here, text, tmp_path, all_with_
     config = short(text)
     spdf.train(config, tmp_path / "disk", progress=False)
     spdf.train(config, f"gs://{BUCKET}/damaged", progress=False)
-    state = [name for name in here.objects("damaged") if name.startswith("checkpoints/6/state/d/")]
+    state = [name for name in here.objects("damaged") if name.startswith("checkpoints/12/state/d/")]
     largest = max(state, key=lambda name: len(here.read(f"damaged/{name}")))
     here.write(f"damaged/{largest}", b"cut")
     spdf.train(config, f"gs://{BUCKET}/damaged", progress=False)
-    assert any(name.startswith("checkpoints/6.damaged-1/") for name in here.objects("damaged"))
+    assert any(name.startswith("checkpoints/12.damaged-1/") for name in here.objects("damaged"))
     same_bits(f"gs://{BUCKET}/damaged", tmp_path / "disk")
     assert rows(f"gs://{BUCKET}/damaged") == rows(tmp_path / "disk")
 
@@ -475,8 +470,7 @@ def test_a_sweep_and_a_run_that_starts_from_one_of_its_cells(here, text, tmp_pat
 
     ends = []
     for source, place in ((tmp_path / "disk", tmp_path / "from"), (f"gs://{BUCKET}/sweep", f"gs://{BUCKET}/from")):
-        c = short(text).as_dict() | {"init_from": f"{source}/cells/s1"}
-        spdf.train(spdf.resolve(c), place, progress=False)
+        spdf.train(dataclasses.replace(short(text), init_from=f"{source}/cells/s1"), place, progress=False)
         ends.append(place)
     same_bits(*ends)
 
@@ -517,8 +511,8 @@ def test_two_processes_train_in_one_bucket(here, text, tmp_path):
 @needs_storage
 @pytest.mark.slow
 def test_a_run_that_is_refused_leaves_nothing_there(here, text):
-    c = short(text).as_dict()
-    c["data"]["path"] = str(text / "not there")
+    c = short(text)
+    c = dataclasses.replace(c, data=dataclasses.replace(c.data, path=str(text / "not there")))
     with pytest.raises(InputError, match="not there"):
-        spdf.train(spdf.resolve(c), f"gs://{BUCKET}/refused", progress=False)
+        spdf.train(c, f"gs://{BUCKET}/refused", progress=False)
     assert not here.objects("refused")
