@@ -35,6 +35,7 @@ class Storage:
     def __init__(self, url: str) -> None:
         self.url = url
         self.seen: list[tuple[str, str]] = []
+        self.started: list[subprocess.Popen] = []
         #: Asked of every request by its method and path: whether it is answered by 503 and not passed on.
         self.fails: Callable[[str, str], bool] = lambda method, path: False
         #: Likewise: whether it is passed on, and answered by 503 all the same.
@@ -111,6 +112,10 @@ def serving() -> Iterator[Storage]:
         storage.seen.clear()
         yield storage
     finally:
+        for process in storage.started:  # of tests that have failed
+            if process.poll() is None:
+                process.kill()
+                process.communicate()
         proxy.shutdown()
         proxy.server_close()
         emulator.kill()
@@ -166,7 +171,7 @@ def _proxy(storage: Storage, port: int) -> type[http.server.BaseHTTPRequestHandl
 def begun(storage: Storage, *arguments: str, **env: str) -> subprocess.Popen:
     """`spdf_jax.main` in a process."""
     root = Path(__file__).parent.parent
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, __file__, str(LEASE_SECONDS), *arguments],
         cwd=root,
         env=os.environ | storage.env() | {"PYTHONPATH": f"{root}{os.pathsep}{root / 'tests'}"} | env,
@@ -174,6 +179,8 @@ def begun(storage: Storage, *arguments: str, **env: str) -> subprocess.Popen:
         stderr=subprocess.PIPE,
         text=True,
     )
+    storage.started.append(process)
+    return process
 
 
 def ended(process: subprocess.Popen) -> tuple[int, str, str]:

@@ -403,9 +403,8 @@ def test_a_run_that_has_lost_its_lease_ends_and_writes_nothing_more(storage, on_
         assert first.poll() is None, ended(first)
         time.sleep(0.1)
     first.send_signal(signal.SIGSTOP)  # as a machine that sleeps, or is cut off
-    code, output, errors = ended(begun(storage, *MAIN_JOB, f"--workdir={workdir}"))
+    code, _, errors = ended(begun(storage, *MAIN_JOB, f"--workdir={workdir}"))
     assert code == 0, errors
-    assert "looking whether that still lives" in output
     before = storage.objects("lost")
     first.send_signal(signal.SIGCONT)
     code, _, errors = ended(first)
@@ -501,7 +500,7 @@ def test_a_run_of_any_model(here, tmp_path, no_figures):
 @pytest.mark.slow
 def test_two_processes_train_in_one_bucket(here, text, tmp_path):
     for workdir in (tmp_path / "disk", f"gs://{BUCKET}/two"):
-        arguments = ("--config.pretrain.steps=6", "--config.finetune.steps=2", "--config.mesh.data=2")
+        arguments = ("--config.pretrain.steps=12", "--config.finetune.steps=2", "--config.mesh.data=2")
         for process in finish(start(2, 1, workdir, text, *arguments)):
             assert process.code == 0, process.errors
     same_bits(here.fetch("two", tmp_path / "fetched"), tmp_path / "disk")
