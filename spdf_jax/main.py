@@ -18,7 +18,8 @@ from typing import Any
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from spdf_jax import cloud, processes
+from spdf_jax import processes
+from spdf_jax.cloud import spool
 from spdf_jax.config.read import in_our_words
 from spdf_jax.errors import InputError, Restart, causes, closest, line_of, nearest, unknown_key
 
@@ -69,7 +70,7 @@ def main(argv: Sequence[str]) -> int:
             print(asked)
             return 0
         code = _run(argv, _parse(argv))
-        cloud.publish_all()
+        spool.publish_all()
         return code
     except InputError as error:
         return _fail(str(error))
@@ -271,16 +272,16 @@ def _run(argv: Sequence[str], runs: Sequence[str]) -> int:
         raise InputError(f"--output: --job {_JOB.value} writes into the --workdir; leave --output out")
     if _SEARCH.value and not _TOPOLOGY.value:
         raise InputError("--plan_search: searches for a pod; name it by --plan_topology")
-    output = cloud.located(_OUTPUT.value) if _OUTPUT.value else None
+    output = spool.located(_OUTPUT.value) if _OUTPUT.value else None
     if _JOB.value == "compare":
         from spdf_jax.jobs import Request, compare
 
-        compare.run(Request(Path(), output=output, runs=tuple(map(cloud.located, runs))))
+        compare.run(Request(Path(), output=output, runs=tuple(map(spool.located, runs))))
         return 0
     if _CONFIG.value is None:  # `_parse` has seen to the workdir
         from spdf_jax.jobs import Request, report
 
-        report.run_recorded(Request(cloud.located(_WORKDIR.value or ""), output=output))
+        report.run_recorded(Request(spool.located(_WORKDIR.value or ""), output=output))
         return 0
     sweep = "cells" in _CONFIG.value
     if sweep and _JOB.value not in SWEEP_JOBS:
@@ -295,7 +296,7 @@ def _run(argv: Sequence[str], runs: Sequence[str]) -> int:
     from spdf_jax.jobs import Request
 
     request = Request(
-        workdir=cloud.located(_WORKDIR.value or f"runs/{_CONFIG.value.experiment}-{_CONFIG.value.variant}"),
+        workdir=spool.located(_WORKDIR.value or f"runs/{_CONFIG.value.experiment}-{_CONFIG.value.variant}"),
         file=_config_file(),
         command=shlex.join(["python", "-m", "spdf_jax.main", *argv[1:]]),
         quiet=_QUIET.value,

@@ -21,7 +21,7 @@ from storage import BUCKET, Storage, begun, ended, needs_storage, serving
 from tiny import NO_WINDOW, tiny_config, write_text
 
 import spdf_jax as spdf
-from spdf_jax import cloud, lease
+from spdf_jax.cloud import lease, spool
 from spdf_jax.config.sweep import Column, Row, SweepConfig
 from spdf_jax.errors import InputError
 from spdf_jax.jobs.sweep import train_cells
@@ -59,9 +59,9 @@ def here(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> Iterator[Storage]
     for name, value in storage.env().items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(lease, "LEASE_SECONDS", 4.0)
-    monkeypatch.setattr(cloud, "_known", {})
-    monkeypatch.setattr(cloud, "_filled", set())
-    monkeypatch.setattr(cloud, "_spool", None)
+    monkeypatch.setattr(spool, "_known", {})
+    monkeypatch.setattr(spool, "_filled", set())
+    monkeypatch.setattr(spool, "_spool", None)
     yield storage
     storage.fails = storage.loses_answer = lambda method, path: False
 
@@ -108,22 +108,22 @@ def rows(place: Path | str) -> list[dict]:
 @pytest.mark.parametrize("place", ["gs://", "gs://bucket", "gs://bucket/", "gs://bucket/../run", Path("gs://bucket")])
 def test_what_names_no_folder_of_a_bucket_is_refused(place):
     with pytest.raises(InputError, match=r"names no folder of a bucket; write gs://BUCKET/FOLDER$"):
-        cloud.located(place)
+        spool.located(place)
 
 
 def test_without_the_packages_one_line_says_which_extra_brings_them(monkeypatch):
     monkeypatch.setitem(sys.modules, "gcsfs", None)
     with pytest.raises(InputError, match=r"^gs://bucket/run: needs packages for it; pip install 'spdf_jax\[gcs\]'$"):
-        cloud.located("gs://bucket/run")
+        spool.located("gs://bucket/run")
 
 
 @pytest.mark.parametrize("place", ["runs/mine", "runs/a:/b", Path("runs/mine")])
 def test_a_folder_of_a_disk_is_what_it_was(place):
-    assert cloud.located(place) == Path(place)
-    assert type(cloud.located(place)) is type(Path(place))
-    assert cloud.url(Path(place)) == ""
-    assert cloud.stored(Path(place)) == Path(place)
-    cloud.publish(Path(place))  # nothing
+    assert spool.located(place) == Path(place)
+    assert type(spool.located(place)) is type(Path(place))
+    assert spool.url(Path(place)) == ""
+    assert spool.stored(Path(place)) == Path(place)
+    spool.publish(Path(place))  # nothing
 
 
 # --- the spool -------------------------------------------------------------------------------------------------------
@@ -132,8 +132,8 @@ def test_a_folder_of_a_disk_is_what_it_was(place):
 @needs_storage
 @pytest.mark.slow
 def test_files_are_sent_as_they_change_in_the_order_in_which_they_were_written(here, monkeypatch):
-    monkeypatch.setattr(cloud, "_APPEND_BYTES", 10)
-    folder = cloud.located(f"gs://{BUCKET}/spool")
+    monkeypatch.setattr(spool, "_APPEND_BYTES", 10)
+    folder = spool.located(f"gs://{BUCKET}/spool")
     folder.mkdir(parents=True)
     assert f"{folder / 'a'}" == f"gs://{BUCKET}/spool/a"
     for at, name in enumerate(("z", "sub/y", ".hidden", "checkpoints/x", "a.jsonl")):
@@ -141,31 +141,31 @@ def test_files_are_sent_as_they_change_in_the_order_in_which_they_were_written(h
         (folder / name).write_bytes(b"0123456789")
         os.utime(folder / name, (at, at))
     here.seen.clear()
-    cloud.publish(folder)
+    spool.publish(folder)
     assert list(here.objects("spool")) == ["a.jsonl", "sub/y", "z"]
     generations = here.objects("spool")
     assert generations["z"] < generations["sub/y"] < generations["a.jsonl"]
     assert sum(method == "POST" for method, _ in here.seen) == 3
 
     here.seen.clear()
-    cloud.publish(folder)
+    spool.publish(folder)
     assert not here.seen
 
     with (folder / "a.jsonl").open("ab") as file:
         file.write(b"more")
     (folder / "z").rename(folder / "z.aside")
-    cloud.publish(folder)
+    spool.publish(folder)
     assert any("a.jsonl/compose" in path for _, path in here.seen)
     assert here.read("spool/a.jsonl") == b"0123456789more"
     assert list(here.objects("spool")) == ["a.jsonl", "sub/y", "z.aside"]
 
     (folder / "a.jsonl").write_bytes(b"others, longer than those")  # no end of what was there
-    cloud.publish(folder)
+    spool.publish(folder)
     assert here.read("spool/a.jsonl") == b"others, longer than those"
 
     here.write("spool/new", b"of another process")
     here.write("spool/a.jsonl", b"too")
-    cloud.fill(folder)
+    spool.fill(folder)
     assert (folder / "new").read_bytes() == b"of another process"
     assert (folder / "a.jsonl").read_bytes() == b"too"
 
@@ -173,11 +173,11 @@ def test_files_are_sent_as_they_change_in_the_order_in_which_they_were_written(h
 @needs_storage
 @pytest.mark.slow
 def test_an_end_whose_answer_was_lost_is_not_put_there_twice(here, monkeypatch):
-    monkeypatch.setattr(cloud, "_APPEND_BYTES", 10)
-    folder = cloud.located(f"gs://{BUCKET}/twice")
+    monkeypatch.setattr(spool, "_APPEND_BYTES", 10)
+    folder = spool.located(f"gs://{BUCKET}/twice")
     folder.mkdir(parents=True)
     (folder / "rows").write_bytes(b"0123456789")
-    cloud.publish(folder)
+    spool.publish(folder)
     for _ in range(3):
         with (folder / "rows").open("ab") as file:
             file.write(b"more")
@@ -186,7 +186,7 @@ def test_an_end_whose_answer_was_lost_is_not_put_there_twice(here, monkeypatch):
         here.loses_answer = lambda method, path, asked=asked: (
             "compose" in path and not (path in asked or asked.add(path))
         )
-        cloud.publish(folder)
+        spool.publish(folder)
         assert here.read("twice/rows") == (folder / "rows").read_bytes()
 
 
@@ -196,7 +196,7 @@ def test_a_bucket_that_is_not_there_is_refused_in_one_line(here):
     with pytest.raises(
         InputError, match=r"^gs://no-such-bucket/run: the bucket refuses \(404 .*choose another --workdir$"
     ):
-        cloud.located("gs://no-such-bucket/run")
+        spool.located("gs://no-such-bucket/run")
 
 
 # --- the lease -------------------------------------------------------------------------------------------------------
@@ -206,7 +206,7 @@ def test_a_bucket_that_is_not_there_is_refused_in_one_line(here):
 @pytest.mark.slow
 def test_of_many_that_want_it_at_once_one_gets_the_lease(here, monkeypatch):
     monkeypatch.setattr(lease, "LEASE_SECONDS", 2.0)
-    folder = cloud.located(f"gs://{BUCKET}/many")
+    folder = spool.located(f"gs://{BUCKET}/many")
     for _ in range(3):  # a new one, one that was let go of, and again
         won, lost, together, over = [], [], threading.Barrier(8), threading.Event()
 
@@ -235,7 +235,7 @@ def test_of_many_that_want_it_at_once_one_gets_the_lease(here, monkeypatch):
 @needs_storage
 @pytest.mark.slow
 def test_a_lease_is_taken_over_when_it_is_old_and_not_before(here):
-    folder = cloud.located(f"gs://{BUCKET}/old")
+    folder = spool.located(f"gs://{BUCKET}/old")
     here.write("old/.lock", json.dumps({"owner": "one that was killed", "token": "x"}).encode())
     began = time.monotonic()
     with lease._Lease(folder).kept():
@@ -252,7 +252,7 @@ def test_a_lease_is_taken_over_when_it_is_old_and_not_before(here):
 @pytest.mark.slow
 def test_a_renewal_whose_answer_was_lost_is_still_ours(here, monkeypatch):
     monkeypatch.setattr(lease, "_end_without", lambda folder, why: pytest.fail(why))
-    folder = cloud.located(f"gs://{BUCKET}/renewed")
+    folder = spool.located(f"gs://{BUCKET}/renewed")
     with lease._Lease(folder).kept():
         numbers = iter(range(1000))
         here.loses_answer = lambda method, path: ".lock" in path and method == "POST" and next(numbers) % 2 == 0
@@ -457,9 +457,9 @@ def test_a_damaged_checkpoint_is_set_aside_there(here, text, tmp_path, all_with_
 @pytest.mark.slow
 def test_a_sweep_and_a_run_that_starts_from_one_of_its_cells(here, text, tmp_path, all_with_few_matrices, no_figures):
     tables = {}
-    for place in (tmp_path / "disk", cloud.located(f"gs://{BUCKET}/sweep")):
+    for place in (tmp_path / "disk", spool.located(f"gs://{BUCKET}/sweep")):
         train_cells(sweep(text), place, progress=False)
-        cloud.publish_all()
+        spool.publish_all()
         tables[place] = json.loads((place / "table.json").read_text())["rows"]
     assert len({json.dumps(sorted(row["values"].items())) for table in tables.values() for row in table[:1]}) == 1
     assert {"table.json", "table.md", "report.html", "cells/s1/summary.json", "cells/s2/summary.json"} <= here.objects(

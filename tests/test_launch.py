@@ -37,6 +37,7 @@ def launch(script, *arguments, path=None, launch_folder=ROOT / "launch", timeout
 
 
 def dry_run(script, *arguments):
+    assert "--dry_run" in arguments, "a test starts nothing for real"
     result = launch(script, *arguments)
     assert (result.returncode, result.stderr) == (0, "")
     return result.stdout.replace(str(ROOT), "ROOT")
@@ -44,7 +45,7 @@ def dry_run(script, *arguments):
 
 @pytest.mark.parametrize("script", USED)
 def test_a_workdir_in_a_bucket_is_passed_on_as_it_is(script):
-    printed = dry_run(script, *USED[script], *TRAIN[:-1], "gs://bucket/runs/mst")
+    printed = dry_run(script, *USED[script], "--dry_run", *TRAIN[:-1], "gs://bucket/runs/mst")
     assert "gs://bucket/runs/mst" in printed
 
 

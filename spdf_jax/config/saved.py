@@ -2,7 +2,7 @@
 
 from ml_collections import ConfigDict
 
-from spdf_jax.cloud import located
+from spdf_jax.cloud.spool import located
 from spdf_jax.config.read import load_config
 from spdf_jax.errors import InputError
 from spdf_jax.workdir import CODE_FOLDER, CONFIG_FILE

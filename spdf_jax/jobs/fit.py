@@ -10,7 +10,7 @@ import jax
 import optax
 
 from spdf_jax import processes
-from spdf_jax.cloud import located
+from spdf_jax.cloud.spool import located
 from spdf_jax.config.read import build_section
 from spdf_jax.config.run import LoopConfig
 from spdf_jax.errors import InputError

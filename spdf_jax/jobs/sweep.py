@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 from spdf_jax import processes
-from spdf_jax.cloud import url
+from spdf_jax.cloud.spool import url
 from spdf_jax.config.sweep import CURVE_COLUMNS, Row, SweepConfig
 from spdf_jax.errors import InputError
 from spdf_jax.jobs import Request, keep_compiled

@@ -11,7 +11,7 @@ import jax
 from jax.sharding import Mesh
 
 from spdf_jax import processes
-from spdf_jax.cloud import located
+from spdf_jax.cloud.spool import located
 from spdf_jax.config.checks import check_devices
 from spdf_jax.config.read import AnyConfig, resolve
 from spdf_jax.config.run import RunConfig

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from spdf_jax.cloud import saved_steps
+from spdf_jax.cloud.spool import saved_steps
 from spdf_jax.config.read import default_config, of_fit
 from spdf_jax.config.run import LoopConfig, flat
 from spdf_jax.errors import InputError, reading

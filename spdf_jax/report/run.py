@@ -7,7 +7,7 @@ from pathlib import Path
 import matplotlib
 from markupsafe import Markup
 
-from spdf_jax.cloud import located
+from spdf_jax.cloud.spool import located
 from spdf_jax.report.closer import write_curves
 from spdf_jax.report.draw import STYLE, Table
 from spdf_jax.report.figures import write_figures

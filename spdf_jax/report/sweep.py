@@ -6,7 +6,7 @@ from pathlib import Path
 
 import matplotlib
 
-from spdf_jax.cloud import located
+from spdf_jax.cloud.spool import located
 from spdf_jax.report.closer import write_curves
 from spdf_jax.report.draw import STYLE
 from spdf_jax.report.figures import write_figures

@@ -20,7 +20,7 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint._src.path.atomicity_types import TMP_DIR_SUFFIX  # has no public name
 
-from spdf_jax.cloud import is_whole, sizes, stored, unanswered, url
+from spdf_jax.cloud.spool import is_whole, sizes, stored, unanswered, url
 from spdf_jax.errors import InputError, Restart, one_line
 from spdf_jax.processes import RESTART_CODE, is_first, stop, wait_for_first
 from spdf_jax.training.state import TrainState

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from spdf_jax.cloud import located, publish
+from spdf_jax.cloud.spool import located, publish
 from spdf_jax.errors import InputError, reading
 from spdf_jax.processes import is_first
 from spdf_jax.training.events import EventWriter

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from spdf_jax.cloud import located, stored
+from spdf_jax.cloud.spool import located, stored
 from spdf_jax.config.checks import check_transition
 from spdf_jax.config.read import load_config
 from spdf_jax.config.run import RunConfig, flat

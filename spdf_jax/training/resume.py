@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from spdf_jax.cloud import saved_steps
+from spdf_jax.cloud.spool import saved_steps
 from spdf_jax.errors import InputError
 from spdf_jax.processes import device_name
 from spdf_jax.training.checkpoint import Checkpoints

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from spdf_jax.cloud import (
+from spdf_jax.cloud.spool import (
     address,
     answering,
     before_publishing,

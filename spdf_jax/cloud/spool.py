@@ -8,7 +8,7 @@ at the end. Checkpoints are no part of the spool: orbax writes them to the bucke
 Nothing in object storage can be appended to: a file that grows is written again, from `_APPEND_BYTES` on by its new end, which
 the bucket puts behind what it has (`compose`).
 
-That two runs never publish into one folder, `spdf_jax.lease` sees to.
+That two runs never publish into one folder, `spdf_jax.cloud.lease` sees to.
 """
 
 import atexit
