@@ -5,7 +5,7 @@
 #     --config experiments/gpt2_mst.py:124m --workdir gs://BUCKET/mst
 #
 # Needs kubectl at a cluster with the JobSet controller (v0.6 or later) and a node pool of that topology, and an image whose
-# working folder is this one, installed by pip install -c requirements.lock -e '.[tpu]'. --workdir must be on storage that
+# working folder is this one, installed by pip install -c requirements.lock -e '.[tpu,gcs]'. --workdir must be on storage that
 # all containers see. The JobSet restarts whatever ends, but for what you must fix (exit code 2), which fails it. A JobSet that has
 # ended is in the way of the next one of its name: kubectl delete jobset NAME.
 #

@@ -4,9 +4,9 @@
 #   launch/tpu_pod.sh --topology v5e:16x16 --zone europe-west4-b --spot -- \
 #     --config experiments/gpt2_mst.py:124m --workdir gs://BUCKET/mst
 #
-# Needs gcloud, logged in, with a project and TPU quota. --workdir must be on storage that all workers see. A pod that is
-# taken away is asked for again, and the run goes on. What was preempted or lost a process (75) or crashed is started again on
-# the pod; what you must fix (2) is not. When this script is interrupted, pod and run stay; the same command takes over.
+# Needs gcloud, logged in, with a project and TPU quota. --workdir must be on storage that all workers see, as a
+# bucket is. A pod that is taken away is asked for again, and the run goes on. What was preempted or lost a process (75) or
+# crashed is started again on the pod; what you must fix (2) is not. When this script is interrupted, pod and run stay; the same command takes over.
 #
 # --topology NAME         the pod, spelled as for --plan_topology; needed
 # --zone ZONE             where; needed
@@ -50,7 +50,7 @@ install() {
     run gcloud compute tpus tpu-vm scp --recurse "$root"/{spdf_jax,experiments,launch,pyproject.toml,requirements.lock,README.md,LICENSE} \
       "$name:spdf_jax/" "--zone=$zone" --worker=all &&
     run "${on_workers[@]}" --command="cd spdf_jax && PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --quiet --user uv && \
-python3 -m uv venv --quiet --allow-existing --python 3.13 && python3 -m uv pip install --quiet -c requirements.lock -e '.[tpu]'"
+python3 -m uv venv --quiet --allow-existing --python 3.13 && python3 -m uv pip install --quiet -c requirements.lock -e '.[tpu,gcs]'"
 }
 
 # Leaves the exit code in `code`. The number names the run, so that a connection which breaks finds it again.

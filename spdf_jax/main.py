@@ -16,6 +16,7 @@ from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from spdf_jax import processes
+from spdf_jax.cloud import spool
 from spdf_jax.config import saved
 from spdf_jax.config.read import in_our_words
 from spdf_jax.errors import InputError, Restart, causes, closest, end_interrupted, line_of, nearest, unknown_key
@@ -74,7 +75,9 @@ def main(argv: Sequence[str]) -> int:
         if asked := _asked(argv):
             print(asked)
             return 0
-        return _run(argv, _parse(argv))
+        code = _run(argv, _parse(argv))
+        spool.publish_all()
+        return code
     except InputError as error:
         return _fail(str(error))
     except Restart as notice:
@@ -187,7 +190,7 @@ def _of_its_run(argv: Sequence[str]) -> list[str]:
     # What a page is of may have no config that could be read: a sweep, a run of `spdf_jax.fit` or by a rule of one's own.
     if job == "report" and not any(re.match(r"--?(no)?config\.", text) for text in argv):
         return list(argv)
-    return [*argv[:1], f"--config={saved.__file__}:{Path(workdir).expanduser()}", *argv[1:]]
+    return [*argv[:1], f"--config={saved.__file__}:{workdir}", *argv[1:]]
 
 
 def _unknown_key(argv: Sequence[str]) -> InputError | None:
@@ -274,16 +277,16 @@ def _run(argv: Sequence[str], runs: Sequence[str]) -> int:
         raise InputError(f"--output: --job {_JOB.value} writes into the --workdir; leave --output out")
     if _SEARCH.value and not _TOPOLOGY.value:
         raise InputError("--plan_search: searches for a pod; name it by --plan_topology")
-    output = Path(_OUTPUT.value).expanduser() if _OUTPUT.value else None
+    output = spool.located(_OUTPUT.value) if _OUTPUT.value else None
     if _JOB.value == "compare":
         from spdf_jax.jobs import Request, compare
 
-        compare.run(Request(Path(), output=output, runs=tuple(Path(run).expanduser() for run in runs)))
+        compare.run(Request(Path(), output=output, runs=tuple(map(spool.located, runs))))
         return 0
     if _CONFIG.value is None:  # `_parse` has seen to the workdir
         from spdf_jax.jobs import Request, report
 
-        report.run_recorded(Request(Path(_WORKDIR.value or "").expanduser(), output=output))
+        report.run_recorded(Request(spool.located(_WORKDIR.value or ""), output=output))
         return 0
     sweep = "cells" in _CONFIG.value
     if sweep and _JOB.value not in SWEEP_JOBS:
@@ -298,7 +301,7 @@ def _run(argv: Sequence[str], runs: Sequence[str]) -> int:
     from spdf_jax.jobs import Request
 
     request = Request(
-        workdir=Path(_WORKDIR.value or f"runs/{_CONFIG.value.experiment}-{_CONFIG.value.variant}").expanduser(),
+        workdir=spool.located(_WORKDIR.value or f"runs/{_CONFIG.value.experiment}-{_CONFIG.value.variant}"),
         file=_config_file(),
         command=shlex.join(["python", "-m", "spdf_jax.main", *argv[1:]]),
         quiet=_QUIET.value,

@@ -20,6 +20,7 @@ from typing import IO, Any
 
 import jax
 
+from spdf_jax.cloud import lease, spool
 from spdf_jax.errors import InputError, reading
 from spdf_jax.processes import from_first, is_first
 
@@ -186,6 +187,9 @@ def set_aside(path: Path, why: str) -> Path:
 
 def make_workdir(workdir: Path) -> None:
     """Makes the folder, and checks that all processes see the same one: each saves its part of a checkpoint there."""
+    if spool.url(workdir):  # in a folder of each process's own; that the bucket can be written to, the lease shows
+        workdir.mkdir(parents=True, exist_ok=True)
+        return
     made = from_first(lambda: str(_made_at(workdir)))
     lock_file = workdir / ".lock"
     if not lock_file.exists() or str(lock_file.stat().st_mtime_ns) != made:
@@ -225,7 +229,11 @@ def _made_at(workdir: Path) -> int:
 
 @contextlib.contextmanager
 def lock(workdir: Path) -> Iterator[None]:
-    """Holds the workdir for this run; the kernel lets go however process 0 ends."""
+    """Holds the workdir for this run; the kernel lets go however process 0 ends. In a bucket: `spdf_jax.cloud.lease`."""
+    if spool.url(workdir):
+        with lease.held(workdir):
+            yield
+        return
     if not is_first():
         yield
         return
@@ -264,6 +272,8 @@ def _take(file: IO[Any]) -> None:
 
 def in_use(workdir: Path) -> bool | None:
     """Whether a run holds the workdir, this process's own too; None where nobody knows, as on a disk without locks."""
+    if spool.url(workdir):
+        return lease.lease_of(workdir) is not None
     try:
         with (workdir / ".lock").open() as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -280,6 +290,8 @@ def check_writable(folder: Path) -> None:
     """Refuses a folder that cannot hold what is about to be computed. Process 0 writes it."""
     if not is_first():
         return
+    if spool.url(folder):
+        spool.check_writable(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()

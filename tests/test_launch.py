@@ -37,9 +37,16 @@ def launch(script, *arguments, path=None, launch_folder=ROOT / "launch", timeout
 
 
 def dry_run(script, *arguments):
+    assert "--dry_run" in arguments, "a test starts nothing for real"
     result = launch(script, *arguments)
     assert (result.returncode, result.stderr) == (0, "")
     return result.stdout.replace(str(ROOT), "ROOT")
+
+
+@pytest.mark.parametrize("script", USED)
+def test_a_workdir_in_a_bucket_is_passed_on_as_it_is(script):
+    printed = dry_run(script, *USED[script], "--dry_run", *TRAIN[:-1], "gs://bucket/runs/mst")
+    assert "gs://bucket/runs/mst" in printed
 
 
 def stand_in(folder, name, body):
@@ -279,7 +286,7 @@ def test_tpu_pod_dry_run():
         "ROOT/requirements.lock ROOT/README.md ROOT/LICENSE spdf-jax:spdf_jax/ --zone=europe-west4-b --worker=all",
         f"{ssh} '--command=cd spdf_jax && PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --quiet --user uv && "
         "python3 -m uv venv --quiet --allow-existing --python 3.13 && "
-        "python3 -m uv pip install --quiet -c requirements.lock -e '\\''.[tpu]'\\'''",
+        "python3 -m uv pip install --quiet -c requirements.lock -e '\\''.[tpu,gcs]'\\'''",
         f"{ssh} '--command=bash spdf_jax/launch/tpu_worker.sh RUN python -m spdf_jax.main --distributed "
         "--config experiments/gpt2_mst.py'",
         "gcloud compute tpus queued-resources delete spdf-jax --zone=europe-west4-b --force --quiet",

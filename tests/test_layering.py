@@ -15,6 +15,7 @@ LAYERS = (
     "tree",
     "sharding",
     "processes",
+    "cloud",
     "workdir",
     "ops",
     "sparsity",
@@ -47,6 +48,9 @@ LIBRARIES = {
     "wandb": {"training.trackers"},
     "mlflow": {"training.trackers"},
     "trackio": {"training.trackers"},
+    "etils": {"cloud.spool"},
+    "gcsfs": {"cloud.spool"},
+    "google": {"cloud.spool"},
     "tensorflow": set(),
     "torch": set(),
 }

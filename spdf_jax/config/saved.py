@@ -1,9 +1,8 @@
 """The experiment file of a run that was: ``--config`` where only its ``--workdir`` is given."""
 
-from pathlib import Path
-
 from ml_collections import ConfigDict
 
+from spdf_jax.cloud.spool import located
 from spdf_jax.config.read import load_config
 from spdf_jax.errors import InputError
 from spdf_jax.workdir import CODE_FOLDER, CONFIG_FILE, read_json
@@ -18,16 +17,16 @@ def get_config(workdir: str) -> ConfigDict:
     Raises:
       InputError: no run is there, or its ``config.json`` is none.
     """
-    file = Path(workdir) / CONFIG_FILE
+    file = located(workdir) / CONFIG_FILE
     if not file.exists():
-        cell = next(Path(workdir).glob(f"cells/*/{CONFIG_FILE}"), None)
+        cell = next(file.parent.glob(f"cells/*/{CONFIG_FILE}"), None)
         if cell and (command := read_json(cell, "give the sweep's --config").get("command")):
             raise InputError(f"--workdir {workdir}: holds a sweep, which goes on by what began it: {command}")
         raise InputError(f"--workdir {workdir}: no run is there; give the folder of one, or --config FILE[:VARIANT]")
     try:
         return ConfigDict(load_config(file).as_dict())
     except InputError as error:
-        code = Path(workdir) / CODE_FOLDER
+        code = file.with_name(CODE_FOLDER)
         command = read_json(file, "restore it, or give the workdir of a run").get("command")
         if not any(code.glob("*.py")):
             raise

@@ -22,14 +22,14 @@ def run(request: Request) -> None:
     before = _own_files(folder)
     sweep = read_runs(request.runs, folder)
     check_writable(folder)
-    runs = [str(workdir) for workdir in request.runs]
+    runs = [f"{workdir}" for workdir in request.runs]
     write_json(folder / MARK, {"runs": runs, "files": sorted(before)})  # first: what a kill leaves is known as ours
     files = write_comparison(sweep, folder)
     names = [path.relative_to(folder).as_posix() for path in files]
     for name in before - set(names):  # of an earlier comparison: a figure of other runs would be taken for these
         (folder / name).unlink(missing_ok=True)
     write_json(folder / MARK, {"runs": runs, "files": names})
-    print(files[0])
+    print(f"{files[0]}")
 
 
 def _own_files(folder: Path) -> set[str]:

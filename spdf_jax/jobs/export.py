@@ -48,7 +48,7 @@ def export(config: RunConfig, workdir: Path, output: Path | None = None) -> Path
     if saved.model.pattern != "causal":
         raise InputError(
             f"--job export: the run ends in {saved.model.pattern!r} attention of width {saved.model.width}, which GPT-2 cannot "
-            f"express; train a further phase, or a run with init_from={str(workdir)!r}, whose attention is causal at its end"
+            f"express; train a further phase, or a run with init_from={f'{workdir}'!r}, whose attention is causal at its end"
         )
     tokenizer = run_tokenizer(config, workdir)
     with temporary_beside(folder) as staged:
@@ -60,7 +60,7 @@ def export(config: RunConfig, workdir: Path, output: Path | None = None) -> Path
         make_durable(folder.parent)
     if tokenizer is None:
         print(f"{folder}: without a tokenizer, since token files came without one; {NAME_TOKENIZER}", file=sys.stderr)
-    print(folder)
+    print(f"{folder}")
     return folder
 
 

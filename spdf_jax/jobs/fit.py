@@ -9,6 +9,7 @@ import jax
 import optax
 
 from spdf_jax import processes
+from spdf_jax.cloud.spool import located
 from spdf_jax.config.read import build_section
 from spdf_jax.config.run import LoopConfig
 from spdf_jax.errors import InputError
@@ -97,7 +98,7 @@ def fit(
     if jax.process_count() > 1:
         raise InputError(f"fit: runs in one process, and this is one of {jax.process_count()}; start it alone")
     clock = Clock()
-    workdir, how = Path(workdir).expanduser(), _loop_config(loop, validation is not None)
+    workdir, how = located(workdir), _loop_config(loop, validation is not None)
     check_trackers(how.tracker_names)
     mesh = make_mesh(MeshConfig(data=devices))
     plan = own_plan(tx, params, programme, how.eval_every_steps if validation is not None else 0)

@@ -30,4 +30,4 @@ def run_recorded(request: Request) -> None:
 def _print(write: Callable[[Path, Path | None], Path], request: Request) -> None:
     if request.output is not None:
         check_writable(request.output)
-    print(write(request.workdir, request.output))
+    print(f"{write(request.workdir, request.output)}")

@@ -16,9 +16,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from spdf_jax import processes
+from spdf_jax.cloud.spool import url
 from spdf_jax.config.sweep import CURVE_COLUMNS, Row, SweepConfig
 from spdf_jax.errors import InputError
 from spdf_jax.jobs import Request, keep_compiled
@@ -70,6 +72,8 @@ def train_cells(
     Raises:
       InputError: anything the user can fix; cells that are finished stay.
     """
+    if url(workdir) and jax.process_count() > 1:  # all of them read what the first has just written
+        raise InputError(f"workdir {workdir}: a sweep of many processes needs a disk that all of them share")
     # All at once: a cell may begin hours after what it is made of was executed.
     code = {name: read_code(cell, file) for name, cell in config.cells.items()}
     with made_workdir(workdir), lock(workdir):

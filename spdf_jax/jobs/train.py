@@ -10,6 +10,7 @@ import jax
 from jax.sharding import Mesh
 
 from spdf_jax import processes
+from spdf_jax.cloud.spool import located
 from spdf_jax.config.checks import check_devices
 from spdf_jax.config.read import AnyConfig, resolve
 from spdf_jax.config.run import RunConfig
@@ -101,7 +102,7 @@ def train(
     """
     config = resolve(config)
     code = read_code(config, file)
-    return train_with(config, Path(workdir).expanduser(), code, command=command, progress=progress)
+    return train_with(config, located(workdir), code, command=command, progress=progress)
 
 
 def train_with(

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from spdf_jax.cloud.spool import saved_steps
 from spdf_jax.config.read import default_config, of_fit
 from spdf_jax.config.run import LoopConfig, flat
 from spdf_jax.errors import InputError, reading
@@ -192,7 +193,7 @@ def read_run(workdir: Path, running: bool | None = None) -> Run:
         pictures={step: {k: a for k, a in found.items() if a.ndim == 2} for step, found in arrays.items()},
         degrees={step: _degrees(found) for step, found in arrays.items()},
         running=in_use(workdir) if running is None else running,
-        saved_step=max((int(p.name) for p in (workdir / CHECKPOINTS).glob("*") if p.name.isdecimal()), default=0),
+        saved_step=max(saved_steps(workdir / CHECKPOINTS), default=0),
         ancestors=(optional_json(workdir / ANCESTORS_FILE) or {}).get("ancestors", ()),
     )
 

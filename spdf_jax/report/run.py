@@ -6,6 +6,7 @@ from pathlib import Path
 import matplotlib
 from markupsafe import Markup
 
+from spdf_jax.cloud.spool import located
 from spdf_jax.report.ancestry import ancestry
 from spdf_jax.report.closer import write_curves
 from spdf_jax.report.draw import STYLE, Table
@@ -56,7 +57,7 @@ def write_report(
     Raises:
       InputError: the folder holds no run, or a file in it cannot be read.
     """
-    workdir, folder = Path(workdir), Path(output or workdir)
+    workdir, folder = located(workdir), located(output or workdir)
     run = read_run(workdir, running)
     cell = f", {workdir.name}" if workdir.parent.name == "cells" else ""  # of a sweep, whose runs share a name
     title, counted = f"{run.name}{cell}", run.max_sparsity > 0 and "train_flops" in run.numbers

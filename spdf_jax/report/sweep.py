@@ -6,6 +6,7 @@ from pathlib import Path
 
 import matplotlib
 
+from spdf_jax.cloud.spool import located
 from spdf_jax.report.closer import write_curves
 from spdf_jax.report.draw import STYLE
 from spdf_jax.report.figures import write_figures
@@ -44,7 +45,7 @@ def write_sweep_report(
     Raises:
       InputError: the folder holds no cell that has begun, or a file in it cannot be read.
     """
-    workdir, folder = Path(workdir), Path(output or workdir)
+    workdir, folder = located(workdir), located(output or workdir)
     sweep = read_sweep(workdir, running, beside=folder)
     with matplotlib.rc_context(STYLE):
         panels = [panel for make in _PANELS for panel in make(sweep)]

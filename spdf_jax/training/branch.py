@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
+from spdf_jax.cloud.spool import stored
 from spdf_jax.config.checks import check_transition
 from spdf_jax.config.read import load_config
 from spdf_jax.config.run import RunConfig
@@ -65,7 +66,7 @@ def _parent_of(config: RunConfig, workdir: Path | None, mesh: Mesh, step: int) -
                 plan = plans[min(record["phase"], len(plans) - 1)]
                 return Parent(folder, there, plans, record, restore_state(there, plan, mesh, checkpoints, wanted))
             except DamagedCheckpointError:
-                if (folder / CHECKPOINTS / str(wanted)).is_dir() or jax.process_count() > 1:
+                if (stored(folder / CHECKPOINTS) / str(wanted)).is_dir() or jax.process_count() > 1:
                     raise
                 # Else the run there goes on, and has put a newer one in its place: list again.
 

@@ -20,7 +20,8 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint._src.path.atomicity_types import TMP_DIR_SUFFIX  # has no public name
 
-from spdf_jax.errors import InputError, Restart
+from spdf_jax.cloud.spool import is_whole, sizes, stored, unanswered, url
+from spdf_jax.errors import InputError, Restart, one_line
 from spdf_jax.processes import RESTART_CODE, is_first, stop, wait_for_first
 from spdf_jax.training.state import TrainState
 from spdf_jax.training.stored_state import examined, is_mask, pack, plain, shapes, unpack
@@ -44,9 +45,9 @@ class Checkpoints:
     """
 
     def __init__(self, directory: Path, keep: int = 2, keep_every_steps: int = 0) -> None:
-        self.directory = directory
+        self.directory, self._is_in_bucket = stored(directory), bool(url(directory))
         self._manager = ocp.CheckpointManager(
-            directory.absolute(),
+            self.directory if self._is_in_bucket else directory.absolute(),
             options=ocp.CheckpointManagerOptions(
                 max_to_keep=keep,
                 keep_period=keep_every_steps or None,
@@ -151,9 +152,9 @@ class Checkpoints:
         target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), packed, layout)
         most = _most_bytes(packed)
         with self._damage_named(step):
-            for file in (self.directory / str(step)).rglob("*"):
-                if file.stat().st_size > most:  # tensorstore would end the process for want of memory
-                    raise ValueError(f"{file.name}: larger than the whole state")
+            for name, size_bytes in sizes(self.directory / str(step)):
+                if size_bytes > most:  # tensorstore would end the process for want of memory
+                    raise ValueError(f"{name}: larger than the whole state")
             args = ocp.args.Composite(state=ocp.args.StandardRestore(target))
             restored = self._manager.restore(step, args=args)["state"]
             changed = [n for n, leaf in examined(restored)[1].items() if "leaves" in record and leaf != saved[n]]
@@ -192,13 +193,19 @@ class Checkpoints:
 
     def sweep(self) -> None:
         """Removes what a killed save has left. Only where no other process saves here."""
+        if not is_first():
+            return
         for left in self.directory.glob(f"*{TMP_DIR_SUFFIX}*"):
-            if is_first():
-                shutil.rmtree(left, ignore_errors=True)
+            shutil.rmtree(left, ignore_errors=True)
+        for left in self.directory.glob("*") if self._is_in_bucket else ():
+            if left.name.isdecimal() and not is_whole(left):
+                left.rmtree()  # type: ignore[attr-defined]  # of etils
 
     def _check_room(self, packed: TrainState) -> None:
         """Refuses to start what cannot end: a disk found full or read-only half-way costs minutes, or pages of tracebacks."""
         self._manager.wait_until_finished()  # the save before has taken its room
+        if self._is_in_bucket:
+            return
         tempfile.TemporaryFile(dir=self.directory).close()  # raises where no file can be made
         if shutil.disk_usage(self.directory).free < _most_bytes(packed):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -209,6 +216,8 @@ class Checkpoints:
         try:
             yield
         except (ValueError, OSError) as error:
+            if self._is_in_bucket:
+                unanswered(f"{self.directory}: the bucket did not take a checkpoint ({one_line(error)})", error)
             if isinstance(error, TimeoutError):  # orbax waits by the wall clock
                 message = (
                     f"{self.directory}: a save took too long, or the clock was set meanwhile; the same command resumes"

@@ -8,6 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from spdf_jax.cloud.spool import saved_steps
 from spdf_jax.config.read import load_config
 from spdf_jax.config.run import RunConfig
 from spdf_jax.errors import InputError
@@ -55,7 +56,7 @@ def check_same_or_longer(
 
 def why_not(workdir: Path, planned: Sequence[PhasePlan], plans: Sequence[PhasePlan]) -> str:
     """Why the run in a folder, `planned` so far, cannot go on by `plans`; "" where it can."""
-    taken = max((int(p.name) for p in (workdir / CHECKPOINTS).glob("*") if p.name.isdecimal()), default=0)
+    taken = max(saved_steps(workdir / CHECKPOINTS), default=0)
     if plans[-1].end <= taken:
         return f"{taken} steps are taken already"
     return first_difference(planned, plans, taken)

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from spdf_jax.cloud.spool import located, publish
 from spdf_jax.errors import InputError, reading
 from spdf_jax.processes import is_first
 from spdf_jax.training.events import EventWriter
@@ -58,7 +59,7 @@ class Tracker:
           InputError: the folder cannot be written, a row in it cannot be read, or rows that the checkpoint counts are not as
             they were.
         """
-        self._workdir = Path(workdir)
+        self._workdir = located(workdir)
         self._progress = make_progress(progress and is_first(), resume_step, total_steps)
         if not is_first():
             return
@@ -100,6 +101,7 @@ class Tracker:
         if not is_first():
             return {}
         os.fsync(self._metrics.fileno())
+        publish(self._workdir)
         return dict(self._durable)
 
     def advance(self, step: int) -> None:
@@ -167,7 +169,7 @@ def read_metrics(workdir: Path) -> list[dict[str, Any]]:
     Raises:
       InputError: there is no such file, or a line before the last is not a row.
     """
-    path = Path(workdir) / METRICS_FILE
+    path = located(workdir) / METRICS_FILE
     if not path.is_file():
         raise InputError(f"{path}: no such file, so no run is recorded there; give the --workdir of a run")
     return read_rows(path)

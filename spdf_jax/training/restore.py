@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from spdf_jax.cloud.spool import located, stored
 from spdf_jax.config.checks import check_transition
 from spdf_jax.config.read import load_config
 from spdf_jax.config.run import RunConfig, flat
@@ -146,9 +147,10 @@ def saved_run_and_record(
     workdir: Path, mesh: Mesh | None = None, config: RunConfig | None = None
 ) -> tuple[SavedRun, dict[str, Any]]:
     """`saved_run`, and the record of its checkpoint."""
+    workdir = located(workdir)
     while True:
-        best = any((workdir / BEST).glob("[0-9]*"))
-        folder = workdir / (BEST if best else CHECKPOINTS)
+        best = any(stored(workdir / BEST).glob("[0-9]*"))
+        folder = stored(workdir / (BEST if best else CHECKPOINTS))
         if not folder.is_dir():
             raise InputError(f"{folder}: no checkpoint there; train first with --job train")
         if config is None:
@@ -156,7 +158,7 @@ def saved_run_and_record(
         else:
             check_same_run(config, workdir)
         mesh, plans = mesh or make_mesh(config.mesh), make_plan(config, begin_of(workdir))
-        with contextlib.closing(Checkpoints(folder, config.loop.keep_checkpoints)) as checkpoints:
+        with contextlib.closing(Checkpoints(workdir / folder.name, config.loop.keep_checkpoints)) as checkpoints:
             step = checkpoints.latest_step()
             try:
                 record = checkpoints.record()
@@ -196,7 +198,7 @@ def source_folder(config: RunConfig, workdir: Path | None) -> Path | None:
         if workdir is None:
             raise InputError(f"config.init_from: {config.init_from!r} is of a sweep; name the workdir of that cell")
         return workdir.parent / config.init_from.removeprefix("cell:")
-    return Path(config.init_from) if config.init_from else None
+    return located(config.init_from) if config.init_from else None
 
 
 def first_state(config: RunConfig, plan: PhasePlan, mesh: Mesh, source: Path | None) -> TrainState:
@@ -239,11 +241,11 @@ def holds_run(folder: Path) -> bool:
     Raises:
       InputError: it is neither.
     """
-    if any((folder / name).is_dir() for name in (BEST, CHECKPOINTS)):
+    if any(stored(folder / name).is_dir() for name in (BEST, CHECKPOINTS)):
         return True
     if not (folder / CONFIG_FILE).is_file():
         raise InputError(
-            f"config.init_from: {str(folder)!r} is neither a run's workdir nor a Hugging Face GPT-2 folder; train one first"
+            f"config.init_from: {f'{folder}'!r} is neither a run's workdir nor a Hugging Face GPT-2 folder; train one first"
         )
     return False
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from spdf_jax.cloud.spool import saved_steps
 from spdf_jax.config.run import LoopConfig
 from spdf_jax.errors import InputError
 from spdf_jax.processes import device_name
@@ -15,7 +16,7 @@ from spdf_jax.workdir import BEST, CHECKPOINTS, CONFIG_FILE, SUMMARY_FILE, sweep
 
 def has_begun(workdir: Path) -> bool:
     """Whether a run has saved something there; without its config, nobody knows whose it is."""
-    begun = any(path.name.isdecimal() for path in (workdir / CHECKPOINTS).glob("*"))
+    begun = bool(saved_steps(workdir / CHECKPOINTS))
     if (begun or (workdir / SUMMARY_FILE).exists()) and not (workdir / CONFIG_FILE).exists():
         raise InputError(f"{workdir / CONFIG_FILE}: gone, but a run is there; restore it, or choose another --workdir")
     return begun
