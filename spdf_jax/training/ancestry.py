@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from spdf_jax.cloud.spool import stored
+from spdf_jax.cloud.spool import saved_steps, stored
 from spdf_jax.config.read import load_config
 from spdf_jax.config.run import RunConfig, flat
 from spdf_jax.training.branch import Parent, check_same_order
@@ -77,7 +77,7 @@ def keep_lineage(workdir: Path, lineage: list[dict[str, Any]]) -> None:
 
 def _result_step(folder: Path) -> int:
     kept = folder / (BEST if any(stored(folder / BEST).glob("[0-9]*")) else CHECKPOINTS)
-    return max((int(path.name) for path in kept.glob("*") if path.name.isdecimal()), default=0)
+    return max(saved_steps(kept), default=0)
 
 
 def _changed(there: RunConfig, phase: str, here: RunConfig) -> dict[str, list[Any]]:
