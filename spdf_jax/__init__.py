@@ -23,7 +23,7 @@ Refusals    `InputError`: one line that says what is wrong and how to fix it
 Constants:
 
 * `GPT_SIZES`: published architectures by name, ``{"124m": GPTConfig(...), ...}``;
-* `RULES`: the topology rules by name, ``{"rigl": Rule(...), ...}``; a new one is one more entry;
+* `RULES`, `OPTIMIZERS`: topology rules and optimisers by name, ``{"rigl": Rule(...), ...}``; a new one is one more entry;
 * `LINEAR_KERNELS`: the filter of every linear kernel inside the layers of the GPT, the rest dense (SPDF);
 * `LINEAR_KERNELS_AND_HEAD`, `LINEAR_KERNELS_AND_TIED_HEAD`: with the output head too (MST), whose weights are its own or the
   embedding's.
@@ -62,10 +62,11 @@ from spdf_jax.sparsity.mask_report import mask_report as mask_report
 from spdf_jax.sparsity.masks import apply_masks as apply_masks
 from spdf_jax.sparsity.masks import dense_masks as dense_masks
 from spdf_jax.sparsity.masks import init_masks as init_masks
+from spdf_jax.sparsity.optimizers import OPTIMIZERS as OPTIMIZERS
+from spdf_jax.sparsity.optimizers import scale_by_smet_adam as scale_by_smet_adam
 from spdf_jax.sparsity.regrowth import adam_overshoot as adam_overshoot
 from spdf_jax.sparsity.regrowth import reset_masked_state as reset_masked_state
 from spdf_jax.sparsity.regrowth import scale_by_density as scale_by_density
-from spdf_jax.sparsity.regrowth import scale_by_smet_adam as scale_by_smet_adam
 from spdf_jax.sparsity.rules import RULES as RULES
 from spdf_jax.sparsity.topology import Rule as Rule
 from spdf_jax.sparsity.topology import prune_and_grow as prune_and_grow
@@ -88,6 +89,7 @@ __all__ = [
     "LINEAR_KERNELS",
     "LINEAR_KERNELS_AND_HEAD",
     "LINEAR_KERNELS_AND_TIED_HEAD",
+    "OPTIMIZERS",
     "RULES",
     "GPTConfig",
     "InputError",

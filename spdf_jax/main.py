@@ -89,7 +89,7 @@ def main(argv: Sequence[str]) -> int:
         said = "interrupted; the same command goes on from the last checkpoint, if the run has saved one"
         return processes.stop(130, said)
     except Exception as error:
-        if said := line_of(error, importlib.import_module("spdf_jax.sparsity.rules").own_files()):
+        if said := line_of(error, importlib.import_module("spdf_jax.sparsity.optimizers").own_files()):
             return _fail(said)
         raise
 

@@ -23,7 +23,7 @@ from spdf_jax.planning.pod_plan import phase_state
 from spdf_jax.sharding import make_mesh
 from spdf_jax.sparsity.block_topology import BlockGrid
 from spdf_jax.sparsity.blocks import expand_tree, init_topology, move_blocks, to_blocks
-from spdf_jax.training.average import AverageState, averaged, result_of
+from spdf_jax.training.average import AverageState, averaged
 from spdf_jax.training.metrics import read_metrics
 from spdf_jax.training.phases import make_plan
 from spdf_jax.training.restore import enter_phase, saved_run
@@ -74,7 +74,7 @@ def test_a_weight_that_grows_back_starts_from_zero_in_the_average():
     assert int(fresh.updates) == 1
     # Of an optimiser whose state is kept (`regrowth = "keep"`): what is read has no zeros but these, and the next update none.
     kept = TrainState(jnp.zeros((), jnp.int32), spdf.apply_masks(params, dropped), dropped, state, KEY)
-    assert result_of(kept).params["w"].tolist() == [4, 0]
+    assert kept.averaged().params["w"].tolist() == [4, 0]
     params, state = step(kept.params, state, dropped)
     assert state.average["w"].tolist() == [4, 0]
     params, state = step(params, state, masks)  # grown back: 0 + 2
@@ -86,7 +86,7 @@ def test_before_the_first_update_the_result_is_the_parameters():
     params = {"w": jnp.ones((2, 2))}
     tx = averaged(spdf.sparse(optax.adam(0.1)), 0.9)
     state = TrainState(jnp.zeros((), jnp.int32), params, spdf.dense_masks(params), tx.init(params), KEY)
-    np.testing.assert_array_equal(result_of(state).params["w"], params["w"])
+    np.testing.assert_array_equal(state.averaged().params["w"], params["w"])
 
 
 def test_the_average_moves_with_live_blocks():
@@ -103,7 +103,7 @@ def test_the_average_moves_with_live_blocks():
     np.testing.assert_array_equal(state.average["a"]["kernel"], moved["a"]["kernel"])  # new blocks are 0 in both
     masks = spdf.dense_masks(moved)
     whole = as_masks(tx, TrainState(jnp.zeros((), jnp.int32), moved, masks, state, KEY, live))
-    np.testing.assert_array_equal(result_of(whole).params["a"]["kernel"], expand_tree(moved, live)["a"]["kernel"])
+    np.testing.assert_array_equal(whole.averaged().params["a"]["kernel"], expand_tree(moved, live)["a"]["kernel"])
 
 
 def test_it_is_off_by_default_and_costs_nothing_then(text):

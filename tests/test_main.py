@@ -181,7 +181,7 @@ def test_every_key_of_a_config_is_told_with_default_values_and_meaning():
     for section in ("optimizer", "config.pretrain.optimizer"):
         for arguments in ([f"--help_config={section}"], ["--help_config", section, "--config", "experiments/nope.py"]):
             part = command(*arguments)
-            assert part.stdout.startswith("config.PHASE.optimizer.peak_learning_rate = 0.0006  (above 0)\n")
+            assert part.stdout.startswith("config.PHASE.optimizer.name = 'adamw'  (`adamw`, `muon`, ")
             assert "model" not in part.stdout
     wrong = command("--help_config", "modle")
     assert (wrong.returncode, wrong.stdout) == (2, "")

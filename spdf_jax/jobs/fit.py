@@ -62,7 +62,8 @@ def fit(
       batches: ``start_batch -> iterator`` over the batches from that number on, the same every time: pytrees of arrays. A
         step takes one, a topology step too.
       tx: any optax optimiser. The rule of the programme wraps it, as `spdf_jax.sparse` does; it may be wrapped already. A
-        schedule in it counts its updates: a topology step makes none.
+        schedule in it counts its updates: a topology step makes none. Of a schedule-free one the average is validated, which
+        is in ``state.variables``; ``state.params`` are where it steps.
       masks: those to begin with, see `spdf_jax.init_masks`; as many weights are active in them as in the programme at step 0.
       programme: from `spdf_jax.make_programme`, for as many steps as the run is to take.
       workdir: the folder in which everything is left, as by `spdf_jax.train`.

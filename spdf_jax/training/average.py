@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import optax
 
 from spdf_jax.sparsity.masks import keep_where
-from spdf_jax.training.state import TrainState
 
 
 class AverageState(NamedTuple):
@@ -68,23 +67,3 @@ def averaged(tx: optax.GradientTransformationExtraArgs, decay: float) -> optax.G
         return changes, AverageState(state.updates + 1, average, inner)
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def result_of(state: TrainState) -> TrainState:
-    """The state with the average in the place of its parameters, exactly 0 where they are masked; without one, the same state.
-
-    >>> params, masks = {"w": jnp.array([4.0, 0.0])}, {"w": jnp.array([True, False])}
-    >>> follows = AverageState(jnp.array(9), {"w": jnp.array([3.0, 5.0])}, ())
-    >>> state = TrainState(jnp.zeros((), jnp.int32), params, masks, opt_state=follows, key=jax.random.key(0))
-    >>> result_of(state).params["w"].tolist(), result_of(state.replace(opt_state=())).params is params
-    ([3.0, 0.0], True)
-    """
-    if not isinstance(state.opt_state, AverageState):
-        return state
-    follows = state.opt_state
-    return state.replace(params=_average(follows.updates, follows.average, state.params, state.masks))
-
-
-@jax.jit
-def _average(updates: jax.Array, average: Any, params: Any, masks: Any) -> Any:
-    return jax.tree.map(lambda mask, a, p: keep_where(mask, jnp.where(updates > 0, a, p)), masks, average, params)

@@ -17,7 +17,6 @@ from spdf_jax.errors import InputError, Restart
 from spdf_jax.model.gpt import GPT
 from spdf_jax.processes import device_name
 from spdf_jax.sharding import batch_sharding
-from spdf_jax.training.average import result_of
 from spdf_jax.training.checkpoint import Checkpoints
 from spdf_jax.training.clock import Clock
 from spdf_jax.training.early_stopping import best_evaluation, of_phase, stops_early
@@ -218,7 +217,7 @@ def _evaluate_and_log(run: Run, plan: PhasePlan, steps: Steps, state: TrainState
             processes.beat(done, run.loop.watchdog_seconds)
             yield batch
 
-    loss = evaluate(validation(), run.mesh, steps, result_of(state).variables, *plan.attention_after(done))
+    loss = evaluate(validation(), run.mesh, steps, state.variables, *plan.attention_after(done))
     run.evaluations[plan.name, done] = loss
     run.clock.spent("evaluation")
     row = {"step": done, "phase": plan.name, "time": round(time.time(), 3)}

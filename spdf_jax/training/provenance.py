@@ -10,7 +10,7 @@ import inspect
 import itertools
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from spdf_jax.config.run import RunConfig
 from spdf_jax.data.tokenizer import Tokenizer
 from spdf_jax.errors import InputError, reading
 from spdf_jax.processes import device_name, is_first
+from spdf_jax.sparsity import optimizers
 from spdf_jax.sparsity.rules import OWN_RULES, RULES, written_in
 from spdf_jax.training.phases import Begin
 from spdf_jax.workdir import CODE_FOLDER, CONFIG_FILE, PROVENANCE_FILE, read_json, write_atomically, write_json
@@ -72,8 +73,8 @@ def check_same_code(config: RunConfig, workdir: Path, code: Mapping[str, Source]
     """Refuses to go on with code that has changed where the run uses it, and says so where it does not.
 
     A run is its config, and what an experiment file sets is compared by that. What a config cannot hold is the code of a rule
-    that the file defines. Comments, docstrings and layout may change. Not to be asked of a run that has saved nothing: nothing
-    of what other code made goes on.
+    or an optimiser that the file defines. Comments, docstrings and layout may change. Not to be asked of a run that has saved
+    nothing: nothing of what other code made goes on.
 
     Args:
       config: of the command.
@@ -81,20 +82,20 @@ def check_same_code(config: RunConfig, workdir: Path, code: Mapping[str, Source]
       code: of the command.
 
     Raises:
-      InputError: a rule of the run is from a file that has changed.
+      InputError: a rule or an optimiser of the run is from a file that has changed.
     """
     kept = {path.name: path for path in (workdir / CODE_FOLDER).glob("*.py")}
     before = {name: fingerprint_of_code(path.read_bytes()) for name, path in kept.items()}
-    rules = list(own_rules(config))
-    written = {_file_of(part) for rule in rules for part in RULES[rule]}
+    own = own_parts(config)
+    written = {_file_of(part) for parts in own.values() for part in parts}
     for name, (path, content) in code.items():
         ours = fingerprint_of_code(content)
         # A rule's own file is compared whatever it is called by now.
-        if rules and ours not in before.values() and (name in kept or (kept and path in written)):
+        if own and ours not in before.values() and (name in kept or (kept and path in written)):
             put_back = f"put it back as {kept.get(name, workdir / CODE_FOLDER)} has it"
             raise InputError(
-                f"{path}: has changed since this run began, and rule {rules[0]!r} of it is the run's; {put_back}, or choose "
-                f"another --workdir"
+                f"{path}: has changed since this run began, and {_said(next(iter(own)))} of it is the run's; {put_back}, or "
+                f"choose another --workdir"
             )
         if before.get(name, ours) != ours and is_first():
             print(
@@ -140,7 +141,8 @@ def record_start(
       first_step: that at which it began.
       changed: settings that this start changes, as they were and are.
     """
-    rules = {name: fingerprint_of_rule(name, code) for name in own_rules(config)}
+    parts = own_parts(config)
+    rules = {name: _fingerprint_of_parts(parts[name], code) for name in parts}
     add_start(workdir, command, step, rules, lives, first_step, changed)
     if is_first() and step == first_step:
         folder = workdir / CODE_FOLDER
@@ -161,7 +163,8 @@ def add_start(
     first_step: int = 0,
     changed: Mapping[str, Any] | None = None,
 ) -> None:
-    """Adds a start to ``provenance.json``: when, after which step, with which versions, which code its own `rules` have.
+    """Adds a start to ``provenance.json``: when, after which step, with which versions, which code its own `rules` have,
+    and its optimisers, as ``optimizer NAME``.
 
     Says where that code is not what it was at the start before: a run of `spdf_jax.fit` keeps none that could be put back.
     """
@@ -242,14 +245,21 @@ def own_rules(config: RunConfig) -> Iterator[str]:
     yield from filter(is_own, dict.fromkeys(phase.sparsity.rule for phase in config.phases.values()))
 
 
+def own_parts(config: RunConfig) -> dict[str, tuple[Any, ...]]:
+    """What the run's own rules (``mine``) and its own optimisers (``optimizer mine``) consist of."""
+    names = dict.fromkeys(phase.optimizer.name for phase in config.phases.values())
+    own = {f"optimizer {name}": (optimizers.OPTIMIZERS[name],) for name in names if optimizers.is_own(name)}
+    return {name: tuple(RULES[name]) for name in own_rules(config)} | own
+
+
 def is_own(rule: str) -> bool:
     """Whether a rule is not this library's, or no more what it is there."""
     return RULES.get(rule) is not OWN_RULES.get(rule)
 
 
 def code_files(config: RunConfig, file: Path | str) -> dict[str, Path]:
-    """The experiment file, and those in which the rules of its own are, by name."""
-    found = (_file_of(part) for name in own_rules(config) for part in RULES[name])
+    """The experiment file, and those in which the rules and optimisers of its own are, by name."""
+    found = (_file_of(part) for parts in own_parts(config).values() for part in parts)
     own = sorted({path for path in found if path is not None and PACKAGE not in path.parents})
     return {path.name: path for path in itertools.chain(own, [Path(file)] if file else [])}
 
@@ -260,6 +270,12 @@ def _file_of(part: Any) -> Path | None:
     return path if path.suffix == ".py" and path.is_file() else None
 
 
+def _said(name: str) -> str:
+    """A name of `own_parts` in a sentence."""
+    kind, _, own = name.rpartition(" ")
+    return f"{kind or 'rule'} {own!r}"
+
+
 def _called(part: Any) -> str:
     if isinstance(part, functools.partial):
         return f"{_called(part.func)} {part.args} {part.keywords}"
@@ -268,7 +284,10 @@ def _called(part: Any) -> str:
 
 def fingerprint_of_rule(name: str, code: Mapping[str, Source]) -> str:
     """Of a rule's numbers and of the files that its functions are in, or of the functions alone where those are in none."""
+    return _fingerprint_of_parts(RULES[name], code)
 
+
+def _fingerprint_of_parts(parts: Iterable[Any], code: Mapping[str, Source]) -> str:
     def said(part: Any) -> str:
         path = _file_of(part)
         if not callable(part):
@@ -283,7 +302,7 @@ def fingerprint_of_rule(name: str, code: Mapping[str, Source]) -> str:
         except (OSError, TypeError):
             return type(part).__qualname__
 
-    return hashlib.sha256("\n".join(map(said, RULES[name])).encode()).hexdigest()
+    return hashlib.sha256("\n".join(map(said, parts)).encode()).hexdigest()
 
 
 def fingerprint_of_code(content: bytes) -> str:

@@ -19,7 +19,6 @@ from spdf_jax.model.config import GPTConfig
 from spdf_jax.model.gpt import GPT
 from spdf_jax.sharding import make_mesh, parameter_shardings
 from spdf_jax.sparsity.masks import dense_masks
-from spdf_jax.training.average import result_of
 from spdf_jax.training.checkpoint import Checkpoints, DamagedCheckpointError
 from spdf_jax.training.phases import Begin, PhasePlan, make_plan
 from spdf_jax.training.state import TrainState, abstract_state, as_masks, init_state, start_phase, state_shardings
@@ -38,7 +37,7 @@ _COSTS = ("train_flops", "dense_flops", "tokens", "wall_seconds", "val_loss")
 
 
 class SavedRun(NamedTuple):
-    """The result of a run: its best state if its last phase may stop early, its newest otherwise; blocks as masks."""
+    """The end of a run: its best state if its last phase may stop early, its newest otherwise; blocks as masks."""
 
     config: RunConfig
     plan: PhasePlan
@@ -46,8 +45,8 @@ class SavedRun(NamedTuple):
 
     @property
     def result(self) -> TrainState:
-        """The state to evaluate, generate from and export: `state`, with the average of its parameters if the run has one."""
-        return result_of(self.state)
+        """The state to evaluate, generate from and export: `state`, with the average of its parameters if the run keeps one."""
+        return self.state.averaged()
 
     @property
     def model(self) -> GPT:
@@ -129,9 +128,9 @@ def saved_run(workdir: Path, mesh: Mesh | None = None, config: RunConfig | None 
       config: the run's own, but for what may change after a run, such as `decode`; by default its ``config.json``.
 
     Returns:
-      ``(config, plan, state)``: parameters are ``state.params``, masks ``state.masks``; see `spdf_jax.TrainState`. Of a run
-      with ``ema_decay`` the averages are ``.result.params``, and what `train` measured is theirs. The notebook
-      ``4_read_a_run.ipynb`` looks at one.
+      ``(config, plan, state)``: parameters are ``state.params``, masks ``state.masks``; see `spdf_jax.TrainState`. Where
+      ``ema_decay`` or a schedule-free optimiser keeps averages, they are ``.result.params``, and what `train` measured is
+      theirs. The notebook ``4_read_a_run.ipynb`` looks at one.
 
     Raises:
       InputError: no checkpoint there, or a run of another config.
@@ -163,7 +162,8 @@ def saved_run_and_record(
                 record = checkpoints.record()
                 plan = plans[min(record["phase"], len(plans) - 1)]
                 state = restore_state(config, plan, mesh, checkpoints)
-                return SavedRun(config, plan, as_masks(plan.tx, state)), record
+                state = as_masks(plan.tx, state)
+                return SavedRun(config, plan, state), record
             except DamagedCheckpointError:
                 if (folder / str(step)).is_dir():
                     raise
@@ -219,7 +219,7 @@ def initial_from(folder: Path, config: RunConfig, plan: PhasePlan, mesh: Mesh) -
     phase = plan.config
     key = jax.random.key(config.seed)
     if holds_run(folder):
-        source = saved_run(folder, mesh)
+        source, _ = saved_run_and_record(folder, mesh)  # `start_phase` takes the average where it resets
         check_same_model(folder, source.config.model, config.model)
         check_transition(source.plan.config, plan.name, phase)
         state = source.state.replace(step=jnp.zeros((), jnp.int32), key=key)
@@ -276,7 +276,6 @@ def read_summary(workdir: Path) -> dict[str, Any] | None:
 def enter_phase(state: TrainState, plan: PhasePlan, mesh: Mesh) -> TrainState:
     """`start_phase` as the plan says: from the result of the phase before, or, with its optimiser, from its parameters."""
     phase = plan.config
-    state = result_of(state) if phase.reset_optimizer else state
     return start_phase(state, plan.tx, phase.sparsity, plan.filter, mesh, reset_optimizer=phase.reset_optimizer)
 
 

@@ -10,7 +10,6 @@ from spdf_jax.config.checks import check_devices
 from spdf_jax.config.run import RunConfig
 from spdf_jax.model.gpt import GPT
 from spdf_jax.sharding import batch_devices, make_mesh
-from spdf_jax.training.average import result_of
 from spdf_jax.training.branch import branch, check_same_order
 from spdf_jax.training.feed import Feed, load_data, make_feed
 from spdf_jax.training.loop import evaluate, make_phase_steps, starts_anew, take_steps
@@ -70,7 +69,7 @@ def _watch_phase(
     feed, evaluations = feeds[plan.index], dict[tuple[str, int], float]()
 
     def measure(state: TrainState, done: int) -> float:
-        loss = evaluate(feed.validation(), mesh, steps, result_of(state).variables, *plan.attention_after(done))
+        loss = evaluate(feed.validation(), mesh, steps, state.variables, *plan.attention_after(done))
         evaluations[plan.name, done] = loss
         return loss
 
