@@ -29,7 +29,7 @@ class OptimizerConfig:
       final_fraction: end of the schedule as a fraction of the peak.
       decay_fraction: share of the phase's steps, its last ones, over which ``wsd`` decays.
       warmup_steps: linear from 0.
-      schedule: ``cosine`` | ``linear`` | ``wsd``: warm-up, stable, decay as linear's (arXiv 2404.06395).
+      schedule: ``cosine`` | ``linear`` | ``constant`` | ``wsd``: warm-up, stable, decay as linear's (arXiv 2404.06395).
       beta1: Adam: what is kept of the mean of gradients, each step. Lion's first; SGD's momentum.
       beta2: Adam: what is kept of the mean of their squares, each step. Lion's second.
       eps: Adam: added to the root of that mean before it divides.
