@@ -151,7 +151,8 @@ def _kept(plan: PhasePlan, step: int) -> tuple[Any, ...]:
     """What a state holds at a step of a phase; between two that hold the same there is nothing to change."""
     programme, rule = plan.programme, plan.programme.config.topology_rule
     counts = programme.groups, dict(programme.counts(step)), programme.config.pattern, programme.config.blocks
-    return *counts, rule.optimizer, plan.config.optimizer.regrowth
+    optimizer = plan.config.optimizer
+    return *counts, rule.optimizer, optimizer.name, optimizer.regrowth, bool(plan.config.ema_decay)
 
 
 def cost_so_far(parent: Parent) -> dict[str, Any]:

@@ -142,8 +142,8 @@ def record_start(
       changed: settings that this start changes, as they were and are.
     """
     parts = own_parts(config)
-    own = {name: _fingerprint_of_parts(parts[name], code) for name in parts}
-    add_start(workdir, command, step, own, lives, first_step, changed)
+    rules = {name: _fingerprint_of_parts(parts[name], code) for name in parts}
+    add_start(workdir, command, step, rules, lives, first_step, changed)
     if is_first() and step == first_step:
         folder = workdir / CODE_FOLDER
         folder.mkdir(exist_ok=True)

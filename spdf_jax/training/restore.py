@@ -221,7 +221,7 @@ def initial_from(folder: Path, config: RunConfig, plan: PhasePlan, mesh: Mesh) -
     phase = plan.config
     key = jax.random.key(config.seed)
     if holds_run(folder):
-        source = saved_run(folder, mesh)  # `start_phase` takes the average where it resets
+        source, _ = saved_run_and_record(folder, mesh)  # `start_phase` takes the average where it resets
         check_same_model(folder, source.config.model, config.model)
         check_transition(source.plan.config, plan.name, phase)
         state = source.state.replace(step=jnp.zeros((), jnp.int32), key=key)
