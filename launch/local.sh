@@ -24,6 +24,7 @@ need processes 2
 number 1 processes devices_per_process
 number 0 restarts grace_seconds
 [[ $platform == cpu || $platform == gpu ]] || die "--platform $platform: cpu or gpu is needed"
+have "${command[0]}" "activate the environment that it is installed in"
 
 # A port below those that the system gives to outgoing connections, with nobody listening.
 pick_port() {

@@ -7,6 +7,10 @@ if [[ ${1-} == --help ]]; then
   sed -n '2,/^$/s/^# \{0,1\}//p' "$0"
   exit
 fi
+if (($# == 0)); then
+  echo "report.sh: what to run is missing: report.sh COMMAND..." >&2
+  exit 2
+fi
 # The command gets the signal too, and this waits for it.
 trap : INT TERM
 "$@"

@@ -6,10 +6,15 @@ if [[ ${1-} == --help ]]; then
   sed -n '2,/^$/s/^# \{0,1\}//p' "$0"
   exit
 fi
+if (($# < 3)); then
+  echo "slurm_job.sh: LAUNCH_FOLDER RESTARTS SRUN... is missing: launch/slurm.sh submits this" >&2
+  exit 2
+fi
 # shellcheck source=launch/common.sh
 . "$1/common.sh"
 restarts=$2 dry_run=''
 shift 2
+have "$1" "launch/slurm.sh submits this to a SLURM cluster, on whose nodes it is"
 
 for ((restart = 1; ; restart++)); do
   run_reported "$@"

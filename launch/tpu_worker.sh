@@ -8,6 +8,10 @@ if [[ ${1-} == --help ]]; then
   sed -n '2,/^$/s/^# \{0,1\}//p' "$0"
   exit
 fi
+if (($# < 2)); then
+  echo "tpu_worker.sh: RUN COMMAND... is missing: launch/tpu_pod.sh starts this" >&2
+  exit 2
+fi
 cd "$(dirname "$0")/.."
 folder=.launch/$1
 shift

@@ -23,7 +23,7 @@ Refusals    `InputError`: one line that says what is wrong and how to fix it
 Constants:
 
 * `GPT_SIZES`: published architectures by name, ``{"124m": GPTConfig(...), ...}``;
-* `RULES`: the topology rules by name, ``{"rigl": Rule(...), ...}``; a new one is one more entry;
+* `RULES`, `OPTIMIZERS`: topology rules and optimisers by name, ``{"rigl": Rule(...), ...}``; a new one is one more entry;
 * `LINEAR_KERNELS`: the filter of every linear kernel inside the layers of the GPT, the rest dense (SPDF);
 * `LINEAR_KERNELS_AND_HEAD`, `LINEAR_KERNELS_AND_TIED_HEAD`: with the output head too (MST), whose weights are its own or the
   embedding's.
@@ -33,12 +33,21 @@ A filter is a sequence of ``(pattern, decision)``, see `spdf_jax.tree`. Shapes a
 
 __version__ = "0.1.0"
 
+import signal as _signal
+import sys as _sys
+
+from spdf_jax.errors import InputError as InputError
+from spdf_jax.errors import end_interrupted as _end_interrupted
+
+# Of a command, which is not there yet to answer Ctrl-C itself; a shell may have it ignored.
+if _sys.argv[:1] == ["-m"] and _signal.getsignal(_signal.SIGINT) is _signal.default_int_handler:
+    _signal.signal(_signal.SIGINT, _end_interrupted)
+
 from spdf_jax.config.read import default_config as default_config
 from spdf_jax.config.read import model_section as model_section
 from spdf_jax.config.read import resolve as resolve
 from spdf_jax.config.read import shared_value as shared_value
 from spdf_jax.config.sweep import sweep_config as sweep_config
-from spdf_jax.errors import InputError as InputError
 from spdf_jax.jobs.fit import fit as fit
 from spdf_jax.jobs.train import train as train
 from spdf_jax.model.config import GPT_SIZES as GPT_SIZES
@@ -53,10 +62,11 @@ from spdf_jax.sparsity.mask_report import mask_report as mask_report
 from spdf_jax.sparsity.masks import apply_masks as apply_masks
 from spdf_jax.sparsity.masks import dense_masks as dense_masks
 from spdf_jax.sparsity.masks import init_masks as init_masks
+from spdf_jax.sparsity.optimizers import OPTIMIZERS as OPTIMIZERS
+from spdf_jax.sparsity.optimizers import scale_by_smet_adam as scale_by_smet_adam
 from spdf_jax.sparsity.regrowth import adam_overshoot as adam_overshoot
 from spdf_jax.sparsity.regrowth import reset_masked_state as reset_masked_state
 from spdf_jax.sparsity.regrowth import scale_by_density as scale_by_density
-from spdf_jax.sparsity.regrowth import scale_by_smet_adam as scale_by_smet_adam
 from spdf_jax.sparsity.rules import RULES as RULES
 from spdf_jax.sparsity.topology import Rule as Rule
 from spdf_jax.sparsity.topology import prune_and_grow as prune_and_grow
@@ -79,6 +89,7 @@ __all__ = [
     "LINEAR_KERNELS",
     "LINEAR_KERNELS_AND_HEAD",
     "LINEAR_KERNELS_AND_TIED_HEAD",
+    "OPTIMIZERS",
     "RULES",
     "GPTConfig",
     "InputError",

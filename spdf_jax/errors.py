@@ -5,6 +5,7 @@ import difflib
 import os
 import traceback
 from collections.abc import Iterable, Iterator
+from typing import NoReturn
 
 
 class InputError(ValueError):
@@ -21,6 +22,12 @@ class InputError(ValueError):
 
 class Restart(Exception):
     """The run ends before its time, in all its processes, and the same command goes on. The command line exits with 75."""
+
+
+def end_interrupted(*_: object) -> NoReturn:
+    """Handler of Ctrl-C where nothing has begun: no exception, which what is being imported might lose."""
+    os.write(2, b"interrupted before anything was begun\n")
+    os._exit(130)
 
 
 @contextlib.contextmanager

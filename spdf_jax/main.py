@@ -1,8 +1,4 @@
-"""Command line: ``python -m spdf_jax.main --config FILE[:VARIANT] [--job JOB] [--workdir DIR] [--config.a.b=value ...]``, and
-``python -m spdf_jax.main --job compare RUN1 RUN2 ...``.
-
-``--help`` says what each flag is for.
-"""
+"""Command line: ``python -m spdf_jax.main ...``. ``--help`` says what is to be typed, and what each flag is for."""
 
 import importlib
 import importlib.metadata
@@ -10,6 +6,7 @@ import io
 import os
 import re
 import shlex
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,21 +17,27 @@ from ml_collections import ConfigDict, config_flags
 
 from spdf_jax import processes
 from spdf_jax.cloud import spool
+from spdf_jax.config import saved
 from spdf_jax.config.read import in_our_words
-from spdf_jax.errors import InputError, Restart, causes, closest, line_of, nearest, unknown_key
+from spdf_jax.errors import InputError, Restart, causes, closest, end_interrupted, line_of, nearest, unknown_key
 
+_USAGE = """\
+python -m spdf_jax.main --config FILE[:VARIANT] [flags] [--config.section.key=value ...]
+python -m spdf_jax.main --workdir RUN [flags] [--config.section.key=value ...]      of a run that is there
+python -m spdf_jax.main --job compare RUN1 RUN2 ... [--output DIR]"""
 #: Each is a module of `spdf_jax.jobs`; those that a sweep has, with theirs.
 JOBS = ("train", "evaluate", "generate", "export", "plan", "report", "compare")
-_NEEDS_EXPERIMENT = ("train", "plan")
 SWEEP_JOBS = {"train": "sweep", "plan": "plan", "report": "report"}
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Experiment file, with its variant after a colon: experiments/gpt2_mst.py:124m."
 )
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where the run leaves everything; default runs/<experiment>-<variant>.")
-_JOB = flags.DEFINE_enum(
-    "job", "train", JOBS, "What to do; compare takes the workdirs of runs, and nothing of a config."
+_WORKDIR = flags.DEFINE_string(
+    "workdir",
+    None,
+    "Where the run leaves everything; default runs/<experiment>-<variant>. Without --config, that of a run to go on with.",
 )
+_JOB = flags.DEFINE_enum("job", "train", JOBS, "What to do; train resumes a run that has begun.")
 _TOPOLOGY = flags.DEFINE_string(
     "plan_topology", "", "TPUs or GPUs for which --job plan compiles the steps: v5e:16x16, v6e-256, h100:8, h200:2x8."
 )
@@ -63,8 +66,11 @@ _VERSION = flags.DEFINE_bool("version", False, "Print versions: ours, JAX's, Pyt
 def main(argv: Sequence[str]) -> int:
     """Runs a job and returns the exit code, other than 0 with one message on standard error.
 
-    0 is done, 2 something the user can fix, 75 (`processes.RESTART_CODE`) an end before its time: the same command goes on.
+    0 is done, 2 something the user can fix, 75 (`processes.RESTART_CODE`) an end before its time: the same command goes on, 130
+    a Ctrl-C that ended it at once.
     """
+    if signal.getsignal(signal.SIGINT) is end_interrupted:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         if asked := _asked(argv):
             print(asked)
@@ -83,9 +89,10 @@ def main(argv: Sequence[str]) -> int:
             raise
         return _fail(f"{error.filename or 'workdir'}: {error.strerror or error}; what was saved before is intact")
     except KeyboardInterrupt:
-        return _fail("interrupted; the same command goes on from the last checkpoint, if the run has saved one")
+        said = "interrupted; the same command goes on from the last checkpoint, if the run has saved one"
+        return processes.stop(130, said)
     except Exception as error:
-        if said := line_of(error, importlib.import_module("spdf_jax.sparsity.rules").own_files()):
+        if said := line_of(error, importlib.import_module("spdf_jax.sparsity.optimizers").own_files()):
             return _fail(said)
         raise
 
@@ -104,7 +111,6 @@ def _asked(argv: Sequence[str]) -> str:
             return importlib.import_module("spdf_jax.config.reference").reference(section)
     _QUESTIONS(list(argv), known_only=True)
     if _HELP.value:
-        usage = "python -m spdf_jax.main --config FILE[:VARIANT] [flags] [--config.section.key=value ...]"
         told = {flag.name: flags.FLAGS[flag.name].help for flag in _TO_DO}
         told |= {flag.name: _QUESTIONS[flag.name].help for flag in (_HELP, _HELP_CONFIG, _VERSION)}
         told["config.A.B=value"] = "sets B in section A; a key that is not there is answered with the nearest one"
@@ -112,7 +118,7 @@ def _asked(argv: Sequence[str]) -> str:
             "python -m spdf_jax.main --config experiments/gpt2_mst.py --config.pretrain.steps=100 --workdir runs/short"
         )
         lines = [f"  --{name:<18}{text}" for name, text in told.items()]
-        return "\n".join([usage, "", *lines, "", f"For example: {example}"])
+        return "\n".join([_USAGE, "", *lines, "", f"For example: {example}"])
     if _VERSION.value:
         others = ("jax", "flax", "optax", "orbax-checkpoint")
         versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in others)
@@ -154,8 +160,8 @@ def _parse(argv: Sequence[str]) -> list[str]:
         if _JOB.value == "report" and _WORKDIR.value:  # of what the folder holds, and of nothing else
             return []
         raise InputError(
-            "command line: --config FILE[:VARIANT] is needed, for example --config experiments/gpt2_mst.py"
-            + ("" if _JOB.value in _NEEDS_EXPERIMENT else f"; for --job {_JOB.value}, the --workdir of a run will do")
+            "command line: --config FILE[:VARIANT] is needed, for example --config experiments/gpt2_mst.py; of a run that is "
+            "there, its --workdir will do"
         )
     for name in config_flags.get_override_values(flags.FLAGS["config"]):
         if name.rpartition(".")[2] in ("experiment", "variant", "variants"):
@@ -179,13 +185,12 @@ def _of_its_run(argv: Sequence[str]) -> list[str]:
         given[name] = flags.FLAGS[name]
     given(list(argv), known_only=True)
     workdir, job = given["workdir"].value, given["job"].value
-    if not workdir or job in (*_NEEDS_EXPERIMENT, "compare") or any(re.match("--?config(=|$)", text) for text in argv):
+    if not workdir or job == "compare" or any(re.match("--?config(=|$)", text) for text in argv):
         return list(argv)
     # What a page is of may have no config that could be read: a sweep, a run of `spdf_jax.fit` or by a rule of one's own.
     if job == "report" and not any(re.match(r"--?(no)?config\.", text) for text in argv):
         return list(argv)
-    saved = Path(__file__).parent / "config" / "saved.py"
-    return [*argv[:1], f"--config={saved}:{workdir}", *argv[1:]]
+    return [*argv[:1], f"--config={saved.__file__}:{workdir}", *argv[1:]]
 
 
 def _unknown_key(argv: Sequence[str]) -> InputError | None:

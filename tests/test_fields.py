@@ -137,7 +137,9 @@ def test_a_table_of_another_shape_is_refused():
             spdf.resolve(ConfigDict(c))
 
 
-USED_BY_DEFAULT = {"data.validation_fraction", "one.steps", "one.optimizer.final_fraction"}
+USED_BY_DEFAULT = {"data.validation_fraction", "one.steps"} | {
+    f"one.optimizer.{name}" for name in ("final_fraction", "beta1", "beta2", "eps")
+}
 
 
 def another_value(hint, rule, default):

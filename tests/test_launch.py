@@ -167,17 +167,69 @@ def test_what_the_user_must_fix(script, arguments, message):
     assert (result.returncode, result.stdout, result.stderr) == (2, "", f"{script}: {message}\n")
 
 
-@pytest.mark.parametrize(("script", "missing"), [("slurm", "sbatch"), ("tpu_pod", "gcloud"), ("gke_jobset", "kubectl")])
-def test_a_command_that_is_not_there_is_named(script, missing, tmp_path):
-    for tool in ("bash", "env", "sed", "dirname", "cat", "seq", "tr", "pwd", "realpath", "readlink"):
-        if found := shutil.which(tool):
-            (tmp_path / tool).symlink_to(found)
+def without(*missing, folder):
+    """A PATH of few commands, which those are not among."""
+    tools = (
+        "bash",
+        "env",
+        "sed",
+        "dirname",
+        "cat",
+        "seq",
+        "tr",
+        "mktemp",
+        "tee",
+        "rm",
+        "date",
+        "grep",
+        "tail",
+        "mkdir",
+    )
+    for tool in {*tools} - {*missing}:
+        (folder / tool).symlink_to(shutil.which(tool))
+    return {"PATH": str(folder)}
+
+
+INSIDE = {"slurm_job.sh": ["launch", "3", "srun", "launch/report.sh", "python"]}
+
+
+@pytest.mark.parametrize(
+    ("script", "missing"),
+    [
+        ("slurm.sh", "sbatch"),
+        ("tpu_pod.sh", "gcloud"),
+        ("gke_jobset.sh", "kubectl"),
+        ("local.sh", "python"),
+        ("slurm_job.sh", "srun"),
+    ],
+)
+def test_a_command_that_is_not_there_is_named_and_nothing_is_left(script, missing, tmp_path):
+    commands, work = tmp_path / "commands", tmp_path / "work"
+    commands.mkdir()
+    shutil.copytree(ROOT / "launch", work / "launch")
+    before = sorted(work.rglob("*"))
     result = subprocess.run(
-        [ROOT / "launch" / f"{script}.sh", *USED[f"{script}.sh"], *TRAIN],
-        capture_output=True, text=True, env={"PATH": str(tmp_path)},
+        [work / "launch" / script, *INSIDE.get(script, [*USED.get(script, ()), *TRAIN])],
+        capture_output=True, text=True, cwd=work, env=without(missing, folder=commands), timeout=60,
     )  # fmt: skip
-    assert result.returncode == 2
-    assert re.fullmatch(rf"{script}\.sh: {missing} is not there: [^\n]+\n", result.stderr), result.stderr
+    assert (result.returncode, result.stdout) == (2, "")
+    assert re.fullmatch(rf"{re.escape(script)}: {missing} is not there: [^\n]+\n", result.stderr), result.stderr
+    assert sorted(work.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments"),
+    [(script, []) for script in (*USED, "slurm_job.sh", "tpu_worker.sh", "report.sh")]
+    + [(script, ["1"]) for script in (*USED, "slurm_job.sh", "tpu_worker.sh")],
+)
+def test_what_is_started_without_its_arguments_says_so_and_leaves_nothing(script, arguments, tmp_path):
+    folder = shutil.copytree(ROOT / "launch", tmp_path / "launch")
+    before = sorted(tmp_path.rglob("*"))
+    result = launch(script, *arguments, launch_folder=folder)
+    assert (result.returncode, result.stdout) == (2, "")
+    said = "is missing: |unknown argument 1: "
+    assert re.fullmatch(rf"{re.escape(script)}: [^\n]*({said})[^\n]+\n", result.stderr), result.stderr
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_local_dry_run():

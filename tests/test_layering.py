@@ -48,6 +48,9 @@ LIBRARIES = {
     "etils": {"cloud.spool"},
     "gcsfs": {"cloud.spool"},
     "google": {"cloud.spool"},
+    "wandb": {"training.trackers"},
+    "mlflow": {"training.trackers"},
+    "trackio": {"training.trackers"},
     "tensorflow": set(),
     "torch": set(),
 }

@@ -6,6 +6,7 @@ import os
 import re
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,12 +19,14 @@ from tiny import NO_WINDOW_FLAGS, needs_mount, set_sparsity, tiny_config, write_
 
 import spdf_jax as spdf
 from spdf_jax import processes
-from spdf_jax.config.reference import END, START, table
+from spdf_jax.config.reference import END, PLACES, START, keys, table
 from spdf_jax.config.run import flat
+from spdf_jax.config.saved import get_config
 from spdf_jax.data import DataConfig
-from spdf_jax.errors import Restart
+from spdf_jax.errors import Restart, end_interrupted
 from spdf_jax.jobs import Request, keep_compiled, report
 from spdf_jax.jobs import train as jobs
+from spdf_jax.main import main
 from spdf_jax.sharding import make_mesh
 from spdf_jax.training.checkpoint import Checkpoints
 from spdf_jax.training.phases import make_plan
@@ -61,6 +64,7 @@ SHORT = (
 BAD_COMMANDS = {
     "a search for no pod": (["--config", MST, "--job", "plan", "--plan_search"], "name it by --plan_topology"),
     "no config": ([], "--config FILE[:VARIANT] is needed"),
+    "no run": (["--job", "evaluate"], "of a run that is there, its --workdir will do"),
     "missing file": (["--config", "experiments/nope.py"], "experiments/nope.py is not there\n"),
     "misspelt file": (
         ["--config", "experiments/gpt2_mts.py:124m"],
@@ -162,6 +166,7 @@ def test_help_names_every_flag_and_does_nothing_else(flag):
     lines = {line.split()[0]: line.split()[1:] for line in told if line.startswith("  --")}
     assert lines.keys() == {*(f"--{name}" for name in names), "--config.A.B=value"}
     assert all(lines.values())
+    assert told[2].startswith("python -m spdf_jax.main --job compare RUN1 RUN2 ...")
 
 
 def test_every_key_of_a_config_is_told_with_default_values_and_meaning():
@@ -176,11 +181,18 @@ def test_every_key_of_a_config_is_told_with_default_values_and_meaning():
     for section in ("optimizer", "config.pretrain.optimizer"):
         for arguments in ([f"--help_config={section}"], ["--help_config", section, "--config", "experiments/nope.py"]):
             part = command(*arguments)
-            assert part.stdout.startswith("config.PHASE.optimizer.peak_learning_rate = 0.0006  (above 0)\n")
+            assert part.stdout.startswith("config.PHASE.optimizer.name = 'adamw'  (`adamw`, `muon`, ")
             assert "model" not in part.stdout
     wrong = command("--help_config", "modle")
     assert (wrong.returncode, wrong.stdout) == (2, "")
     assert "--help_config: no section 'modle'; did you mean 'model'?" in wrong.stderr
+
+
+@pytest.mark.parametrize("section", PLACES)
+def test_every_key_of_a_section_is_told_in_words_of_its_own(section):
+    told = [key.about for key in keys(section)]
+    assert len(set(told)) == len(told), "one line for several keys says of none what it is"
+    assert all(len(about.split()) > 2 for about in told)
 
 
 def test_the_table_of_keys_in_the_docs_is_of_today():
@@ -288,6 +300,40 @@ def test_a_mistake_in_a_rule_of_ones_own_is_shown_with_its_line(part, tmp_path):
     assert result.stderr.startswith(f"error: {shown}")
 
 
+#: Ctrl-C as JAX is imported, which then goes on if it was lost.
+INTERRUPTED_JAX = "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nraise SystemExit('lost')\n"
+
+
+@pytest.mark.parametrize(
+    ("handler", "arguments", "code", "said"),
+    [
+        ("SIG_DFL", ["-m", "spdf_jax"], 130, "interrupted before anything was begun\n"),
+        ("SIG_DFL", ["-m", "spdf_jax.main"], 130, "interrupted before anything was begun\n"),
+        ("SIG_IGN", ["-m", "spdf_jax.main"], 1, "lost\n"),
+        ("SIG_DFL", ["-c", "import spdf_jax"], -signal.SIGINT, "Traceback.*KeyboardInterrupt\n"),
+    ],
+)
+def test_ctrl_c_while_a_command_imports_ends_it_in_a_line(handler, arguments, code, said, tmp_path):
+    """Where a shell has it ignored it stays so, and a program that imports the library gets its exception."""
+    (tmp_path / "jax.py").write_text(INTERRUPTED_JAX)
+    start = f"import os, signal, sys; signal.signal(signal.SIGINT, signal.{handler}); os.execv(sys.executable, sys.argv[1:])"
+    result = subprocess.run(
+        [sys.executable, "-c", start, sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+    )  # fmt: skip
+    assert (result.returncode, result.stdout) == (code, "")
+    assert re.fullmatch(said, result.stderr, re.DOTALL), result.stderr
+
+
+def test_once_everything_is_imported_ctrl_c_is_an_exception_again(capsys):
+    before = signal.signal(signal.SIGINT, end_interrupted)
+    try:
+        assert main(["main", "--version"]) == 0
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_the_version_is_said_with_those_it_runs_on():
     result = command("--version")
     assert (result.returncode, result.stderr) == (0, "")
@@ -316,12 +362,41 @@ def test_of_a_run_the_workdir_says_it_all(half_run, tmp_path):
             ["--job", "evaluate", f"--workdir={tmp_path}"],
             f"--workdir {tmp_path}: no run is there; give the folder of one",
         ),
-        (["--job", "evaluate"], "for --job evaluate, the --workdir of a run will do"),
-        (["--workdir", run], "--config FILE[:VARIANT] is needed"),
+        (
+            ["--workdir", f"{tmp_path}/none"],
+            f"--workdir {tmp_path}/none: no run is there; give the folder of one, or --config",
+        ),
+        (["--workdir", run, "--config.seed=7"], "holds a run of another config (seed was 0, is 7)"),
     ):
         result = command(*arguments)
         assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
         assert message in result.stderr
+    assert not (tmp_path / "none").exists()
+
+    planned = command("--workdir", run, "--job", "plan")
+    assert (planned.returncode, planned.stderr) == (0, "")
+    assert "parameters" in planned.stdout
+
+
+def test_what_a_workdir_alone_cannot_say_is_told_to_be_typed(tmp_path):
+    c = spdf.resolve(spdf.default_config("mine", "mini", variants=("mini",))).as_dict()
+    c["pretrain"]["sparsity"]["rule"] = "mine"
+    ruled = recorded(
+        tmp_path / "sweep" / "cells" / "ruled", c | {"command": "python -m spdf_jax.main --config mine.py"}
+    )
+    (ruled / "code").mkdir()
+    (ruled / "code" / "mine.py").write_text("")
+    with pytest.raises(spdf.InputError) as told:
+        get_config(str(ruled))
+    assert "'mine' is not one of" in str(told.value)
+    assert str(told.value).endswith(
+        f"({ruled}/code), name that by --config, too, as the run began: python -m spdf_jax.main --config mine.py"
+    )
+    with pytest.raises(spdf.InputError) as told:
+        get_config(str(tmp_path / "sweep"))
+    assert str(told.value) == (
+        f"--workdir {tmp_path}/sweep: holds a sweep, which goes on by what began it: python -m spdf_jax.main --config mine.py"
+    )
 
 
 def recorded(workdir: Path, config: dict) -> Path:

@@ -13,6 +13,8 @@ import pytest
 
 import spdf_jax as spdf
 from spdf_jax.main import JOBS
+from spdf_jax.optim import OptimizerConfig
+from spdf_jax.sparsity.optimizers import direction
 
 ROOT = Path(__file__).parent.parent
 PAGES = ("README.md", "CONTRIBUTING.md", "experiments/README.md", "experiments/benchmarks/README.md")
@@ -42,12 +44,15 @@ def experiment(name: str):
 
 def runs(page: str) -> dict:
     """What is left when its Python blocks have run one after another, as somebody pastes them."""
-    rules, names = dict(spdf.RULES), {}
+    registries, names = (spdf.RULES, spdf.OPTIMIZERS), {}
+    before = [dict(registry) for registry in registries]
     try:
         exec(compile("\n".join(blocks(page, "python")), page, "exec"), names)
+        names["optimizers"] = dict(spdf.OPTIMIZERS)
     finally:
-        spdf.RULES.clear()
-        spdf.RULES.update(rules)
+        for registry, entries in zip(registries, before, strict=True):
+            registry.clear()
+            registry.update(entries)
     return names
 
 
@@ -63,9 +68,12 @@ def test_the_python_of_the_readme_runs():
     assert not weights[~mask].any()
 
 
-def test_the_rule_of_one_s_own_is_planned():
-    assert "mine" not in spdf.RULES
-    assert runs("experiments/README.md")["get_config"]().pretrain.sparsity.rule == "mine"
+def test_the_rule_and_the_optimiser_of_one_s_own_are_planned(monkeypatch):
+    assert "mine" not in {*spdf.RULES, *spdf.OPTIMIZERS}
+    names = runs("experiments/README.md")
+    assert names["get_config"]().pretrain.sparsity.rule == "mine"
+    monkeypatch.setitem(spdf.OPTIMIZERS, "mine", names["optimizers"]["mine"])
+    assert direction(OptimizerConfig(name="mine")).init
 
 
 def test_what_the_walks_write_imports_what_is_there():

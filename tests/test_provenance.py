@@ -2,13 +2,17 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 from forks import command
 from tiny import tiny_config, write_text
 
 import spdf_jax as spdf
+from spdf_jax.config import saved
 from spdf_jax.config.sweep import resolve_sweep
 from spdf_jax.jobs import Request, sweep
 from spdf_jax.jobs import train as jobs
@@ -16,6 +20,7 @@ from spdf_jax.report import write_report
 from spdf_jax.sparsity.rules import OWN_RULES
 from spdf_jax.training import provenance
 from spdf_jax.training.provenance import (
+    add_start,
     code_files,
     fingerprint_of_code,
     fingerprint_of_rule,
@@ -111,6 +116,12 @@ def test_a_list_of_starts_that_is_gone_or_damaged_begins_anew(harm, text, tmp_pa
         (tmp_path / "provenance.json").write_bytes(harm)
     record_start(short(text), tmp_path, {}, "again", 4)
     assert [start["step"] for start in starts(tmp_path)] == [4]
+
+
+def test_a_rule_that_has_changed_since_the_last_start_is_said(tmp_path, capsys):
+    for step, code, said in ((0, "a", 0), (4, "a", 0), (8, "b", 1), (9, "b", 0), (0, "c", 0)):
+        add_start(tmp_path, "", step, {"mine": code})
+        assert capsys.readouterr().out.count("the code of rule 'mine' has changed since the last start") == said
 
 
 def test_code_is_the_same_whatever_its_comments_and_layout():
@@ -212,6 +223,39 @@ def test_the_code_that_is_kept_is_what_ran_and_nothing_of_it_holds_a_run_that_sa
             jobs.train(config, workdir, progress=False)
 
 
+def test_a_run_that_goes_on_by_its_workdir_alone_keeps_its_code_and_its_command(
+    text, tmp_path, monkeypatch, nothing_saved, capsys
+):
+    monkeypatch.setattr(jobs.processes, "guard", lambda: None)
+    monkeypatch.setattr(jobs, "keep_compiled", lambda data: None)
+    file, workdir = tmp_path / "mine.py", tmp_path / "run"
+    file.write_text("as it began\n")
+    config = short(text)
+    alone = Request(workdir, file=saved.__file__, command="main --workdir run")
+    jobs.train(config, workdir, command="main --config mine.py", file=file, progress=False)
+    file.write_text("as it is now\n")
+    jobs.run(config, alone)
+    assert {path.name: path.read_text() for path in (workdir / "code").iterdir()} == {"mine.py": "as it began\n"}
+    assert json.loads((workdir / "config.json").read_text())["command"] == "main --config mine.py"
+    assert [start["command"] for start in starts(workdir)] == ["main --config mine.py"]
+    assert "has changed" not in capsys.readouterr().out
+
+    # Kept code is compared, not executed: a rule of the run's own is not to be taken for the library's of its name.
+    kept = (workdir / "provenance.json").read_bytes()
+    write_json(workdir / "provenance.json", {"starts": [{"rules": {"rigl": "a hash"}}]})
+    with pytest.raises(
+        spdf.InputError, match="rule 'rigl' of this run is of a file of its own; give what began it: main "
+    ):
+        jobs.run(config, alone)
+    for harmed in (b"", kept.replace(b"mine.py", b"your.py"), None):
+        (workdir / "provenance.json").unlink()
+        if harmed is not None:
+            (workdir / "provenance.json").write_bytes(harmed)
+        with pytest.raises(spdf.InputError, match="give what began it: main --config "):
+            jobs.run(config, alone)
+        (workdir / "provenance.json").touch()
+
+
 def test_cells_of_a_sweep_keep_the_code_that_it_began_with(text, tmp_path, monkeypatch):
     file = tmp_path / "sweep.py"
     file.write_text("before = 1\n")
@@ -292,4 +336,29 @@ def test_of_a_file_whose_code_the_run_does_not_use_it_is_only_said(experiment, t
     result = command(*run)
     assert (result.returncode, result.stderr) == (0, "")
     assert "mine.py: has changed since this run began (it was " in result.stdout
+    assert "this run is finished" in result.stdout
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_by_its_workdir_alone_and_ends_with_the_same_bits(experiment, tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    began = ["--config", f"{experiment}:theirs", "--config.loop.checkpoint_every_steps=4"]
+    assert command(*began, "--workdir", str(whole)).returncode == 0
+    shutil.copytree(whole, cut)
+    (cut / "summary.json").unlink()
+    shutil.rmtree(cut / "checkpoints" / "8")
+    experiment.unlink()  # it is kept
+
+    result = command("--workdir", str(cut))
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "resuming after step 4 of 8" in result.stdout
+    assert "VARIANT" not in result.stdout
+    ours, theirs = (jax.tree.leaves(spdf.saved_run(workdir).state.params) for workdir in (cut, whole))
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_array_equal(a, b)
+    for name in ("code/mine.py", "config.json"):
+        assert (cut / name).read_bytes() == (whole / name).read_bytes()
+    assert [start["step"] for start in starts(cut)] == [0, 4]
+    result = command("--workdir", str(cut))
+    assert (result.returncode, result.stderr) == (0, "")
     assert "this run is finished" in result.stdout

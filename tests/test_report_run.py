@@ -19,7 +19,8 @@ from report_folders import (
 from spdf_jax import report
 from spdf_jax.errors import InputError
 from spdf_jax.report.records import changed_settings, read_run
-from spdf_jax.report.run import main_numbers, run_again
+from spdf_jax.report.run import main_numbers
+from spdf_jax.report.settings import run_again
 from spdf_jax.workdir import write_json
 
 write_report = partial(report.write_report, figures=False)  # those are test_report_figures.py's

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from tiny import set_sparsity, tiny_config, write_text
+from tiny import rows_without_clock, set_sparsity, tiny_config, write_text
 
 import spdf_jax as spdf
 from spdf_jax.config.sweep import SUMMARY
@@ -49,11 +49,6 @@ def unpacked(arrays: dict[str, np.ndarray], name: str) -> np.ndarray:
     """The element mask of a parameter."""
     shape = arrays[f"params/{name}"].shape
     return np.unpackbits(arrays[f"masks/{name}"], axis=-1, count=shape[-1]).astype(bool)
-
-
-def rows_without_clock(workdir: Path) -> list[dict]:
-    """metrics.jsonl but for tokens_per_second, which is a reading of the clock."""
-    return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in read_metrics(workdir)]
 
 
 class Whole(NamedTuple):

@@ -22,6 +22,7 @@ import pytest
 import spdf_jax as spdf
 from spdf_jax.sparsity.programme import SparsityConfig
 from spdf_jax.training import phases
+from spdf_jax.training.metrics import read_metrics
 from spdf_jax.training.state import abstract_params, sparse_filter
 from spdf_jax.tree import map_named
 
@@ -70,6 +71,12 @@ def tiny_config(text: Path, cache: Path):
     c.loop.log_every_steps, c.loop.eval_every_steps, c.loop.checkpoint_every_steps = 1, 20, 10
     c.loop.eval_batch_size, c.loop.keep_checkpoints = 8, 100
     return c
+
+
+def rows_without_clock(workdir: Path) -> list[dict]:
+    """metrics.jsonl but for what is a reading of the clock."""
+    clock = ("time", "seconds", "tokens_per_second")
+    return [{k: v for k, v in row.items() if k not in clock} for row in read_metrics(workdir)]
 
 
 def slow_but(quick, values):

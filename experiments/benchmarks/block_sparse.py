@@ -23,7 +23,7 @@ blocks, the nearest to 90 %); steps >= 1.25 times at 75 % and >= 1.5 times at 91
 import argparse
 import dataclasses
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -49,8 +49,9 @@ from spdf_jax.training.state import abstract_state, init_state
 from spdf_jax.tree import named_leaves
 
 Timed = dict[str, Callable[[], Any]]
+Shape = tuple[spdf.GPTConfig, int, dict[str, tuple[float, int]]]
 #: Of the steps: model, sequences a batch, and sparsity with the side of a block.
-STEPS = {
+STEPS: dict[str, Shape] = {
     "124m": (
         dataclasses.replace(spdf.GPT_SIZES["124m"], vocab_size=50304, remat="none"),
         1,
@@ -62,6 +63,13 @@ STEPS = {
         {"dense": (0.0, 0), "block128, 2 of 8": (0.75, 128), "block128, 1 of 8": (0.875, 128)},
     ),
 }
+#: Tokens, inputs, outputs, and side and number of live blocks of each case.
+Layer = tuple[int, int, int, list[tuple[int, int]]]
+LAYERS: list[Layer] = [
+    (2048, 2048, 8192, [(128, 4), (128, 2), (64, 8), (64, 3)]),
+    (1024, 768, 3072, [(64, 3), (64, 1), (32, 6)]),
+    (1024, 3072, 768, [(64, 12), (64, 4), (32, 24)]),
+]
 TPU_STEPS = {"dense": (0.0, 0), "block128, 2 of 8": (0.75, 128), "block128, 1 of 8": (0.875, 128)}
 
 
@@ -103,14 +111,9 @@ def print_rows(title: str, rows: list[dict[str, Any]]) -> None:
     print(flush=True)
 
 
-def layer_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
+def layer_rows(args: argparse.Namespace, shapes: Sequence[Layer] = LAYERS) -> list[dict[str, Any]]:
     """Prints a table for every shape."""
     rows = []
-    shapes = [
-        (2048, 2048, 8192, [(128, 4), (128, 2), (64, 8), (64, 3)]),
-        (1024, 768, 3072, [(64, 3), (64, 1), (32, 6)]),
-        (1024, 3072, 768, [(64, 12), (64, 4), (32, 24)]),
-    ]
     for tokens, inputs, outputs, cases in shapes:
         seconds = time_in_turn(layers(tokens, inputs, outputs, cases, args.dtype), args.repeats)
         ideals = [1.0, *(inputs / side / live for side, live in cases)]
@@ -171,24 +174,24 @@ def kernel_state_bytes(config: RunConfig) -> int:
 
 def step_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Prints a table of whole training steps for every shape."""
-    return [row for name in args.shapes for row in shape_rows(name, args)]
+    return [row for name in args.shapes for row in shape_rows(name, STEPS[name], args)]
 
 
-def shape_rows(shape: str, args: argparse.Namespace) -> list[dict[str, Any]]:
+def shape_rows(name: str, shape: Shape, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Prints the table of one."""
-    model, batch_size, cases = STEPS[shape]
+    model, batch_size, cases = shape
     model = dataclasses.replace(model, n_layer=args.n_layer or model.n_layer, dtype=args.dtype)
     configs = {name: step_config(model, batch_size, sparsity, side) for name, (sparsity, side) in cases.items()}
     ready: Timed = {name: training(config) for name, config in configs.items()}
     seconds = time_in_turn(ready | {"linear": linear_layers(model, batch_size)}, args.repeats)
     # Shares of processor time: they hold on a busy machine too.
     dense, linear = (statistics.median(seconds[name].processor) for name in ("dense", "linear"))
-    rows = []
+    rows, title = [], name
     for name, config in configs.items():
         zeros = model.n_layer * linear * cases[name][0]
         share = kernel_state_bytes(config) / kernel_state_bytes(configs["dense"])
         rows.append(
-            {"shape": shape, "name": name, "ideal": dense / (dense - zeros), "state": share}
+            {"shape": title, "name": name, "ideal": dense / (dense - zeros), "state": share}
             | times_faster(seconds[name], seconds["dense"])
         )
     print_rows(f"training step, {model.n_layer} x {model.d_model}, {batch_size} x {model.context} tokens", rows)

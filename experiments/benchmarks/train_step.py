@@ -91,6 +91,7 @@ def nanogpt(path: str, config: spdf.GPTConfig, params: Any, tokens: np.ndarray, 
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     torch.set_num_threads(len(os.sched_getaffinity(0)))
+    device = "cuda" if jax.default_backend() == "gpu" else "cpu"
     model = module.GPT(
         module.GPTConfig(
             block_size=config.context,
@@ -101,7 +102,7 @@ def nanogpt(path: str, config: spdf.GPTConfig, params: Any, tokens: np.ndarray, 
             dropout=0.0,
             bias=True,
         )
-    )
+    ).to(device)
     with tempfile.TemporaryDirectory() as folder:
         save_gpt2(folder, config, params)
         tensors = load_file(pathlib.Path(folder) / "model.safetensors")
@@ -110,14 +111,13 @@ def nanogpt(path: str, config: spdf.GPTConfig, params: Any, tokens: np.ndarray, 
             linear = ".attn.c_" in name or ".mlp.c_" in name
             tensor.copy_(torch.from_numpy(tensors[name].T if linear else tensors[name]))
     c = OptimizerConfig()
-    optimizer = model.configure_optimizers(c.weight_decay, LEARNING_RATE, (c.beta1, c.beta2), "cpu")
+    optimizer = model.configure_optimizers(c.weight_decay, LEARNING_RATE, (c.beta1, c.beta2), device)
     forward = torch.compile(model) if compiled else model
-    x_BT, y_BT = torch.from_numpy(tokens[:, :-1].copy()), torch.from_numpy(tokens[:, 1:].copy())
-
+    x_BT, y_BT = (torch.from_numpy(part.copy()).to(device) for part in (tokens[:, :-1], tokens[:, 1:]))
     half = config.dtype == "bfloat16"
 
     def run() -> float:
-        with torch.autocast("cpu", torch.bfloat16) if half else contextlib.nullcontext():
+        with torch.autocast(device, torch.bfloat16) if half else contextlib.nullcontext():
             _, loss = forward(x_BT, y_BT)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), c.clip_norm)
@@ -135,9 +135,8 @@ def step_flops(config: spdf.GPTConfig, batch_size: int) -> float:
     return 6.0 * (linear + attention) * batch_size * config.context
 
 
-def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
+def measure(name: str, config: spdf.GPTConfig, batch_size: int, args: argparse.Namespace) -> dict[str, Any]:
     """Checks and times one shape, and prints its rows."""
-    config, batch_size = SHAPES[name]
     config = dataclasses.replace(config, dtype=args.dtype)
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (batch_size, config.context + 1), np.int64)
     params = jax.jit(spdf.GPT(config).init)(jax.random.key(0), jnp.zeros((1, 1), int))["params"]
@@ -186,7 +185,9 @@ def main() -> None:
     tunables = {name: os.environ[name] for name in TUNABLES if name in os.environ}
     text = "; ".join(f"{name} {value}" for name, value in (versions | tunables).items())
     announce(f"{text or 'ours alone'}; {args.dtype}; medians of {args.repeats} interleaved training steps")
-    write_json(args, shapes=[measure(name, args) for name in args.shapes], environment=versions | tunables)
+    write_json(
+        args, shapes=[measure(name, *SHAPES[name], args) for name in args.shapes], environment=versions | tunables
+    )
 
 
 if __name__ == "__main__":

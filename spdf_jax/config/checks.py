@@ -6,6 +6,7 @@ from spdf_jax.fields import (
     Unused,
     unused_fields,
 )
+from spdf_jax.sparsity.optimizers import READS_VALUES, WHOLE
 from spdf_jax.sparsity.programme import SparsityConfig
 
 
@@ -21,6 +22,12 @@ def check_effect(run: RunConfig) -> None:
         near = nearest(run.variant, list(run.variants))
         raise InputError(f"config.variant: {run.experiment} has no variant {run.variant!r}{near}")
     check_used(unused_settings(run))
+    if run.init_step and run.init_what != "state":
+        check_used([Unused("config.init_step", run.init_step, 0, "runs with init_what 'state'")])
+    if run.init_what == "state" and not run.init_from:
+        raise InputError(
+            "config.init_what: 'state' of which run? Name its workdir by config.init_from, or use 'parameters'"
+        )
     for index, (name, phase) in enumerate(run.phases.items()):
         check_zeros(f"config.{name}.sparsity", phase.sparsity)
         if index == 0 and not phase.reset_optimizer and not run.init_from:
@@ -78,6 +85,12 @@ def check_phase(run: RunConfig, name: str, phase: PhaseConfig) -> None:
             f"config.{name}.optimizer.density_exponent: {phase.optimizer.density_exponent} must be 0: S-muPar scales the "
             f"learning rate by 1/density itself"
         )
+    optimizer = phase.optimizer.name
+    if run.model.mup_base_width and optimizer != "adamw":
+        raise InputError(
+            f"config.{name}.optimizer.name: S-muPar's learning rates are Adam's, not those of {optimizer!r}; use 'adamw', or "
+            f"config.model.mup_base_width 0"
+        )
     drawn = name == next(iter(run.phases)) and not run.init_from
     if run.model.mup_base_width and drawn and abs(run.model.mup_density - phase.sparsity.density) > 1e-9:
         raise InputError(
@@ -88,6 +101,25 @@ def check_phase(run: RunConfig, name: str, phase: PhaseConfig) -> None:
         raise InputError(
             f"config.{name}.optimizer.regrowth: rule {phase.sparsity.rule!r} looks after the optimiser's state itself; use "
             f"'keep', not {phase.optimizer.regrowth!r}"
+        )
+    if phase.ema_decay and optimizer == "schedule_free_adamw":
+        raise InputError(
+            f"config.{name}.ema_decay: {optimizer!r} averages by itself, and its average is the result; set ema_decay to 0"
+        )
+    if phase.sparsity.topology_rule.choose_masks and phase.ema_decay:
+        raise InputError(
+            f"config.{name}.ema_decay: rule {phase.sparsity.rule!r} looks after the optimiser's state itself, and knows "
+            f"nothing of an average in it; set ema_decay to 0"
+        )
+    if phase.sparsity.topology_rule.choose_masks and optimizer in READS_VALUES:
+        raise InputError(
+            f"config.{name}.optimizer.name: {optimizer!r} reads the parameters themselves, and rule {phase.sparsity.rule!r} "
+            f"keeps values that do not compute beside them; use 'adamw', 'muon', 'lion' or 'sgd', or another rule"
+        )
+    if phase.sparsity.blocks and optimizer in WHOLE:
+        raise InputError(
+            f"config.{name}.optimizer.name: {optimizer!r} looks at whole matrices, of which sparse_compute 'blocks' stores "
+            f"live blocks alone; use sparse_compute 'masked', or 'adamw', 'lion', 'sgd' or 'schedule_free_adamw'"
         )
     if phase.sparsity.blocks and (phase.optimizer.regrowth != "reset" or phase.optimizer.density_exponent):
         raise InputError(
@@ -103,12 +135,20 @@ def check_phase(run: RunConfig, name: str, phase: PhaseConfig) -> None:
 
 def check_transition(before: PhaseConfig, name: str, phase: PhaseConfig) -> None:
     """Raises `InputError` where phase `name` cannot follow the phase before."""
-    state = {(p.optimizer.regrowth == "smet", p.sparsity.topology_rule.optimizer) for p in (before, phase)}
+    state = {
+        (p.optimizer.name, p.optimizer.regrowth == "smet", p.sparsity.topology_rule.optimizer) for p in (before, phase)
+    }
     if not phase.reset_optimizer and len(state) > 1:
         raise InputError(
             f"config.{name}.reset_optimizer: False cannot carry the state over, since rule {before.sparsity.rule!r} with "
-            f"optimizer.regrowth {before.optimizer.regrowth!r} and rule {phase.sparsity.rule!r} with "
-            f"{phase.optimizer.regrowth!r} keep different state; make them alike, or reset"
+            f"optimizer.name {before.optimizer.name!r}, regrowth {before.optimizer.regrowth!r} and rule "
+            f"{phase.sparsity.rule!r} with {phase.optimizer.name!r}, {phase.optimizer.regrowth!r} keep different state; make "
+            f"them alike, or reset"
+        )
+    if not phase.reset_optimizer and bool(before.ema_decay) != bool(phase.ema_decay):
+        raise InputError(
+            f"config.{name}.reset_optimizer: False carries the average of ema_decay over with the state, and it is "
+            f"{before.ema_decay} before and {phase.ema_decay} here; set both or none, or reset"
         )
     if phase.sparsity.topology_rule.choose_masks and not before.sparsity.dense:
         raise InputError(

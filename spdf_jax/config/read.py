@@ -146,7 +146,8 @@ def load_config(path: Path) -> RunConfig:
     """
     fix = "restore it, or give the workdir of a run"
     values = read_json(path, fix)
-    values.pop("command", None)
+    for of_the_start in ("command", "begins"):
+        values.pop(of_the_start, None)
     if of_fit(values):
         raise InputError(
             f"{path}: of a run of spdf_jax.fit, whose model is its caller's; call that again to go on with it"
@@ -173,6 +174,8 @@ def of_fit(values: Mapping[str, Any]) -> bool:
 #: What a run did before a field was there, by the field's place (``phase`` stands for every phase), where that is not the
 #: field's default. Absent fields not listed here are at their defaults. Runs of every release stay usable.
 BEFORE: dict[str, Any] = {
+    "init_what": "parameters",
+    "init_step": 0,
     "data.split_by": "name",
     "data.separate_documents": False,
     "evaluation": {},

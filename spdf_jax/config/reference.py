@@ -35,7 +35,7 @@ class Key(NamedTuple):
       place: ``config.model.n_layer``; ``PHASE`` stands for ``pretrain``, ``finetune`` or what a phase is called.
       default: as Python writes it.
       allowed: its values, in words; "" where any of its type will do.
-      about: what it is; keys that are described together share it.
+      about: what it is.
     """
 
     place: str

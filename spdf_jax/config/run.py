@@ -14,6 +14,8 @@ from spdf_jax.fields import (
     CountOrZero,
     FilePath,
     Line,
+    OneOf,
+    Range,
     Text,
     Used,
     check_fields,
@@ -39,6 +41,9 @@ class PhaseConfig:
         the run's result; 0 trains to the end. In the last phase only.
       grad_accumulation_steps: micro-batches a step.
       reset_optimizer: start with fresh optimiser state; False carries it over from the phase before.
+      ema_decay: the result of the phase, which is evaluated, exported and gone on from, is an average of its parameters over
+        steps: that of a step weighs this much of that of the step after it, and nothing of the values at the start is in it.
+        A weight that grows back starts from 0 in it, as in the model. 0.999, for one; 0 is no average.
       optimizer, sparsity: see there.
     """
 
@@ -50,6 +55,7 @@ class PhaseConfig:
     task: TaskConfig = field(default_factory=TaskConfig)
     epochs: CountOrZero = 0
     patience_evaluations: CountOrZero = 0
+    ema_decay: Annotated[float, Range(least=0, below=1)] = 0.0
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     sparsity: SparsityConfig = field(default_factory=SparsityConfig)
 
@@ -62,10 +68,14 @@ class LoopConfig:
     """How often a run reports and saves. May change between restarts, see `spdf_jax.training.restore.check_same_run`.
 
     Attributes:
-      log_every_steps, eval_every_steps, checkpoint_every_steps: intervals; evaluation and checkpoints also happen at the end
-        of every phase.
+      log_every_steps: steps from one row of ``metrics.jsonl`` to the next.
+      eval_every_steps: steps from one evaluation to the next; every phase ends with one, too.
+      checkpoint_every_steps: steps from one checkpoint to the next; every phase ends with one, too.
       eval_batch_size: sequences a validation batch.
       keep_checkpoints: how many of the newest stay.
+      keep_every_steps: beside those, every checkpoint at a multiple of this stays; 0: none.
+      trackers: ``wandb``, ``mlflow``, ``trackio``, or several with commas between, which follow ``metrics.jsonl``. Each is an
+        extra of that name (``pip install -e '.[wandb]'``) and is set up by its own environment variables.
       watchdog_seconds: a command whose step, evaluation or save does not move for so long ends with 75, to be given again;
         compilation counts, too. 0: never.
       profile_steps: ``A:B`` leaves a profile of the steps after step A, up to step B, in ``profile/``; "" does not.
@@ -76,6 +86,8 @@ class LoopConfig:
     checkpoint_every_steps: Count = 200
     eval_batch_size: Count = 32
     keep_checkpoints: Count = 2
+    keep_every_steps: CountOrZero = 0
+    trackers: Line = ""
     watchdog_seconds: CountOrZero = 600
     profile_steps: Line = ""
 
@@ -86,6 +98,16 @@ class LoopConfig:
             raise InputError(
                 f"loop.profile_steps: {self.profile_steps!r} must be A:B with 0 <= A < B, for example 100:105"
             )
+        if self.keep_every_steps % self.checkpoint_every_steps:
+            raise InputError(
+                f"loop.keep_every_steps: {self.keep_every_steps} must be a multiple of loop.checkpoint_every_steps, "
+                f"{self.checkpoint_every_steps}, as only what is saved can stay"
+            )
+
+    @property
+    def tracker_names(self) -> list[str]:
+        """Of `trackers`."""
+        return [name.strip() for name in self.trackers.split(",") if name.strip()]
 
     @property
     def profiled_steps(self) -> range:
@@ -99,10 +121,15 @@ class RunConfig:
     """A whole run.
 
     Attributes:
-      experiment, variant, variants: names; the variant is one of `variants`.
+      experiment: name that the experiment file gives itself, and that pages and the default workdir are called by.
+      variant: name of these settings, one of `variants`; chosen as ``--config FILE:VARIANT``.
+      variants: names of all settings that the file has.
       seed: of everything drawn.
       init_from: where the parameters (and masks) come from: the workdir of another run, a folder of a Hugging Face GPT-2, or
         ``cell:NAME``, the workdir NAME beside this run's; "" draws them.
+      init_what: ``parameters``: those and the masks, at step 0; ``state``: all of that run, optimiser state (whatever
+        `reset_optimizer` of the first phase says), random state and count of steps too, and its data goes on where it was.
+      init_step: of which checkpoint the ``state``; 0: the newest.
       phases: names to configs, in the order in which they run.
       model, data, mesh, loop, decode, evaluation: see there.
     """
@@ -112,6 +139,8 @@ class RunConfig:
     variants: Annotated[tuple[str, ...], Text()]
     seed: CountOrZero
     init_from: FilePath
+    init_what: Annotated[str, OneOf(("parameters", "state"))]
+    init_step: CountOrZero
     model: GPTConfig
     data: DataConfig
     mesh: MeshConfig
@@ -160,4 +189,12 @@ SECTIONS: dict[str, type] = {
     "evaluation": EvaluationConfig,
 }
 
-SCALARS: dict[str, Any] = {"experiment": "", "variant": "", "variants": (), "seed": 0, "init_from": ""}
+SCALARS: dict[str, Any] = {
+    "experiment": "",
+    "variant": "",
+    "variants": (),
+    "seed": 0,
+    "init_from": "",
+    "init_what": "parameters",
+    "init_step": 0,
+}

@@ -5,7 +5,7 @@ from ml_collections import ConfigDict
 from spdf_jax.cloud.spool import located
 from spdf_jax.config.read import load_config
 from spdf_jax.errors import InputError
-from spdf_jax.workdir import CODE_FOLDER, CONFIG_FILE
+from spdf_jax.workdir import CODE_FOLDER, CONFIG_FILE, read_json
 
 
 def get_config(workdir: str) -> ConfigDict:
@@ -19,11 +19,18 @@ def get_config(workdir: str) -> ConfigDict:
     """
     file = located(workdir) / CONFIG_FILE
     if not file.exists():
+        cell = next(file.parent.glob(f"cells/*/{CONFIG_FILE}"), None)
+        if cell and (command := read_json(cell, "give the sweep's --config").get("command")):
+            raise InputError(f"--workdir {workdir}: holds a sweep, which goes on by what began it: {command}")
         raise InputError(f"--workdir {workdir}: no run is there; give the folder of one, or --config FILE[:VARIANT]")
     try:
         return ConfigDict(load_config(file).as_dict())
     except InputError as error:
         code = file.with_name(CODE_FOLDER)
+        command = read_json(file, "restore it, or give the workdir of a run").get("command")
         if not any(code.glob("*.py")):
             raise
-        raise InputError(f"{error}; if an experiment file defines it ({code}), name that by --config, too") from None
+        raise InputError(
+            f"{error}; if an experiment file defines it ({code}), name that by --config, too"
+            + (f", as the run began: {command}" if command else "")
+        ) from None

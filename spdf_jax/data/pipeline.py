@@ -47,13 +47,14 @@ def train_batches(
     batch_size: int,
     seed: int,
     start_batch: int = 0,
+    first_example: int = 0,
     process_index: int = 0,
     process_count: int = 1,
 ) -> Iterator[Batch]:
     """Shuffled training batches without end, every window once an epoch and each epoch in another order.
 
-    Global batch n holds examples n*batch_size to (n+1)*batch_size of one endless order, whatever `process_count` is;
-    a batch may span two epochs. Reading is by random access: starting at `start_batch` costs nothing.
+    Global batch n holds examples n*batch_size to (n+1)*batch_size of one endless order from `first_example` on, whatever
+    `process_count` is; a batch may span two epochs. Reading is by random access: starting at `start_batch` costs nothing.
 
     Args:
       tokens: 1-D ids, best memory-mapped; read window by window.
@@ -61,6 +62,7 @@ def train_batches(
       batch_size: Examples B in a global batch, of all processes together.
       seed: Of the order.
       start_batch: First batch to yield: as many as have been trained on.
+      first_example: Of batch 0: as many as were trained on before, perhaps in batches of another size.
       process_index: This process, which gets its contiguous rows of every batch.
       process_count: Processes that share a batch.
 
@@ -75,8 +77,8 @@ def train_batches(
     (array([[0, 1]], dtype=int32), array([[1, 2]], dtype=int32))
     """
     check_batching(seq_len, batch_size, process_index, process_count)
-    if seed < 0 or start_batch < 0:
-        raise InputError(f"seed={seed}, start_batch={start_batch}: neither may be negative")
+    if min(seed, start_batch, first_example) < 0:
+        raise InputError(f"seed={seed}, start_batch={start_batch}, first_example={first_example}: none may be negative")
     if len(tokens) < seq_len + 1:
         raise InputError(
             f"training data of {len(tokens)} tokens is shorter than one example of seq_len={seq_len} and its last "
@@ -88,7 +90,7 @@ def train_batches(
     share_size = batch_size // process_count
 
     def read(batch_index: int) -> Batch:
-        first = batch_index * batch_size + process_index * share_size
+        first = first_example + batch_index * batch_size + process_index * share_size
         windows = np.stack([examples[index] for index in range(first, first + share_size)])
         return Batch(windows[:, :-1].copy(), windows[:, 1:].copy(), np.ones((share_size, seq_len), np.float32))
 

@@ -26,7 +26,9 @@ class TaskConfig:
         the released files; `tfds` reads what `prepare_tfds` wrote.
       path: e2e, webnlg, dart, curation: the folder of the released files, or one file; a split
         that has no file is made as `task_files` says. tfds: the dataset's folder.
-      train_examples, validation_examples, test_examples: restaurant: inputs of each split.
+      train_examples: restaurant: inputs to train on.
+      validation_examples: restaurant: inputs to measure the loss on while it trains.
+      test_examples: restaurant: inputs that ``--job evaluate`` scores.
       seed: restaurant: of the examples.
     """
 

@@ -53,9 +53,11 @@ class DataConfig:
         tfds: the data folder, "" for the TFDS default.
       tfds_name: The dataset, as `name/config:version`.
       text_key: Key or column of the text in JSON, CSV, Parquet or a dataset example.
-      train_files, validation_files: text: which files of the folder to read, where their names do not say it right:
-        patterns with commas between, of paths in the folder, in which `*` is any part of a path (`*.parquet`,
-        `train/*`). "" for train_files: all others; for validation_files: held out from the training files.
+      train_files: text: which files of the folder to train on, where their names do not say it right: patterns with
+        commas between, of paths in the folder, in which `*` is any part of a path (`*.parquet`, `train/*`). "" beside
+        validation_files: all others.
+      validation_files: text: which files of the folder to hold out, by patterns as in train_files. "" beside
+        train_files: documents of those are held out.
       split_by: What a document is held out by, where files do not say it: `text`, a hash of itself, or `name`, one of
         its file and line (as before this setting).
       tokenizer: A local Hugging Face `tokenizer.json`, or a folder with one or with `vocab.json` and `merges.txt`; "" takes

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import jax
 
+from spdf_jax.config import saved
 from spdf_jax.config.run import RunConfig
 from spdf_jax.config.sweep import SweepConfig
 from spdf_jax.data import DataConfig, cache_folder
@@ -44,6 +45,11 @@ class Request(NamedTuple):
     plan_topology: str = ""
     plan_search: bool = False
 
+    @property
+    def alone(self) -> bool:
+        """Whether the workdir alone says which run it is."""
+        return self.file == saved.__file__
+
     @contextlib.contextmanager
     def training(self, config: RunConfig | SweepConfig) -> Iterator[None]:
         """What is said before training, and, where all is to be quiet, nothing of what it prints."""
@@ -51,7 +57,7 @@ class Request(NamedTuple):
         with contextlib.redirect_stdout(io.StringIO()) if self.quiet else contextlib.nullcontext():
             print(
                 f"Running {config.experiment}, variant {config.variant}, on {device_name()}."
-                + (f" Others, by --config {self.file}:VARIANT: {others}." if others else ""),
+                + (f" Others, by --config {self.file}:VARIANT: {others}." if others and not self.alone else ""),
                 flush=True,
             )
             yield

@@ -71,7 +71,7 @@ def evaluate_checkpoint(config: RunConfig, workdir: Path, output: Path | None = 
     saved, record = saved_run_and_record(workdir, mesh, config)
     folder = output or workdir
     check_writable(folder)
-    _, plan, state = saved
+    plan, state = saved.plan, saved.result
     tokens, tokenizer = load_data(config, workdir, [plan], progress=True)
     steps = make_steps(GPT(config.model), plan.tx, plan.learning_rate, plan.programme.config.topology_rule)
     attention = plan.attention_after(int(state.step))
@@ -115,7 +115,7 @@ def _run_suites(saved: SavedRun, mesh: Mesh, tokenizer: Tokenizer | None) -> dic
         return {}
     if tokenizer is None:
         raise InputError(f"config.evaluation: needs the tokenizer, and token files came without one; {NAME_TOKENIZER}")
-    scored = saved.model, saved.state.params, tokenizer
+    scored = saved.model, saved.result.params, tokenizer
     how: dict[str, Any] = {"batch_size": saved.config.loop.eval_batch_size, "mesh": mesh}
     found: dict[str, Any] = {}
     questions = read_questions(config.exam_questions or SHIPPED_QUESTIONS) if config.exams else ()

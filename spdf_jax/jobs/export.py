@@ -52,7 +52,7 @@ def export(config: RunConfig, workdir: Path, output: Path | None = None) -> Path
         )
     tokenizer = run_tokenizer(config, workdir)
     with temporary_beside(folder) as staged:
-        save_gpt2(staged, config.model, saved.state.params, masks=saved.state.masks, tokenizer=tokenizer)
+        save_gpt2(staged, config.model, saved.result.params, masks=saved.state.masks, tokenizer=tokenizer)
         write_json(staged / _RECORD, {"step": int(saved.state.step), "files": _checksums(staged)})
         if folder.exists():
             folder.rename(staged.with_name("before"))

@@ -1,7 +1,6 @@
 """A run of any model: what ``--job train`` is for the GPT, for a loss over any pytree of parameters."""
 
 import contextlib
-import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -14,19 +13,22 @@ from spdf_jax.cloud.spool import located
 from spdf_jax.config.read import build_section
 from spdf_jax.config.run import LoopConfig
 from spdf_jax.errors import InputError
-from spdf_jax.jobs.pages import finished_page, last_page, live_page, write_run_page
+from spdf_jax.jobs.pages import finished_page, following, last_page, live_page, write_run_page
 from spdf_jax.processes import device_name
 from spdf_jax.sharding import MeshConfig, make_mesh
 from spdf_jax.sparsity.programme import Programme
 from spdf_jax.training.checkpoint import Checkpoints, DamagedCheckpointError
+from spdf_jax.training.clock import Clock
+from spdf_jax.training.extension import set_end_aside
 from spdf_jax.training.loop import Run, run_phase
 from spdf_jax.training.loss_function import LossFunction
-from spdf_jax.training.metrics import Tracker, read_metrics
+from spdf_jax.training.metrics import Tracker, last_alive, read_metrics
 from spdf_jax.training.own_model import PHASE, check_same_fit, identity, own_feed, own_plan, own_state
 from spdf_jax.training.phases import StepCost
-from spdf_jax.training.provenance import add_start, fingerprint_of_rule, is_own
+from spdf_jax.training.provenance import add_start, fingerprint_of_rule, is_own, lives
 from spdf_jax.training.resume import elsewhere, has_begun, opened, recorded_evaluations
 from spdf_jax.training.state import TrainState, state_shardings
+from spdf_jax.training.trackers import Followers, check_trackers
 from spdf_jax.workdir import CONFIG_FILE, SUMMARY_FILE, lock, made_workdir, read_json, write_json
 
 
@@ -48,18 +50,21 @@ def fit(
     """Trains any model with masks that move, by the steps, the loop and the checkpoints of `spdf_jax.train`.
 
     The same call again goes on from the last checkpoint, whatever ended it, and ends with the same bits; when the run is
-    finished it returns what that came to. A dense phase after it is a run of its own, from ``state.params`` with
-    `spdf_jax.dense_masks` and ``make_programme(params, steps)``.
+    finished it returns what that came to. With a programme of more steps it goes on, too, if that says the same of those that
+    were taken; so must a schedule in `tx`, which cannot be compared. A dense phase after it is a run of its own, from
+    ``state.params`` with `spdf_jax.dense_masks` and ``make_programme(params, steps)``.
 
     Args:
       loss_fn: ``(params, batch) -> loss``, a scalar, or ``(sum of losses, sum of their weights)``. What it draws at random, it
         draws from a number or a key in the batch. State beside the parameters, such as running means, is not carried from step
-        to step. Its code is not compared when a run goes on.
+        to step. Its code is not compared when a run goes on, nor are the numbers inside `tx`: its state's shapes are, and a
+        rule of one's own that has changed is said.
       params: the parameters, a pytree of float arrays: a dict, `flax.nnx.State`, an Equinox module. They are not changed.
       batches: ``start_batch -> iterator`` over the batches from that number on, the same every time: pytrees of arrays. A
         step takes one, a topology step too.
       tx: any optax optimiser. The rule of the programme wraps it, as `spdf_jax.sparse` does; it may be wrapped already. A
-        schedule in it counts its updates: a topology step makes none.
+        schedule in it counts its updates: a topology step makes none. Of a schedule-free one the average is validated, which
+        is in ``state.variables``; ``state.params`` are where it steps.
       masks: those to begin with, see `spdf_jax.init_masks`; as many weights are active in them as in the programme at step 0.
       programme: from `spdf_jax.make_programme`, for as many steps as the run is to take.
       workdir: the folder in which everything is left, as by `spdf_jax.train`.
@@ -92,26 +97,31 @@ def fit(
     """
     if jax.process_count() > 1:
         raise InputError(f"fit: runs in one process, and this is one of {jax.process_count()}; start it alone")
+    clock = Clock()
     workdir, how = located(workdir), _loop_config(loop, validation is not None)
+    check_trackers(how.tracker_names, workdir)
     mesh = make_mesh(MeshConfig(data=devices))
     plan = own_plan(tx, params, programme, how.eval_every_steps if validation is not None else 0)
     with jax.set_mesh(mesh):
         first = own_state(plan, params, masks, jax.random.key(0) if key is None else key, mesh)
         feed = own_feed(loss_fn, params, batches, validation, mesh.size)
     run_is = identity(plan, feed, first, how)
-    with made_workdir(workdir), lock(workdir), jax.set_mesh(mesh):
+    with clock, made_workdir(workdir), lock(workdir), jax.set_mesh(mesh):
         has_begun(workdir)
-        check_same_fit(run_is, workdir)
-        with opened(workdir, how.keep_checkpoints) as (checkpoints, _):
+        lengths = check_same_fit(run_is, plan, workdir)
+        with opened(workdir, how) as (checkpoints, _):
             shardings = state_shardings(mesh, plan.tx, first)
             state, record = _newest(checkpoints, first, shardings)
-            step = int(state.step)
-            if summary := _finished(workdir, step):
+            step, config = int(state.step), {"experiment": PHASE, "variant": workdir.name, **run_is}
+            if not lengths and (summary := _finished(workdir, step)):
+                Followers(workdir, how.tracker_names, summary["rows"]["bytes"], print).close(finished=True)
                 return state, summary
             if step:
                 print(f"{workdir}: resuming after step {step} of {plan.end}.{elsewhere(record)}", flush=True)
             else:
-                write_json(workdir / CONFIG_FILE, {"experiment": PHASE, "variant": workdir.name, **run_is})
+                write_json(workdir / CONFIG_FILE, config)
+            earlier = lives(workdir, last_alive(workdir))  # before the rows after the checkpoint are dropped
+            clock.go_on(record, earlier)
             rows = record.get("rows")
             tracker = Tracker(workdir, resume_step=step, total_steps=plan.end, progress=progress, durable=rows)
             run = Run(
@@ -125,15 +135,20 @@ def fit(
                 checkpoints=checkpoints,
                 best=None,
                 tracker=tracker,
+                followers=Followers(workdir, how.tracker_names, (rows or {}).get("bytes", 0), tracker.message),
                 total=StepCost(),
-                seconds=record["seconds"],
+                clock=clock,
                 evaluations=recorded_evaluations(workdir, step, record) if step else {},
                 step=step,
                 write_page=live_page(workdir, tracker).update,
             )
             rule = programme.config.rule
-            add_start(workdir, "", step, {rule: fingerprint_of_rule(rule, {})} if is_own(rule) else {})
-            with contextlib.closing(tracker), last_page(run):
+            own = {rule: fingerprint_of_rule(rule, {})} if is_own(rule) else {}
+            add_start(workdir, "", step, own, [*earlier, [clock.begun, clock.begun]], changed=lengths)
+            if lengths:
+                set_end_aside(workdir)
+                write_json(workdir / CONFIG_FILE, config)
+            with contextlib.closing(tracker), following(run), last_page(run):
                 state = run_phase(run, plan, state)
                 processes.beat(0, 0)
                 return state, _finish(run, state)
@@ -158,7 +173,7 @@ def _newest(checkpoints: Checkpoints, first: TrainState, shardings: TrainState) 
             return checkpoints.restore(jax.eval_shape(lambda: first), shardings), record
         except DamagedCheckpointError as damage:
             print(checkpoints.fall_back(damage), flush=True)
-    return first, {"seconds": 0.0}
+    return first, {}
 
 
 def _finished(workdir: Path, step: int) -> dict[str, Any] | None:
@@ -175,6 +190,8 @@ def _finished(workdir: Path, step: int) -> dict[str, Any] | None:
 
 def _finish(run: Run, state: TrainState) -> dict[str, Any]:
     run.checkpoints.wait()
+    run.followers.saved()
+    run.clock.spent("saving")
     (plan,), step = run.plans, int(state.step)
     summary: dict[str, Any] = {"status": "finished", "experiment": PHASE, "variant": run.workdir.name, "steps": step}
     losses = [row["loss"] for row in read_metrics(run.workdir) if "loss" in row]
@@ -185,7 +202,8 @@ def _finish(run: Run, state: TrainState) -> dict[str, Any]:
         summary |= {"val_loss": evaluations[-1], "initial_val_loss": evaluations[0]}
     summary |= {
         "sparsity": plan.programme.sparsity(step),
-        "wall_seconds": run.seconds + time.perf_counter() - run.clock,
+        "wall_seconds": run.clock.of_the_result,
+        "seconds": run.clock.rounded(),
         "device": device_name(),
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
         "rows": run.tracker.make_durable(),

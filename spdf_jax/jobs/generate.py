@@ -31,7 +31,7 @@ def decode_examples(saved: SavedRun, mesh: Mesh, tokenizer: Tokenizer, examples:
     model, decode = saved.model, saved.config.decode
     prompts = encode_prompts(examples, tokenizer, max_tokens=model.config.context - decode.max_new_tokens)
     end = [end_of_text_id(tokenizer)]
-    found = generate(model, saved.state.params, prompts, decode, end_tokens=end, mesh=mesh)
+    found = generate(model, saved.result.params, prompts, decode, end_tokens=end, mesh=mesh)
     return decode_texts([generation.tokens for generation in found], tokenizer)
 
 
@@ -57,7 +57,7 @@ def generate_text(config: RunConfig, workdir: Path, prompt: str) -> str:
     if config.separates_documents(saved.plan.config):
         # The last document: in training, those before it say nothing to it.
         ids = ids[max((i for i, token in enumerate(ids) if token == end), default=0) :]
-    (found,) = generate(saved.model, saved.state.params, [ids], config.decode, end_tokens=[end], mesh=mesh)
+    (found,) = generate(saved.model, saved.result.params, [ids], config.decode, end_tokens=[end], mesh=mesh)
     text = tokenizer.decode(found.tokens, skip_special_tokens=True)
     print(f"{prompt}{text}")
     return text

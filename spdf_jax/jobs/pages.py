@@ -78,6 +78,17 @@ def sweep_page(workdir: Path) -> Iterator[LivePage]:
 
 
 @contextlib.contextmanager
+def following(run: Run) -> Iterator[None]:
+    """The run's trackers follow it, up to its end or for a moment longer."""
+    finished = False
+    try:
+        yield
+        finished = True
+    finally:
+        run.followers.close(finished)
+
+
+@contextlib.contextmanager
 def last_page(run: Run) -> Iterator[None]:
     """Where the run ends before its time its page says so and, where it has failed, why."""
     try:

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,29 +15,42 @@ from spdf_jax.config.checks import check_devices
 from spdf_jax.config.read import AnyConfig, resolve
 from spdf_jax.config.run import RunConfig
 from spdf_jax.data import TokenData, unigram_loss
-from spdf_jax.data.tokenizer import Tokenizer
 from spdf_jax.errors import InputError
 from spdf_jax.jobs import Request, keep_compiled
-from spdf_jax.jobs.pages import finished_page, last_page, live_page, write_run_page
+from spdf_jax.jobs.pages import finished_page, following, last_page, live_page, write_run_page
 from spdf_jax.model.flops import parameter_count
 from spdf_jax.model.gpt import GPT
 from spdf_jax.planning.describe import describe
 from spdf_jax.processes import device_name
 from spdf_jax.sharding import batch_devices, make_mesh
+from spdf_jax.training.ancestry import ancestors, keep_lineage
+from spdf_jax.training.branch import Parent, branch, cost_so_far
 from spdf_jax.training.checkpoint import Checkpoints, DamagedCheckpointError
+from spdf_jax.training.clock import Clock
 from spdf_jax.training.early_stopping import best_evaluation, of_phase
+from spdf_jax.training.extension import check_same_or_longer, set_end_aside, with_lengths
 from spdf_jax.training.feed import Feed, load_data, make_feed
 from spdf_jax.training.loop import Run, run_phase
-from spdf_jax.training.metrics import Tracker
+from spdf_jax.training.metrics import Tracker, last_alive
 from spdf_jax.training.phases import PhasePlan, make_plan, recorded_cost
-from spdf_jax.training.provenance import Source, check_same_code, read_code, record_start
+from spdf_jax.training.provenance import (
+    Source,
+    check_same_code,
+    keep_identity,
+    kept_start,
+    lives,
+    read_code,
+    record_start,
+    write_config,
+)
 from spdf_jax.training.restore import (
+    begin_of,
     check_same_data,
     check_same_origin,
-    check_same_run,
     cost_before,
     enter_phase,
     first_state,
+    initial_from,
     read_summary,
     restore_state,
     saved_run,
@@ -47,16 +59,17 @@ from spdf_jax.training.restore import (
 from spdf_jax.training.resume import elsewhere, has_begun, opened, recorded_evaluations
 from spdf_jax.training.state import TrainState
 from spdf_jax.training.stored_state import fingerprint
-from spdf_jax.workdir import CONFIG_FILE, SUMMARY_FILE, lock, made_workdir, write_atomically, write_json
+from spdf_jax.training.trackers import Followers, check_trackers
+from spdf_jax.workdir import SUMMARY_FILE, lock, made_workdir, write_json
 
 
 def run(config: RunConfig, request: Request) -> None:
     """`train`, which says what it is about to do once nothing refuses it any more."""
-    code = read_code(config, request.file)
+    code, command = kept_start(request.workdir) if request.alone else (read_code(config, request.file), request.command)
     keep_compiled(config.data)
     with request.training(config):
         processes.guard()
-        train_with(config, request.workdir, code, command=request.command, progress=not request.quiet, announce=True)
+        train_with(config, request.workdir, code, command=command, progress=not request.quiet, announce=True)
 
 
 def train(
@@ -102,35 +115,42 @@ def train_with(
     announce: bool = False,
 ) -> dict[str, Any]:
     """`train` with `spdf_jax.training.provenance.read_code` as it was at the start; `announce`: print the run's plan first."""
-    mesh = make_mesh(config.mesh)
+    clock, mesh, names = Clock(), make_mesh(config.mesh), config.loop.tracker_names
+    check_trackers(names, workdir)
     check_devices(config, batch_devices(mesh))
     processes.agree("config", json.dumps(config.as_dict()), "start all of them with the same command and files")
     plans = make_plan(config)
-    with made_workdir(workdir), lock(workdir), jax.set_mesh(mesh):
+    with clock, made_workdir(workdir), lock(workdir), jax.set_mesh(mesh):
         begun = has_begun(workdir)
-        moved = check_same_run(config, workdir)
+        parent, plans = (None, make_plan(config, begin_of(workdir))) if begun else branch(config, workdir, plans, mesh)
+        moved, lengths = check_same_or_longer(config, workdir, plans)
         if begun:
             check_same_code(config, workdir, code)
-        finished = _finished(config, workdir, mesh)
+        finished = None if lengths else _finished(config, workdir, mesh)
         if finished and not moved:
-            return _nothing_to_do(workdir, finished)
+            return _nothing_to_do(workdir, finished, names)
         tokens, tokenizer = load_data(config, workdir, plans, begun=begun, progress=progress)
         feeds = [make_feed(config, plan, tokens, tokenizer, mesh) for plan in plans]
         processes.agree("config.data", "".join(f.fingerprint for f in feeds), "give all of them the same data")
+        lineage = [] if begun else ancestors(config, workdir, parent, feeds[0].fingerprint)
         stops_early = plans[-1].config.patience_evaluations > 0
-        with opened(workdir, config.loop.keep_checkpoints, best=stops_early) as (checkpoints, best):
+        with opened(workdir, config.loop, best=stops_early) as (checkpoints, best):
             if best:
                 _go_back_for_best(config, workdir, plans[-1], mesh, checkpoints, best)
-            state, index, record = _first_state(config, workdir, feeds, plans, mesh, checkpoints, moved)
+            state, index, record = _first_state(config, workdir, feeds, plans, mesh, checkpoints, moved, parent)
             if finished:
-                return _nothing_to_do(workdir, finished)
-            step = int(state.step)
-            _keep_identity(config, workdir, command, tokenizer, new=step == 0)
-            rows = record.get("rows")
-            tracker = Tracker(workdir, resume_step=step, total_steps=plans[-1].end, progress=progress, durable=rows)
+                return _nothing_to_do(workdir, finished, names)
+            step, first_step, rows = int(state.step), plans[0].start, record.get("rows")
+            if step == first_step:
+                keep_lineage(workdir, lineage)
+            keep_identity(config, workdir, command, tokenizer, plans[0].begin, new=step == first_step)
+            earlier = lives(workdir, last_alive(workdir))  # before the rows after the checkpoint are dropped
+            clock.go_on(record, earlier)
+            where = {"resume_step": step, "total_steps": plans[-1].end, "first_step": first_step}
+            tracker = Tracker(workdir, **where, progress=progress, durable=rows)
             if announce:  # nothing refuses the run any more
                 tracker.message(describe(config))
-            if step:
+            if step > first_step:
                 tracker.message(f"{workdir}: resuming after step {step} of {plans[-1].end}.{elsewhere(record)}")
             run = Run(
                 loop=config.loop,
@@ -143,27 +163,24 @@ def train_with(
                 checkpoints=checkpoints,
                 best=best,
                 tracker=tracker,
+                followers=Followers(workdir, names, (rows or {}).get("bytes", 0), tracker.message),
                 total=recorded_cost(record, plans, step),
-                seconds=record["seconds"],
-                evaluations=recorded_evaluations(workdir, step, record) if step else {},
+                clock=clock,
+                evaluations=recorded_evaluations(workdir, step, record) if step > first_step else {},
                 step=step,
                 write_page=live_page(workdir, tracker).update,
             )
-            record_start(config, workdir, code, command, step)
+            alive = [*earlier, [clock.begun, clock.begun]]
+            record_start(config, workdir, code, command, step, alive, first_step, lengths)
+            if lengths:
+                set_end_aside(workdir)
+                write_config(config, workdir, with_lengths(command, lengths), plans[0].begin)
             return _run_phases(config, run, index, state, tokens)
-
-
-def _keep_identity(config: RunConfig, workdir: Path, command: str, tokenizer: Tokenizer | None, *, new: bool) -> None:
-    """Writes what says whose run it is: its config, and the tokenizer if it has one."""
-    if new:
-        write_json(workdir / CONFIG_FILE, config.as_dict() | {"command": command})
-    if tokenizer is not None and (new or not (workdir / "tokenizer.json").is_file()):
-        write_atomically(workdir / "tokenizer.json", tokenizer.to_str(pretty=True).encode())
 
 
 def _run_phases(config: RunConfig, run: Run, index: int, state: TrainState, tokens: TokenData | None) -> dict[str, Any]:
     """Phases from `index` on, whose state it is, and the summary at their end."""
-    with contextlib.closing(run.tracker), last_page(run):
+    with contextlib.closing(run.tracker), following(run), last_page(run):
         for plan in run.plans[index:]:
             if plan.index > index:
                 state = enter_phase(state, plan, run.mesh)
@@ -172,7 +189,8 @@ def _run_phases(config: RunConfig, run: Run, index: int, state: TrainState, toke
         return _finish(config, run, int(state.step), tokens)
 
 
-def _nothing_to_do(workdir: Path, summary: dict[str, Any]) -> dict[str, Any]:
+def _nothing_to_do(workdir: Path, summary: dict[str, Any], trackers: list[str]) -> dict[str, Any]:
+    Followers(workdir, trackers, summary.get("rows", {}).get("bytes", 0), print).close(finished=True)
     print(f"{workdir}: this run is finished (validation loss {summary['val_loss']:.4f}); nothing to do.")
     return summary
 
@@ -185,23 +203,27 @@ def _first_state(
     mesh: Mesh,
     checkpoints: Checkpoints,
     moved: list[str],
+    parent: Parent | None,
 ) -> tuple[TrainState, int, dict[str, Any]]:
     """The state to go on from, the phase it belongs to, and what is recorded with it."""
     source = source_folder(config, workdir)
     if checkpoints.latest_step() is None:
-        before = cost_before(source) if source else None
-        state = first_state(config, plans[0], mesh, source)
+        parent = parent or branch(config, workdir, plans, mesh, plans[0].start)[0]
+        before = cost_so_far(parent) if parent else cost_before(source) if source else None
+        state = parent.state if parent else first_state(config, plans[0], mesh, source)
         origin = {"fingerprint": fingerprint(state), "before": before} if source else {}
-        return state, 0, {"seconds": 0.0, "origin": origin}
+        return state, 0, {"origin": origin}
     try:
         record = checkpoints.record()
         if "init_from" in moved:
-            check_same_origin(config, source, plans[0], mesh, record)
+            parent, _ = branch(config, workdir, plans, mesh, plans[0].start)
+            others = parent.state if parent else initial_from(source, config, plans[0], mesh) if source else None
+            check_same_origin(config, others, record)
         plan = plans[min(record["phase"], len(plans) - 1)]
         state = restore_state(config, plan, mesh, checkpoints)
     except DamagedCheckpointError as damage:
         print(checkpoints.fall_back(damage), flush=True)
-        return _first_state(config, workdir, feeds, plans, mesh, checkpoints, moved)
+        return _first_state(config, workdir, feeds, plans, mesh, checkpoints, moved, parent)
     check_same_data(config, record, [feed.fingerprint for feed in feeds], plan.index)
     if "origin" not in record:  # of an older version
         record["origin"] = {"before": cost_before(source) if source and source.is_dir() else None}
@@ -244,8 +266,9 @@ def _go_back_for_best(
 
 def _finish(config: RunConfig, run: Run, step: int, tokens: TokenData | None) -> dict[str, Any]:
     run.checkpoints.wait()
+    run.followers.saved()
     last = run.plans[-1]
-    seconds = run.seconds + time.perf_counter() - run.clock
+    run.clock.spent("saving")
     losses = of_phase(run.evaluations, last.name)
     result = best_evaluation(losses) if last.config.patience_evaluations else max(losses)
     summary: dict[str, Any] = {
@@ -258,8 +281,9 @@ def _finish(config: RunConfig, run: Run, step: int, tokens: TokenData | None) ->
         "initial_val_loss": next(iter(run.evaluations.values())),
         "sparsity": last.programme.sparsity(step - last.start),
         "flops_reduction": run.total.dense_flops / run.total.train_flops,
-        "tokens_per_second": run.total.tokens / seconds,
-        "wall_seconds": seconds,
+        "tokens_per_second": run.total.tokens / run.clock.of_the_result,
+        "wall_seconds": run.clock.of_the_result,
+        "seconds": run.clock.rounded(),
         "device": device_name(),
         "parameters": parameter_count(config.model),
         "rows": run.tracker.make_durable(),

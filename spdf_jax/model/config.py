@@ -14,7 +14,9 @@ class GPTConfig:
     """Architecture.
 
     Attributes:
-      n_layer, n_head, d_model: depth, heads, width.
+      n_layer: depth: how many layers, each attention and an MLP.
+      n_head: attention heads of a layer; they share `d_model` evenly.
+      d_model: width: features of a token between layers.
       d_ff: MLP width; 0 means ``4 * d_model``.
       vocab_size: rows of the embedding; ids must stay below.
       context: longest sequence (learned positions).
@@ -26,14 +28,15 @@ class GPTConfig:
       mlp_norm: ``pre``: x + mlp(norm(x)); ``post``: x + norm(mlp(x)), as in Primer.
       dropout: rate on the embedding and on both residual branches, in [0, 1).
       dtype: compute dtype, ``float32`` or ``bfloat16``; parameters are float32.
-      layer_norm_eps: epsilon.
+      layer_norm_eps: added to a variance before a norm divides by its root.
       init_std: standard deviation of the normal distribution, not truncated, that embeddings and matrices are drawn from, as in
         GPT-2 and in MST's code; residual output projections get ``init_std / sqrt(2 n_layer)``.
       remat: what the backward pass computes again instead of finding it stored. ``none``: nothing; ``dots``: all of a layer
         but its matrix products and splash attention; ``mlp``: all but the MLP's hidden layer and splash attention; ``block``:
         all of it. Fewer bytes, more FLOPs, same values.
-      mup_base_width, mup_density, mup_alpha: S-muPar, see `spdf_jax.model.mupar`; a base width of 0 turns it off. The
-        density is the first phase's.
+      mup_base_width: S-muPar (`spdf_jax.model.mupar`): the width of the model that was tuned; 0 turns S-muPar off.
+      mup_density: S-muPar: density of the first phase, by which a matrix starts.
+      mup_alpha: S-muPar: factor on the logits, tuned at the base width.
 
     Raises:
       InputError: a value out of its range, or a width that the heads do not divide.

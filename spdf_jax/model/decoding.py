@@ -37,7 +37,7 @@ class DecodeConfig:
       temperature: divides the logits; for ``sample``.
       top_p: draw from the smallest set of likeliest tokens whose probabilities sum to at least this; for ``sample``.
       batch_size: most prompts decoded at once; changes no result but for rounding.
-      seed: for ``sample``.
+      seed: what ``sample`` draws from.
     """
 
     method: Annotated[str, OneOf(METHODS)] = "greedy"

@@ -33,6 +33,7 @@ from spdf_jax.report.words import (
     target_name,
     when,
 )
+from spdf_jax.sparsity.optimizers import OWN_OPTIMIZERS
 from spdf_jax.sparsity.rules import OWN_RULES
 from spdf_jax.training.provenance import commit, now
 from spdf_jax.workdir import CONFIG_FILE, METRICS_FILE, write_atomically
@@ -168,13 +169,17 @@ def different(workdirs: Mapping[str, Path], runs: Mapping[str, Run]) -> str:
 def rules_of_other_code(runs: Mapping[str, Run]) -> dict[str, dict[str, str]]:
     """Rules that have one name and not one code in all runs: by rule and run, the start of a hash of it, or "the library's".
 
+    Optimisers likewise, as ``optimizer NAME``.
+
     A run of a release that recorded no such hash is in it only where a rule of that name is the library's.
     """
     found: dict[str, dict[str, str]] = {}
     for name, run in runs.items():
-        rules = {value for key, value in flat(run.config).items() if re.search(r"(^|\.)sparsity\.rule$", key)}
+        settings = flat(run.config).items()
+        names = {value for key, value in settings if re.search(r"(^|\.)sparsity\.rule$", key)}
+        names |= {f"optimizer {value}" for key, value in settings if re.search(r"(^|\.)optimizer\.name$", key)}
         own = run.starts[0].get("rules", {}) if run.starts else {}
-        for rule in sorted(rules & {*own, *OWN_RULES}):
+        for rule in sorted(names & {*own, *OWN_RULES, *(f"optimizer {name}" for name in OWN_OPTIMIZERS)}):
             found.setdefault(rule, {})[name] = own[rule][:8] if rule in own else "the library's"
     return {rule: codes for rule, codes in found.items() if len(set(codes.values())) > 1}
 

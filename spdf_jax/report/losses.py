@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,15 +29,17 @@ from spdf_jax.report.words import FLOP_UNITS, TIME_UNITS, count_tick, percent, r
 
 def loss_by_step(run: Run) -> Panel | None:
     """Losses over steps, with the sparse window, the phases and the best evaluation; None without losses of steps."""
-    if not (run.train_rows or run.evaluation_rows) or run.all_rows[-1]["step"] == 0:
+    if not (run.train_rows or run.evaluation_rows) or run.all_rows[-1]["step"] == run.first_step:
         return None
     figure, axes = new_figure()
     colour = DENSE if run.is_dense else SPARSE
+    before = [one for one in run.ancestors if one["rows"]]
+    _plot_before(axes, before)
     _plot_losses(axes, run, lambda rows: column(rows, "step"), colour, "validation", "training")
     _mark_best(axes, run)
     _mark_unigram(axes, run)
     _mark_sparse_window(axes, run)
-    mark_phases(axes, run.all_rows)
+    mark_phases(axes, [*(row for one in before for row in one["rows"]), *run.all_rows])
     axes.set(xlabel="step", ylabel=f"loss ({run.loss_unit})" if run.loss_unit else "loss")
     axes.xaxis.set_major_formatter(count_tick)
     legend(figure)
@@ -49,7 +51,17 @@ def loss_by_step(run: Run) -> Panel | None:
         captions.append("Points: validation.")
     elif tasks:
         captions.append(f"Points: {', then '.join(target_name(task) for task in tasks)}.")
-    plot = Plot("loss over steps", figure, "loss against steps", _table(run, "step", lambda rows: column(rows, "step")))
+    if before:
+        captions.append("Darker: the runs before, each up to where it was gone on from.")
+    table = _table(run, "step", lambda rows: column(rows, "step"))
+    earlier = [
+        (f"{kind} of {one['workdir']}", row["phase"], "", row["step"], None, row[key])
+        for one in before
+        for kind, key in (("training", "loss"), ("validation", "val_loss"))
+        for row in one["rows"]
+        if key in row
+    ]
+    plot = Plot("loss over steps", figure, "loss against steps", table._replace(rows=[*earlier, *table.rows]))
     return plot_panel("Loss over steps", plot, " ".join(captions))
 
 
@@ -136,6 +148,19 @@ def _plot_losses(
             label=name,
             clip_on=False,
         )
+
+
+def _plot_before(axes: Axes, before: Sequence[Mapping[str, Any]]) -> None:
+    """Losses of the runs that a run goes on from, and a line where each was left."""
+    label: str | None = "runs before"
+    for one in before:
+        train, evaluated = ([row for row in one["rows"] if key in row] for key in ("loss", "val_loss"))
+        steps, losses = (thinned(column(train, key)) for key in ("step", "loss"))
+        axes.plot(steps, losses, color=SOFT_INK, linewidth=1, alpha=0.45)
+        steps, losses = (column(evaluated, key) for key in ("step", "val_loss"))
+        axes.plot(steps, losses, color=SOFT_INK, linewidth=1.2, marker="o", markersize=3.5, label=label)
+        axes.axvline(one["step"], color=SOFT_INK, linewidth=0.8, linestyle=":")
+        label = None
 
 
 def _mark_best(axes: Axes, run: Run) -> None:

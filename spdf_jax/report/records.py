@@ -18,6 +18,7 @@ from spdf_jax.report.words import OF_FIT, setting
 from spdf_jax.sparsity.programme import SparsityConfig
 from spdf_jax.training.metrics import check_rows, read_metrics
 from spdf_jax.workdir import (
+    ANCESTORS_FILE,
     CHECKPOINTS,
     CONFIG_FILE,
     EVALUATION_FILE,
@@ -34,7 +35,7 @@ Row = Mapping[str, Any]
 #: Connections into each output and out of each input of a matrix.
 Degrees = tuple[np.ndarray, np.ndarray]
 
-_NAMES = ("experiment", "variant", "variants", "phases", "command", "fit")
+_NAMES = ("experiment", "variant", "variants", "phases", "command", "begins", "fit")
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Run:
     the last that was logged or evaluated; `scores` is `evaluation.json`.
     `starts` is of `provenance.json`; `pictures` (images of densities) and `degrees` are by step, then by leaf path.
     `running` is None where nobody knows; `saved_step` is that of the newest checkpoint, 0 before the first.
+    `ancestors` are those of `ancestors.json`: the runs that this one goes on from.
     """
 
     config: Mapping[str, Any]
@@ -59,6 +61,7 @@ class Run:
     degrees: Mapping[int, Mapping[str, Degrees]]
     running: bool | None = False
     saved_step: int = 0
+    ancestors: Sequence[Mapping[str, Any]] = ()
 
     @property
     def name(self) -> str:
@@ -86,12 +89,18 @@ class Run:
         return max([*(row["step"] for row in self.all_rows), *filter(None, [self.saved_step])], default=None)
 
     @property
+    def first_step(self) -> int:
+        """Before its first: not 0 where it goes on with another's count of steps."""
+        return int(self.config.get("begins", {}).get("step", 0))
+
+    @property
     def planned_steps(self) -> int:
-        """Of all phases, if none stops early; 0 where the config does not say."""
+        """The last of all phases, if none stops early; 0 where the config does not say."""
         phases = (
             [self.config] if of_fit(self.config) else [self.config.get(p, {}) for p in self.config.get("phases", ())]
         )
-        return sum(int(phase.get("steps", 0)) for phase in phases)
+        steps = sum(int(phase.get("steps", 0)) for phase in phases)
+        return steps and self.first_step + steps
 
     @property
     def loss_step(self) -> int | None:
@@ -126,10 +135,10 @@ class Run:
         status = f"{state}, nothing logged yet" if step is None else f"{state}, at step {step:,}{of}"
         if self.is_finished:
             status = str(self.numbers["status"])
-        # Every run begins with an evaluation at step 0, but for one of `spdf_jax.fit` that has nothing to evaluate on.
+        # Every run is evaluated before its first step, but for one of `spdf_jax.fit` that has nothing to evaluate on.
         begins = self.all_rows and (self.loss_unit or self.evaluation_rows)
-        first = self.all_rows[0]["step"] if begins else 0
-        return f"{status}; the rows before step {first:,} are lost" if first else status
+        first = self.all_rows[0]["step"] if begins else self.first_step
+        return f"{status}; the rows before step {first:,} are lost" if first > self.first_step else status
 
     def task(self, row: Row) -> str:
         """The task whose target tokens a row's loss is over; "" for text, `OF_FIT` where it is over neither."""
@@ -169,7 +178,8 @@ def read_run(workdir: Path, running: bool | None = None) -> Run:
         raise InputError(
             f"{workdir / 'config.json'}: missing or without experiment and variant; give the --workdir of a run"
         )
-    numbers = {**_numbers_so_far(rows), **summary}
+    first_step = int(config.get("begins", {}).get("step", 0))
+    numbers = {**_numbers_so_far(rows, first_step), **summary}
     arrays = _read_arrays(workdir)
     return Run(
         config=config,
@@ -184,6 +194,7 @@ def read_run(workdir: Path, running: bool | None = None) -> Run:
         degrees={step: _degrees(found) for step, found in arrays.items()},
         running=in_use(workdir) if running is None else running,
         saved_step=max(saved_steps(workdir / CHECKPOINTS), default=0),
+        ancestors=(optional_json(workdir / ANCESTORS_FILE) or {}).get("ancestors", ()),
     )
 
 
@@ -243,7 +254,7 @@ def _degrees(arrays: Mapping[str, np.ndarray]) -> dict[str, Degrees]:
     return {leaf: (arrays[f"{leaf}:in"], arrays[f"{leaf}:out"]) for leaf in leaves if f"{leaf}:out" in arrays}
 
 
-def _numbers_so_far(rows: Sequence[Row]) -> dict[str, Any]:
+def _numbers_so_far(rows: Sequence[Row], first_step: int) -> dict[str, Any]:
     """The summary's numbers, from the rows alone."""
     numbers: dict[str, Any] = {}
     for row in rows:
@@ -253,10 +264,12 @@ def _numbers_so_far(rows: Sequence[Row]) -> dict[str, Any]:
             continue
         numbers["steps"] = row["step"]
         counted = ("tokens", "padded_tokens", "topology_tokens")
-        numbers |= {key: row[key] for key in (*counted, "sparsity", "tokens_per_second", "val_loss") if key in row}
+        numbers |= {
+            key: row[key] for key in (*counted, "sparsity", "tokens_per_second", "val_loss", "seconds") if key in row
+        }
         if "train_flops" in row:
             numbers |= {"train_flops": row["train_flops"], "dense_flops": row["dense_flops"]}
-        if "val_loss" in row and row["step"] == 0:
+        if "val_loss" in row and row["step"] == first_step:
             numbers["initial_val_loss"] = row["val_loss"]
     if "train_flops" in numbers and numbers["train_flops"] > 0:
         numbers["flops_reduction"] = numbers["dense_flops"] / numbers["train_flops"]

@@ -1,6 +1,5 @@
-"""The page about a run: its verdict, numbers, command and settings, and the order of all panels."""
+"""The page about a run: its verdict, numbers, and the order of all panels."""
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -8,15 +7,17 @@ import matplotlib
 from markupsafe import Markup
 
 from spdf_jax.cloud.spool import located
+from spdf_jax.report.ancestry import ancestry
 from spdf_jax.report.closer import write_curves
 from spdf_jax.report.draw import STYLE, Table
 from spdf_jax.report.figures import write_figures
 from spdf_jax.report.losses import loss_by_flops, loss_by_step, loss_by_time
 from spdf_jax.report.masks import churn_by_step, density_by_layer, sparsity_by_step
-from spdf_jax.report.page import Panel, command_panel, template, write_page
+from spdf_jax.report.page import Panel, template, write_page
 from spdf_jax.report.pictures import mask_degrees, mask_pictures, masks_by_step
-from spdf_jax.report.records import Run, changed_settings, read_run
+from spdf_jax.report.records import Run, read_run
 from spdf_jax.report.scores import evaluation_scores, exam_scores, generated_texts, zero_shot_scores
+from spdf_jax.report.settings import run_again, settings
 from spdf_jax.report.words import (
     COUNT_UNITS,
     COUNTED_NOTE,
@@ -33,6 +34,7 @@ from spdf_jax.report.words import (
     unit,
     when,
 )
+from spdf_jax.training.clock import NOT_OF_THE_RESULT, PARTS
 from spdf_jax.training.provenance import now
 
 _SCORES_IN_VERDICT = ("bleu", "rouge_l", "nist", "perplexity_per_byte")
@@ -87,7 +89,7 @@ def _what_next(run: Run) -> str:
     unknown = "Its disk has no locks, so whether it runs nobody knows. " if run.running is None else ""
     if run.saved_step:
         return f"{unknown}The same {same} resumes it from its checkpoint at step {run.saved_step:,}."
-    return f"{unknown}Nothing is saved yet: the same {same} starts at step 0."
+    return f"{unknown}Nothing is saved yet: the same {same} starts at step {run.first_step:,}."
 
 
 def verdict(run: Run) -> str:
@@ -98,6 +100,8 @@ def verdict(run: Run) -> str:
         text += f" after {numbers['steps']:,} steps, up to {percent(run.max_sparsity)} sparse"
     if numbers.get("tokens"):
         text += f" after {quantity(numbers['tokens'], COUNT_UNITS)} tokens"
+        if run.first_step and "before" in numbers:
+            text += f", and {quantity(numbers['before']['tokens'], COUNT_UNITS)} of the runs before,"
     if "flops_reduction" in numbers:
         scale, name = unit(numbers["dense_flops"], FLOP_UNITS)
         spent, dense = (digits(numbers[key] / scale) for key in ("train_flops", "dense_flops"))
@@ -130,7 +134,7 @@ def _last_losses(run: Run) -> str:
     last, evaluated = (rows[-1]["step"] if rows else -1 for rows in (run.train_rows, run.evaluation_rows))
     if last > evaluated:
         text = f"Training loss {run.train_rows[-1]['loss']:.2f} at step {last:,} ({text[0].lower()}{text[1:]})"
-    return f"{text}, before training" if run.last_step == 0 else text
+    return f"{text}, before training" if run.last_step == run.first_step else text
 
 
 def main_numbers(run: Run) -> Panel | None:
@@ -186,7 +190,7 @@ def _number_lines(run: Run) -> Iterator[tuple[str, str, str]]:
         "steps": ("Training steps", lambda v: f"{v:,}", _steps_remark(run)),
         "parameters": ("Parameters", lambda v: f"{v:,}", zeros),
         "tokens_per_second": ("Throughput", lambda v: f"{v:,.0f} tokens/s", _rate_remark(run)),
-        "wall_seconds": ("Wall-clock time", duration, "measured; compilation, evaluations and saving included"),
+        "wall_seconds": ("Wall-clock time", duration, _time_remark(run)),
         "device": ("Device", str, ""),
     }
     hidden: tuple[str, ...] = ("sparsity", "dense_flops", "flops_reduction") if run.is_dense else ()
@@ -199,9 +203,10 @@ def _number_lines(run: Run) -> Iterator[tuple[str, str, str]]:
             yield label, render(run.numbers[key]), remark
     yield from _start_lines(run)
     if before := run.numbers.get("before"):
-        yield "Counted FLOPs of the run before", flops(before["train_flops"]), "that this one started from"
+        runs, together = ("runs", "All") if len(run.ancestors) > 1 and run.first_step else ("run", "Both")
+        yield f"Counted FLOPs of the {runs} before", flops(before["train_flops"]), "that this one started from"
         if "train_flops" in run.numbers:
-            yield "Both together", flops(before["train_flops"] + run.numbers["train_flops"]), ""
+            yield f"{together} together", flops(before["train_flops"] + run.numbers["train_flops"]), ""
 
 
 def _start_lines(run: Run) -> Iterator[tuple[str, str, str]]:
@@ -213,6 +218,13 @@ def _start_lines(run: Run) -> Iterator[tuple[str, str, str]]:
             times = "once" if again == 1 else f"{again} times"
             same = "with the same versions" if made_with(first) == made_with(last) else made_with(last)
             yield f"Resumed {times}", f"{when(last['time'])}, after step {last['step']:,}", same
+        for start in run.starts:
+            for key, (was, is_now) in start.get("changed", {}).items():
+                yield (
+                    "Extended",
+                    f"{key} from {was:,} to {is_now:,}",
+                    f"{when(start['time'])}, after step {start['step']:,}",
+                )
 
 
 def _last_evaluation(run: Run) -> str:
@@ -222,7 +234,11 @@ def _last_evaluation(run: Run) -> str:
 
 def _steps_remark(run: Run) -> str:
     if run.is_finished:
-        return "stopped early" if _stopped_early(run) else ""
+        return (
+            "stopped early"
+            if _stopped_early(run)
+            else f"the first {run.first_step:,} by the runs before" * bool(run.first_step)
+        )
     return f"of {run.planned_steps:,}" if run.planned_steps else ""
 
 
@@ -234,6 +250,13 @@ def _rate_remark(run: Run) -> str:
     return f"measured{last}, evaluations left out"
 
 
+def _time_remark(run: Run) -> str:
+    """What is in the wall-clock time."""
+    left_out = sum(run.numbers.get("seconds", {}).get(part, 0.0) for part in NOT_OF_THE_RESULT)
+    lost = f"; {duration(left_out)} of restarts are not" if left_out else ""
+    return f"measured; compilation, evaluations and saving included{lost}"
+
+
 def _padded(run: Run) -> bool:
     return run.numbers.get("padded_tokens", 0) > run.numbers.get("tokens", 0)
 
@@ -241,9 +264,11 @@ def _padded(run: Run) -> bool:
 def _first_remark(run: Run) -> str:
     """What the loss before training is over, against that at the end."""
     if not run.evaluation_rows or not run.loss_unit:
-        return "step 0"
+        return f"step {run.first_step:,}"
     first, last = (target_name(run.task(run.evaluation_rows[i])) for i in (0, -1))
-    return "same tokens, step 0" if first == last else f"over {first}: not to be compared with the last"
+    return (
+        f"same tokens, step {run.first_step:,}" if first == last else f"over {first}: not to be compared with the last"
+    )
 
 
 def _stopped_early(run: Run) -> bool:
@@ -252,41 +277,28 @@ def _stopped_early(run: Run) -> bool:
     return "best_step" in run.numbers and bool(rows) and run.numbers["best_step"] < rows[-1]["step"]
 
 
-def run_again(run: Run) -> Panel | None:
-    """The command of the run or, for one started from Python, the lines that repeat it; None where nothing recorded can."""
-    if not run.loss_unit:
+def time_parts(run: Run) -> Panel | None:
+    """Where the wall-clock time went; None where it was not recorded."""
+    parts: dict[str, float] = run.numbers.get("seconds", {})
+    total = sum(parts.values())
+    if not total:
         return None
-    seed = f"Seed {run.config['seed']}. " if "seed" in run.config else ""
-    found = "finds this run and has nothing left to do" if run.is_finished else "goes on with this run"
-    remark = f"{seed}In its own workdir the command {found}: give another --workdir to begin anew."
-    if command := run.config.get("command"):
-        return command_panel(command, remark)
-    command = (
-        "from pathlib import Path\nfrom spdf_jax.config.read import load_config\nfrom spdf_jax.jobs.train import train\n\n"
-        'train(load_config(Path("config.json")), Path("again"))'
+    rows = [(*PARTS.get(part, (part, "")), parts[part]) for part in dict.fromkeys([*PARTS, *parts]) if part in parts]
+    lines = [
+        (
+            name,
+            duration(seconds) if seconds >= 10 else f"{digits(seconds, 2)} s",
+            f"{100 * seconds / total:.1f} %: {what}",
+        )
+        for name, what, seconds in rows
+    ]
+    until = "the end" if run.is_finished else "the last evaluation"
+    caption = (
+        f"{duration(total)} from the first start to {until}. Steps are dispatched ahead of what they compute: each part is "
+        f"what the run waited for."
     )
-    return command_panel(command, f"{seed}In Python, from the config.json beside this page.")
-
-
-def settings(run: Run) -> Panel:
-    """Every setting that is not at its default, and the whole config, folded."""
-    changed = changed_settings(run.config)
-    config = json.dumps(run.config, indent=2, ensure_ascii=False)
-    body = _SETTINGS.render(changed=changed, config=config)
-    return Panel("Settings", Markup(body), "What this run sets; everything else is at its default.", wide=True)
-
-
-_SETTINGS = template("""\
-{% if changed %}
-<table class="numbers">
-  <thead><tr><th>setting</th><th>here</th><th>default</th></tr></thead>
-  {% for key, value, default in changed %}
-  <tr><th scope="row">{{ key | breakable }}</th><td>{{ value | breakable }}</td><td>{{ default }}</td></tr>
-  {% endfor %}
-</table>
-{% endif %}
-<details><summary>Resolved config</summary><pre><code>{{ config }}</code></pre></details>
-""")
+    table = Table(("part", "seconds", "share"), [(name, seconds, seconds / total) for name, _, seconds in rows])
+    return Panel("Where the time went", Markup(_NUMBERS.render(lines=lines)), caption, wide=True, table=table)
 
 
 # Each takes the run and gives a Panel, or None where the run recorded nothing for it.
@@ -298,6 +310,7 @@ _PANELS: tuple[Callable[[Run], Panel | None], ...] = (
     loss_by_step,
     loss_by_flops,
     loss_by_time,
+    time_parts,
     sparsity_by_step,
     churn_by_step,
     density_by_layer,
@@ -305,6 +318,7 @@ _PANELS: tuple[Callable[[Run], Panel | None], ...] = (
     mask_degrees,
     masks_by_step,
     generated_texts,
+    ancestry,
     run_again,
     settings,
 )

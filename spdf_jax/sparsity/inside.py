@@ -6,6 +6,7 @@ gradients were 0 so far, as those of one that grows, does not begin with an upda
 """
 
 import functools
+import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -31,6 +32,9 @@ from spdf_jax.tree import (
 _LARGEST_FIRST_UPDATE = 1e3
 # What is known of the other arguments of an update: enough to make them for the trial.
 _KNOWN = {"value", "grad", "value_fn", "grad_fn", "obj_fn"}
+# Adafactor's: no weight has a share of a row's or a column's mean that could be reset, and one that grows is measured by it as
+# its neighbours are, so that it may stay.
+_SHARED = re.compile(r"(^|/)v_(row|col)(/|$)")
 _REFUSALS = (TypeError, ValueError, AttributeError, KeyError, IndexError, ZeroDivisionError)
 
 
@@ -149,10 +153,10 @@ def check_followed(tx: optax.GradientTransformation, params: Any, masks: Any) ->
     shapes, follows = follow_shapes(tx, params)
 
     def check(name: str, leaf: Any, follow: bool, mask: Any) -> None:
-        if mask.ndim and not follow:
+        if mask.ndim and not (follow or _SHARED.search(name)):
             raise InputError(
                 f"optimiser state {name} of {optimizer_name(tx)} has shape {leaf.shape}, its weight {mask.shape}: it cannot be "
-                f"followed weight by weight; use an optimiser with element-wise state (Adafactor: factored=False), or "
+                f"followed weight by weight; use an optimiser with element-wise state, or "
                 f"sparse(..., moving=False) if the masks never move"
             )
 

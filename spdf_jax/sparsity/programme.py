@@ -57,7 +57,8 @@ class SparsityConfig:
         same number in every row and column of blocks (`spdf_jax.sparsity.blocks`). For ``constant`` sparsity in ``blockB``.
       schedule: ``constant`` | ``cubic`` | ``three_phases`` (MST) | ``table`` | ``alternate`` (AC/DC).
       ramp_end: progress at which ``cubic`` arrives, MST's warm-up ends, or AC/DC's dense one.
-      ultra_end, restoration_end: progress at which MST's other two phases end; ``alternate`` stays sparse from `ultra_end`.
+      ultra_end: progress at which MST's ultra-sparse phase ends; from it on ``alternate`` stays sparse.
+      restoration_end: progress at which MST's restoration has arrived at dense.
       cycles: pairs of a sparse and a dense turn of ``alternate``.
       table: ``((progress, sparsity), ...)`` for ``table``.
       update_every_steps: topology step interval. There is a topology step at every turn of the schedule besides, and at the
@@ -67,8 +68,10 @@ class SparsityConfig:
       exploration: share of the weights that get gradients without being active (Top-KAST); -1 takes the rule's.
       sparsify_head: whether the output head (tied to the embedding or not) is sparse too.
       init: ``random`` or ``magnitude`` initial masks.
-      attention_pattern, attention_width, attention_start, attention_end: sparse attention, see
-        `spdf_jax.ops.attention_patterns`, used while progress is in [attention_start, attention_end); causal outside.
+      attention_pattern: which keys a query sees between the next two; see `spdf_jax.ops.attention_patterns`.
+      attention_width: tokens of that pattern's window, or its stride.
+      attention_start: progress from which `attention_pattern` is used; attention is causal before.
+      attention_end: progress from which attention is causal again.
     """
 
     rule: Annotated[str, OneOf(RULES, ("dense",))] = "dense"

@@ -1,13 +1,10 @@
-"""Optimiser state of weights that grow back: the reset for any optimiser, and SMET's Adam.
+"""Optimiser state of weights that grow back: the reset for any optimiser.
 
 A weight that grows back with zero moments under the optimiser's global step count gets oversized first updates
-(`adam_overshoot`). SMET (ICML 2026, arXiv 2606.00888) gives every weight its own step count. Three faults of its public
-code are not copied: there the warm-up shrinks the moment itself and so compounds, the learning-rate scale compounds over
-parameters, and weight decay is coupled.
+(`adam_overshoot`), which SMET's Adam does not (`spdf_jax.sparsity.optimizers`).
 """
 
-import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +13,7 @@ import optax
 
 from spdf_jax.errors import InputError
 from spdf_jax.sparsity.inside import check_followed
-from spdf_jax.sparsity.masks import apply_masks, check_masks, keep_where
+from spdf_jax.sparsity.masks import apply_masks, check_masks
 from spdf_jax.tree import along_state, same_structure
 
 
@@ -24,7 +21,8 @@ def reset_masked_state(tx: optax.GradientTransformation, state: Any, params: Any
     """Sets the optimiser's state of every masked weight back to what `tx.init` gives a zero weight: 0, for moments.
 
     Called at a topology change, so that a weight that grows back starts afresh. Whose state is whose is found by following
-    shapes (`spdf_jax.tree.along_state`), whatever the optimiser. One number for a whole tensor is left alone.
+    shapes (`spdf_jax.tree.along_state`), whatever the optimiser. One number for a whole tensor is left alone, and for a row or
+    a column of Adafactor's.
 
     Args:
       tx: the transformation that made `state`.
@@ -36,7 +34,7 @@ def reset_masked_state(tx: optax.GradientTransformation, state: Any, params: Any
       The state, reset where masks are False and bit-equal elsewhere.
 
     Raises:
-      InputError: state that is shared by some of a tensor's weights (Adafactor's factored moments), named; masks or a state
+      InputError: state that is shared by some of a tensor's weights otherwise (SM3's accumulators), named; masks or a state
         that are not of these parameters.
 
     >>> import jax.numpy as jnp
@@ -58,78 +56,6 @@ def reset_masked_state(tx: optax.GradientTransformation, state: Any, params: Any
         return jnp.where(mask, value, new) if mask.ndim and value.shape == mask.shape else value
 
     return jax.tree.map(reset, state, fresh, along_state(tx, state, masks, np.True_))
-
-
-class SmetAdamState(NamedTuple):
-    """Adam's moments with a step count a weight.
-
-    Attributes:
-      count: int32 of the weights' shapes: updates since a weight last grew; 0 where it is masked.
-      mu: first moment.
-      nu: second moment.
-    """
-
-    count: Any
-    mu: Any
-    nu: Any
-
-
-def scale_by_smet_adam(
-    b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, *, warmup_steps: int = 100
-) -> optax.GradientTransformationExtraArgs:
-    """Adam whose bias correction and warm-up follow each weight's own step t: 1 at the first update after it grew.
-
-    The update of a weight is ``min(t / warmup_steps, 1) * mu_hat / (sqrt(nu_hat) + eps)``; the moments never see the
-    warm-up. At the start of a run every weight of a sparse tensor is new and warms up. In a dense tensor (0-d mask) nothing
-    ever grows: there is no warm-up and this is `optax.scale_by_adam`. Moments are zeroed by
-    `reset_masked_state`, as for any optimiser.
-
-    Args:
-      b1, b2, eps: as Adam's.
-      warmup_steps: W; 1 turns the warm-up off.
-
-    Returns:
-      A transformation with the keyword extra ``masks``; inside `optax.masked` or `partition` it needs their
-      ``mask_compatible_extra_args=True``.
-
-    Raises:
-      InputError: `warmup_steps` below 1.
-
-    >>> params, masks = {"w": jnp.zeros(2)}, {"w": jnp.array([True, False])}
-    >>> tx = scale_by_smet_adam(warmup_steps=4)
-    >>> updates, state = tx.update({"w": jnp.array([2.0, 0.0])}, tx.init(params), masks=masks)
-    >>> updates["w"].round(4).tolist(), state.count["w"].tolist()
-    ([0.25, 0.0], [1, 0])
-    """
-    if warmup_steps < 1:
-        raise InputError(f"scale_by_smet_adam: warmup_steps {warmup_steps} must be at least 1 (1 is no warm-up)")
-
-    def init(params: Any) -> SmetAdamState:
-        moments = optax.tree.zeros_like(params)
-        return SmetAdamState(optax.tree.zeros_like(params, jnp.int32), moments, moments)
-
-    def update(
-        updates: Any, state: SmetAdamState, params: Any = None, *, masks: Any, **extra: Any
-    ) -> tuple[Any, SmetAdamState]:
-        del params, extra
-        count = jax.tree.map(lambda mask, t: keep_where(mask, t + 1), masks, state.count)
-        mu = optax.tree.update_moment(updates, state.mu, b1, 1)
-        nu = optax.tree.update_moment_per_elem_norm(updates, state.nu, b2, 2)
-        return jax.tree.map(direction, masks, count, mu, nu), SmetAdamState(count, mu, nu)
-
-    def direction(mask: jax.Array, t: jax.Array, m: jax.Array, v: jax.Array) -> jax.Array:
-        steps = jnp.maximum(t, 1).astype(jnp.float32)  # masked: no 0 / 0
-        scaled = _unbiased(m, b1, steps) / (jnp.sqrt(_unbiased(v, b2, steps)) + eps)
-        if mask.ndim:
-            scaled = keep_where(mask, jnp.minimum(steps / warmup_steps, 1) * scaled)
-        return scaled.astype(m.dtype)
-
-    return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _unbiased(moment: jax.Array, decay: float, steps: jax.Array) -> jax.Array:
-    """``moment / (1 - decay ** steps)`` in float32; expm1 is exact where 0.999 rounded to float32 is not."""
-    return moment.astype(jnp.float32) / -jnp.expm1(steps * (math.log(decay) if decay else -math.inf))
 
 
 def scale_by_density(exponent: float) -> optax.GradientTransformationExtraArgs:

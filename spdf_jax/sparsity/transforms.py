@@ -23,7 +23,7 @@ def sparse(inner: optax.GradientTransformation, *, moving: bool = True) -> optax
 
     Args:
       inner: any optax transformation; its other keyword extras are passed on.
-      moving: False allows what cannot go on when masks move (`reset_masked_state`), such as Adafactor's factored moments.
+      moving: False allows what cannot go on when masks move (`reset_masked_state`), such as SM3's accumulators.
 
     Returns:
       A transformation whose ``update(grads, state, params, *, masks, **extra)`` requires `params` and `masks`: without

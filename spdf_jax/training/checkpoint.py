@@ -41,14 +41,16 @@ class Checkpoints:
     Args:
       directory: created if needed.
       keep: how many of the newest stay.
+      keep_every_steps: those at a multiple of it stay too; 0: none.
     """
 
-    def __init__(self, directory: Path, keep: int = 2) -> None:
+    def __init__(self, directory: Path, keep: int = 2, keep_every_steps: int = 0) -> None:
         self.directory, self._is_in_bucket = stored(directory), bool(url(directory))
         self._manager = ocp.CheckpointManager(
             self.directory if self._is_in_bucket else directory.absolute(),
             options=ocp.CheckpointManagerOptions(
                 max_to_keep=keep,
+                keep_period=keep_every_steps or None,
                 enable_async_checkpointing=True,
                 lightweight_initialize=True,  # a damaged checkpoint is met where it is read, not here
             ),
@@ -104,15 +106,21 @@ class Checkpoints:
                 self._manager.delete(there)
         return self
 
-    def record(self) -> dict[str, Any]:
-        """The JSON record of the newest checkpoint.
+    def record(self, step: int = 0) -> dict[str, Any]:
+        """The JSON record of a checkpoint, by default the newest.
 
         Raises:
           InputError: there is none; `DamagedCheckpointError`: it is not what was written.
         """
-        step = self.latest_step()
-        if step is None:
+        there = self.steps()
+        if not there:
             raise InputError(f"{self.directory}: no checkpoint there; train first with --job train")
+        if step and step not in there:
+            raise InputError(
+                f"{self.directory}: no checkpoint at step {step}, but at {', '.join(map(str, there))}; choose one of these "
+                f"(config.loop.keep_checkpoints and keep_every_steps say which a run keeps)"
+            )
+        step = step or there[-1]
         with self._damage_named(step):
             record = self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))["record"]
             if "crc32" in record and record.pop("crc32") != checksum(record):  # absent: of an older version
@@ -121,19 +129,20 @@ class Checkpoints:
                 raise ValueError(f"it is a copy of that at step {record['step']}")
         return record
 
-    def restore(self, abstract: TrainState, shardings: TrainState) -> TrainState:
-        """The newest state, laid out on the mesh of `shardings` whatever mesh wrote it.
+    def restore(self, abstract: TrainState, shardings: TrainState, step: int = 0) -> TrainState:
+        """A state, by default the newest, laid out on the mesh of `shardings` whatever mesh wrote it.
 
         Args:
           abstract: expected shapes and dtypes.
           shardings: where to put it.
+          step: of which checkpoint; 0: the newest.
 
         Raises:
           InputError: no checkpoint; one of another model (names the shapes that differ); one without masks where the
             phase is sparse; `DamagedCheckpointError`: it is not what was written.
         """
-        record = self.record()
-        step: int = record["step"]
+        record = self.record(step)
+        step = record["step"]
         packed = jax.eval_shape(pack, abstract)
         with self._damage_named(step):
             saved = record["leaves"] if "leaves" in record else shapes(self._manager.item_metadata(step)["state"])

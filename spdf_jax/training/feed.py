@@ -64,13 +64,15 @@ def make_feed(
       mesh: where the batches go; says which rows are this process's.
     """
     share = dict(zip(("process_index", "process_count"), data_share(mesh), strict=True))
-    train = {"seq_len": plan.seq_len, "batch_size": plan.config.batch_size, "seed": config.seed + plan.index} | share
+    train = {"seq_len": plan.seq_len, "batch_size": plan.config.batch_size, "seed": config.seed + plan.order} | share
     validation = {"seq_len": plan.seq_len, "batch_size": config.loop.eval_batch_size} | share
     if not plan.config.task.name:
         assert tokens is not None, "jobs load what a phase needs"
         end = document_end(config.data, tokens)
         return Feed(
-            lambda start: _packed(end, train_batches(tokens.train, start_batch=start, **train)),
+            lambda start: _packed(
+                end, train_batches(tokens.train, start_batch=start, first_example=plan.first_example, **train)
+            ),
             lambda: _packed(end, validation_batches(tokens.validation, **validation)),
             None,
             tokens.fingerprint,
@@ -81,7 +83,9 @@ def make_feed(
     for pair in (*pairs.train, *pairs.validation):
         digest.update(pair.tokens.tobytes() + b"|")
     return Feed(
-        lambda start: task_batches(pairs.train, start_batch=start, **train),
+        lambda start: task_batches(
+            pairs.train, start_batch=start + plan.first_example // plan.config.batch_size, **train
+        ),
         partial(task_validation_batches, pairs.validation, **validation),
         partial(task_validation_batches, pairs.test, **validation),
         digest.hexdigest(),

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from spdf_jax.model.gpt import GPT
 from spdf_jax.processes import device_name
 from spdf_jax.sharding import batch_sharding
 from spdf_jax.training.checkpoint import Checkpoints
+from spdf_jax.training.clock import Clock
 from spdf_jax.training.early_stopping import best_evaluation, of_phase, stops_early
 from spdf_jax.training.feed import Feed
 from spdf_jax.training.invariants import check_invariants
@@ -27,6 +28,7 @@ from spdf_jax.training.metrics import Tracker
 from spdf_jax.training.phases import PhasePlan, StepCost, task_tokens
 from spdf_jax.training.programs import Steps, make_steps
 from spdf_jax.training.state import TrainState, state_shardings
+from spdf_jax.training.trackers import Followers
 from spdf_jax.workdir import PROFILE_FOLDER
 
 
@@ -48,10 +50,10 @@ class Run:
     checkpoints: Checkpoints
     best: Checkpoints | None  # of the phase that stops early
     tracker: Tracker
+    followers: Followers
     total: StepCost
-    seconds: float  # of training, over all restarts
+    clock: Clock  # over all restarts
     evaluations: dict[tuple[str, int], float]  # validation loss by phase and step, over all restarts
-    clock: float = field(default_factory=time.perf_counter)
     last_log: tuple[float, int] = (0.0, 0)
     step: int = 0  # the last whose metrics were fetched
     write_page: Callable[[], None] = lambda: None  # after an evaluation
@@ -61,14 +63,18 @@ def run_phase(run: Run, plan: PhasePlan, state: TrainState) -> TrainState:
     """Steps of one phase. Step n + 1 is dispatched before the metrics of step n are fetched."""
     loop, first = run.loop, int(state.step)
     steps = make_phase_steps(run.model, plan, run.mesh, state)
+    run.clock.spent("starting")
     if first == plan.start and plan.eval_every_steps and starts_anew(run.feeds, plan):
         _evaluate_and_log(run, plan, steps, state, first)
     run.last_log = (time.perf_counter(), run.total.tokens)
     _save_pictures(run, plan, state, first if first < plan.end else -1)
     pending: tuple[int, StepCost, Any] | None = None
     numbers = traced(_watched(range(first, plan.end), loop.watchdog_seconds), loop.profiled_steps, run.workdir)
-    taken = take_steps(plan, run.feeds[plan.index], run.mesh, steps, state, numbers, run.evaluations)
+    feed = run.feeds[plan.index]
+    timed = feed._replace(train=lambda start: run.clock.waiting(feed.train(start)))
+    taken = take_steps(plan, timed, run.mesh, steps, state, numbers, run.evaluations)
     for step, state, metrics, cost in taken:
+        run.clock.computing = metrics["loss"]
         if pending is not None:
             _fetch_and_log(run, plan, *pending)
         pending = (step, cost, metrics)
@@ -85,6 +91,7 @@ def run_phase(run: Run, plan: PhasePlan, state: TrainState) -> TrainState:
             _save(run, run.checkpoints, plan, state)
         if preempted:
             run.checkpoints.wait()
+            run.followers.saved()
             raise Restart(f"preempted: saved at step {done}; the same command resumes")
         _save_pictures(run, plan, state, done)
     return state
@@ -140,6 +147,7 @@ def _save_pictures(run: Run, plan: PhasePlan, state: TrainState, done: int) -> N
     """Pictures of the masks after `done` steps of the run, where the plan has them."""
     if done - plan.start in plan.picture_steps:
         save_mask_pictures(run.workdir, done, state.element_masks())
+        run.clock.spent("reporting")
 
 
 def one_step(steps: Steps, plan: PhasePlan, local: int, state: TrainState, batch_ABT: Any) -> tuple[TrainState, Any]:
@@ -174,6 +182,7 @@ def starts_anew(feeds: Sequence[Feed], plan: PhasePlan) -> bool:
 def _fetch_and_log(run: Run, plan: PhasePlan, step: int, cost: StepCost, metrics: dict[str, Any]) -> None:
     """Metrics of one step: fetched, checked, counted, and written when it is a step to log."""
     metrics = jax.device_get(metrics)
+    run.clock.spent("topology" if "churn" in metrics else "training")
     run.step = step + 1
     if not math.isfinite(metrics["loss"]) or not math.isfinite(metrics["grad_norm"]):
         raise NonFiniteLossError(
@@ -183,7 +192,7 @@ def _fetch_and_log(run: Run, plan: PhasePlan, step: int, cost: StepCost, metrics
     local, done = step - plan.start, step + 1
     run.total = run.total.plus(cost.of_tokens(int(metrics["tokens"])) if "tokens" in metrics else cost)
     run.tracker.advance(done)
-    row = {"step": done, "phase": plan.name}
+    row = {"step": done, "phase": plan.name, "time": round(time.time(), 3)}
     if done % run.loop.log_every_steps == 0 or done == plan.end:
         now = time.perf_counter()
         rate = (run.total.tokens - run.last_log[1]) / (now - run.last_log[0])
@@ -210,13 +219,16 @@ def _evaluate_and_log(run: Run, plan: PhasePlan, steps: Steps, state: TrainState
 
     loss = evaluate(validation(), run.mesh, steps, state.variables, *plan.attention_after(done))
     run.evaluations[plan.name, done] = loss
-    row = {"step": done, "phase": plan.name, "val_loss": loss, "sparsity": plan.programme.sparsity(done - plan.start)}
-    run.tracker.log(row | (run.total._asdict() if plan.seq_len else {}))
+    run.clock.spent("evaluation")
+    row = {"step": done, "phase": plan.name, "time": round(time.time(), 3)}
+    row |= {"val_loss": loss, "sparsity": plan.programme.sparsity(done - plan.start)}
+    run.tracker.log(row | (run.total._asdict() if plan.seq_len else {}) | {"seconds": run.clock.rounded()})
     if plan.config.patience_evaluations and best_evaluation(of_phase(run.evaluations, plan.name)) == done:
         assert run.best is not None, "a phase that may stop early has where to keep its best state"
         _save(run, run.best.drop_from(done), plan, state)
         run.best.wait()  # before a checkpoint that comes after it
     run.write_page()
+    run.clock.spent("reporting")
     run.last_log = (run.last_log[0] + time.perf_counter() - started, run.last_log[1])  # tokens/s is of training
 
 
@@ -234,24 +246,27 @@ def evaluate(batches: Iterator[Any], mesh: Mesh, steps: Steps, variables: Any, p
 
 def _save(run: Run, checkpoints: Checkpoints, plan: PhasePlan, state: TrainState) -> None:
     check_invariants(plan.programme, plan.filter, state, plan.start)
-    now = time.perf_counter()
-    run.seconds, run.clock = run.seconds + now - run.clock, now
     step = int(state.step)
+    run.clock.spent("saving")
     record = {
         "phase": plan.index,
         "step": step,
-        "next_example": (step - plan.start) * plan.config.batch_size,
+        "next_example": plan.first_example + (step - plan.start) * plan.config.batch_size,
+        "order": plan.order,
         "data_fingerprint": run.feeds[plan.index].fingerprint,
         "data_fingerprints": [feed.fingerprint for feed in run.feeds],
         "origin": run.origin,
         "sparsity": plan.programme.sparsity(step - plan.start),
-        "seconds": run.seconds,
+        "clock": run.clock.recorded(),
         "device": device_name(),
         "evaluations": [[*place, loss] for place, loss in run.evaluations.items()],
         "rows": run.tracker.make_durable(),
         **run.total._asdict(),
     }
     checkpoints.save(state, record)
+    if checkpoints is run.checkpoints:
+        run.followers.saving(record["rows"])
+    run.clock.spent("saving")
 
 
 def traced(steps: Iterable[int], span: range, workdir: Path) -> Iterator[int]:

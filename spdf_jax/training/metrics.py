@@ -1,9 +1,11 @@
 """The rows that a run writes as it goes: `metrics.jsonl`, and from it TensorBoard events and the progress line.
 
 A row is one JSON object a line, of one of three kinds told apart by a key: a train row has `loss`, an evaluation row
-`val_loss`, a topology row `density`. Everything here is plain files and plain numbers; nothing needs TensorFlow.
+`val_loss`, a topology row `density`. `time` is in seconds since 1970. Everything here is plain files and plain numbers; nothing
+needs TensorFlow.
 """
 
+import contextlib
 import json
 import os
 import zlib
@@ -37,17 +39,19 @@ class Tracker:
         *,
         resume_step: int,
         total_steps: int,
+        first_step: int = 0,
         progress: bool = True,
         durable: Mapping[str, int] | None = None,
     ) -> None:
         """Opens `metrics.jsonl` for appending, after dropping every row of a step after `resume_step`.
 
-        Rows after step 0 where there is no checkpoint are set aside under another name, and this is said.
+        Rows after the first step where there is no checkpoint are set aside under another name, and this is said.
 
         Args:
           workdir: the run's folder; made if it is not there.
-          resume_step: the step of the restored checkpoint; 0 for a fresh run, which keeps rows of step 0 only.
+          resume_step: the step of the restored checkpoint; `first_step` for a fresh run, which keeps rows of that step only.
           total_steps: the run's last step, over all phases.
+          first_step: that at which it begins: not 0 where it goes on from another run's.
           progress: whether to show a progress bar (on a terminal) or occasional lines (elsewhere).
           durable: what `make_durable` returned for that checkpoint.
 
@@ -62,7 +66,7 @@ class Tracker:
         metrics_path = self._workdir / METRICS_FILE
         try:
             self._workdir.mkdir(parents=True, exist_ok=True)
-            kept_rows = self._kept_rows(metrics_path, resume_step, durable)
+            kept_rows = self._kept_rows(metrics_path, resume_step, first_step, durable)
             # Unbuffered: a row is with the operating system when `log` returns, and a failed write leaves no remainder.
             self._metrics = metrics_path.open("ab", buffering=0)
             self._durable = durable_rows(metrics_path.read_bytes())
@@ -89,7 +93,7 @@ class Tracker:
         if not is_first() or _identity(plain_row) in self._already_logged:
             return
         self._append(json.dumps(plain_row).encode() + b"\n")
-        self._events.scalars(plain_row["step"], dict(_scalars(plain_row)))
+        self._events.scalars(plain_row["step"], dict(scalars(plain_row)))
         self._progress.log(plain_row)
 
     def make_durable(self) -> dict[str, int]:
@@ -127,7 +131,9 @@ class Tracker:
             raise
         self._durable = durable_rows(line, self._durable)
 
-    def _kept_rows(self, path: Path, resume_step: int, durable: Mapping[str, int] | None) -> list[dict[str, Any]]:
+    def _kept_rows(
+        self, path: Path, resume_step: int, first_step: int, durable: Mapping[str, int] | None
+    ) -> list[dict[str, Any]]:
         """The rows that a start at `resume_step` goes on from; the file then holds these and no others."""
         if not path.exists():
             if durable and durable["bytes"]:
@@ -135,11 +141,13 @@ class Tracker:
             return []
         if durable:
             kept = check_rows(path, durable, f"the checkpoint at step {resume_step} counts on")
-        elif resume_step == 0 and (steps := [row["step"] for row in read_rows(path) if row["step"] > 0]):
+        elif resume_step == first_step and (
+            steps := [row["step"] for row in read_rows(path) if row["step"] > first_step]
+        ):
             aside = set_aside(path, "set_aside")
             self.message(
-                f"{path}: has rows up to step {max(steps)}, but no checkpoint is there: starting at step 0. The rows are kept "
-                f"as {aside.name}"
+                f"{path}: has rows up to step {max(steps)}, but no checkpoint is there: starting at step {first_step}. The "
+                f"rows are kept as {aside.name}"
             )
             return []
         else:
@@ -170,6 +178,15 @@ def read_metrics(workdir: Path) -> list[dict[str, Any]]:
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a file, see `read_metrics`."""
     return [row for _, row in _read_lines(path)]
+
+
+def last_alive(workdir: Path) -> float:
+    """When the last row was logged there that can be read, in seconds since 1970; 0 where none says so."""
+    path = Path(workdir) / METRICS_FILE
+    for line in reversed(path.read_bytes().split(b"\n") if path.is_file() else []):
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            return float(json.loads(line)["time"])
+    return 0.0
 
 
 def durable_rows(content: bytes, before: Mapping[str, int] | None = None) -> dict[str, int]:
@@ -226,10 +243,10 @@ def _is_torn(line: bytes) -> bool:
     return False
 
 
-def _scalars(value: Any, tag: str = "") -> Iterator[tuple[str, float]]:
-    """Every number of a nested row with its tag, as `density/blocks/attn_q/kernel/0`; strings and the step left out."""
+def scalars(value: Any, tag: str = "") -> Iterator[tuple[str, float]]:
+    """Every number of a nested row with its tag, as `density/blocks/attn_q/kernel/0`; left out are strings, step and time."""
     if isinstance(value, dict):
-        items = [(key, item) for key, item in value.items() if (tag, key) != ("", "step")]
+        items = [(key, item) for key, item in value.items() if tag or key not in ("step", "time")]
     elif isinstance(value, list):
         items = [(str(index), item) for index, item in enumerate(value)]
     elif isinstance(value, int | float):
@@ -238,4 +255,4 @@ def _scalars(value: Any, tag: str = "") -> Iterator[tuple[str, float]]:
     else:
         return
     for key, item in items:
-        yield from _scalars(item, f"{tag}/{key}" if tag else key)
+        yield from scalars(item, f"{tag}/{key}" if tag else key)

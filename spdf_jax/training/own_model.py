@@ -30,6 +30,7 @@ from spdf_jax.sparsity.masks import active_counts, apply_masks, check_masks, mat
 from spdf_jax.sparsity.programme import Programme, SparsityConfig
 from spdf_jax.sparsity.topology import Rule, fit_masks
 from spdf_jax.sparsity.transforms import sparse
+from spdf_jax.training.extension import why_not
 from spdf_jax.training.feed import Feed
 from spdf_jax.training.phases import PhasePlan, StepCost
 from spdf_jax.training.state import TrainState, state_shardings
@@ -297,24 +298,41 @@ def identity(plan: PhasePlan, feed: Feed, state: TrainState, loop: LoopConfig) -
     }
 
 
-def check_same_fit(identity: Mapping[str, Any], workdir: Path) -> None:
+def check_same_fit(identity: Mapping[str, Any], plan: PhasePlan, workdir: Path) -> dict[str, Any]:
     """Refuses the folder of another run; what only says how a run reports may change, and a folder without a run is anyone's.
+
+    Args:
+      identity: of `identity`.
+      plan: of the run.
+      workdir: its folder.
+
+    Returns:
+      The steps that it was to take and takes, where those may and do differ: ``{"steps": (100, 200)}``.
 
     Raises:
       InputError: another run, with what differs.
     """
     path = workdir / CONFIG_FILE
     if not path.exists():
-        return
+        return {}
     saved = read_json(path, "restore it, or choose another workdir")
     if not of_fit(saved):
         raise InputError(f"workdir {workdir}: holds a run of spdf_jax.GPT; choose another workdir")
     was, now = (flat({name: of[name] for name in ("steps", "sparsity", "fit")}) for of in (saved, identity))
-    if differing := [key for key in now | was if was.get(key) != now.get(key)]:
-        said = "; ".join(
-            f"{key} was {was.get(key, 'absent')!s:.32}, is {now.get(key, 'absent')!s:.32}" for key in differing[:4]
-        )
-        raise InputError(
-            f"workdir {workdir}: holds another run ({said}); choose another workdir, or give what that run was given (its "
-            f"initial values are those of params, masks and key)"
-        )
+    differing = [key for key in now | was if was.get(key) != now.get(key)]
+    if not differing:
+        return {}
+    why = ""
+    if differing == ["steps"]:
+        shorter = Programme(plan.programme.config, plan.programme.groups, was["steps"])
+        planned = dataclasses.replace(plan, end=was["steps"], programme=shorter)
+        why = why_not(workdir, [planned], [plan])
+        if not why:
+            return {"steps": (was["steps"], plan.end)}
+    said = "; ".join(
+        f"{key} was {was.get(key, 'absent')!s:.32}, is {now.get(key, 'absent')!s:.32}" for key in differing[:4]
+    )
+    raise InputError(
+        f"workdir {workdir}: holds another run ({said}{f', but {why}' if why else ''}); choose another workdir, or give what "
+        f"that run was given (its initial values are those of params, masks and key)"
+    )

@@ -21,6 +21,7 @@ from spdf_jax.model.mupar import mup_multipliers
 from spdf_jax.optim import learning_rate_schedule, make_optimizer
 from spdf_jax.sparsity.masks import matrix_groups
 from spdf_jax.sparsity.programme import Programme
+from spdf_jax.training.average import averaged
 from spdf_jax.training.state import abstract_params, sparse_filter
 from spdf_jax.tree import Filter
 
@@ -50,6 +51,23 @@ class StepCost(NamedTuple):
         return self._replace(tokens=tokens, topology_tokens=tokens if self.topology_tokens else 0)
 
 
+class Begin(NamedTuple):
+    """Where a run begins that goes on from another's whole state.
+
+    Attributes:
+      step: of the other run, from which steps are counted on.
+      example: of its data, as many as it was trained on; of a task, whose batches are cut by epoch, in batches of this run's.
+      order: the number of that data's order, of those that are drawn from one seed: one a phase.
+    """
+
+    step: int = 0
+    example: int = 0
+    order: int = 0
+
+
+_AT_ZERO = Begin()
+
+
 @jax.jit
 def task_tokens(weights_ABT: jax.Array) -> jax.Array:
     """Positions of a task's rows up to their last target: what comes after fills them up."""
@@ -74,6 +92,13 @@ class PhasePlan:
     cost: Callable[..., StepCost]  # of a step; (step, seq_len) where its rows are shorter than the phase's
     epoch_steps: int  # 0 where the phase is counted in steps
     eval_every_steps: int  # 0 where there is nothing to evaluate on
+    first_example: int = 0  # of its data's order, see `Begin`
+    order: int = 0
+
+    @property
+    def begin(self) -> Begin:
+        """Where the phase begins."""
+        return Begin(self.start, self.first_example, self.order)
 
     def evaluates_after(self, step: int) -> bool:
         """Whether there is an evaluation after `step` steps of the run: at intervals or epochs, and at the end."""
@@ -98,10 +123,10 @@ class PhasePlan:
         return {0, sparsest, steps} | {eighth * steps // 8 for eighth in range(1, 8) if moves}
 
 
-def make_plan(config: RunConfig) -> list[PhasePlan]:
+def make_plan(config: RunConfig, begin: Begin = _AT_ZERO) -> list[PhasePlan]:
     """The phases of a run in order. Epochs become steps here, which reads the task's files."""
     plans: list[PhasePlan] = []
-    start = 0
+    start = begin.step
     params = abstract_params(GPT(config.model))
     for index, (name, phase) in enumerate(config.phases.items()):
         epoch_steps = 0
@@ -125,19 +150,23 @@ def make_plan(config: RunConfig) -> list[PhasePlan]:
                 seq_len=config.seq_len(phase),
                 filter=filter,
                 programme=programme,
-                tx=make_optimizer(
-                    phase.optimizer,
-                    _multipliers(config.model, phase.sparsity.density),
-                    programme.config.topology_rule.optimizer,
-                ),
+                tx=_optimizer(config.model, phase, programme),
                 learning_rate=learning_rate_schedule(phase.optimizer, phase.steps, start),
                 cost=_cost(config, phase, programme),
                 epoch_steps=epoch_steps,
                 eval_every_steps=config.loop.eval_every_steps,
+                first_example=0 if index else begin.example,
+                order=begin.order + index,
             )
         )
         start += phase.steps
     return plans
+
+
+def _optimizer(model: GPTConfig, phase: PhaseConfig, programme: Programme) -> optax.GradientTransformationExtraArgs:
+    wrap = programme.config.topology_rule.optimizer
+    tx = make_optimizer(phase.optimizer, _multipliers(model, phase.sparsity.density), wrap)
+    return averaged(tx, phase.ema_decay) if phase.ema_decay else tx
 
 
 @cache  # as optimisers are: what is made of equal configs is one object, which compiled steps are known by
@@ -177,7 +206,7 @@ def _cost(config: RunConfig, phase: PhaseConfig, programme: Programme) -> Callab
 
 def total_cost(plans: list[PhasePlan], steps: int | None = None) -> StepCost:
     """Tokens and FLOPs of the first `steps` steps of a run, all of them by default."""
-    last = plans[-1].end if steps is None else steps
+    last = plans[-1].end if steps is None else steps  # counted as the plans are
     total = StepCost()
     for plan in plans:
         for step, count in plan.programme.alike(max(0, min(plan.end, last) - plan.start)).items():

@@ -10,15 +10,18 @@ import inspect
 import itertools
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from spdf_jax.config.run import RunConfig
+from spdf_jax.data.tokenizer import Tokenizer
 from spdf_jax.errors import InputError, reading
 from spdf_jax.processes import device_name, is_first
+from spdf_jax.sparsity import optimizers
 from spdf_jax.sparsity.rules import OWN_RULES, RULES, written_in
-from spdf_jax.workdir import CODE_FOLDER, PROVENANCE_FILE, read_json, write_atomically, write_json
+from spdf_jax.training.phases import Begin
+from spdf_jax.workdir import CODE_FOLDER, CONFIG_FILE, PROVENANCE_FILE, read_json, write_atomically, write_json
 
 PACKAGE = Path(__file__).parents[1]
 PACKAGES = ("spdf_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -48,12 +51,30 @@ def read_code(config: RunConfig, file: Path | str) -> dict[str, Source]:
     return code
 
 
+def kept_start(workdir: Path) -> tuple[dict[str, Source], str]:
+    """The code and the command that a run began with, where its workdir alone says that it is to go on.
+
+    Raises:
+      InputError: a rule of the run is of that code, which is kept to be compared and not to be executed.
+    """
+    command = read_json(workdir / CONFIG_FILE, "restore it, or choose another --workdir").get("command")
+    fix = f"give what began it: {command or 'the same call from Python'}"
+    code = {path.name: Source(path, path.read_bytes()) for path in sorted((workdir / CODE_FOLDER).glob("*.py"))}
+    path = workdir / PROVENANCE_FILE
+    if code or path.exists():  # else of an older release
+        with reading(f"{path}: no list of starts", fix):
+            rules = sorted(name for start in read_json(path, fix)["starts"] for name in start.get("rules", ()))
+        if rules:
+            raise InputError(f"--workdir {workdir}: rule {rules[0]!r} of this run is of a file of its own; {fix}")
+    return code, command or ""
+
+
 def check_same_code(config: RunConfig, workdir: Path, code: Mapping[str, Source]) -> None:
     """Refuses to go on with code that has changed where the run uses it, and says so where it does not.
 
     A run is its config, and what an experiment file sets is compared by that. What a config cannot hold is the code of a rule
-    that the file defines. Comments, docstrings and layout may change. Not to be asked of a run that has saved nothing: nothing
-    of what other code made goes on.
+    or an optimiser that the file defines. Comments, docstrings and layout may change. Not to be asked of a run that has saved
+    nothing: nothing of what other code made goes on.
 
     Args:
       config: of the command.
@@ -61,20 +82,20 @@ def check_same_code(config: RunConfig, workdir: Path, code: Mapping[str, Source]
       code: of the command.
 
     Raises:
-      InputError: a rule of the run is from a file that has changed.
+      InputError: a rule or an optimiser of the run is from a file that has changed.
     """
     kept = {path.name: path for path in (workdir / CODE_FOLDER).glob("*.py")}
     before = {name: fingerprint_of_code(path.read_bytes()) for name, path in kept.items()}
-    rules = list(own_rules(config))
-    written = {_file_of(part) for rule in rules for part in RULES[rule]}
+    own = own_parts(config)
+    written = {_file_of(part) for parts in own.values() for part in parts}
     for name, (path, content) in code.items():
         ours = fingerprint_of_code(content)
         # A rule's own file is compared whatever it is called by now.
-        if rules and ours not in before.values() and (name in kept or (kept and path in written)):
+        if own and ours not in before.values() and (name in kept or (kept and path in written)):
             put_back = f"put it back as {kept.get(name, workdir / CODE_FOLDER)} has it"
             raise InputError(
-                f"{path}: has changed since this run began, and rule {rules[0]!r} of it is the run's; {put_back}, or choose "
-                f"another --workdir"
+                f"{path}: has changed since this run began, and {_said(next(iter(own)))} of it is the run's; {put_back}, or "
+                f"choose another --workdir"
             )
         if before.get(name, ours) != ours and is_first():
             print(
@@ -83,7 +104,32 @@ def check_same_code(config: RunConfig, workdir: Path, code: Mapping[str, Source]
             )
 
 
-def record_start(config: RunConfig, workdir: Path, code: Mapping[str, Source], command: str, step: int) -> None:
+def keep_identity(
+    config: RunConfig, workdir: Path, command: str, tokenizer: Tokenizer | None, begin: Begin, *, new: bool
+) -> None:
+    """Writes what says whose run it is: its config, and the tokenizer if it has one."""
+    if new:
+        write_config(config, workdir, command, begin)
+    if tokenizer is not None and (new or not (workdir / "tokenizer.json").is_file()):
+        write_atomically(workdir / "tokenizer.json", tokenizer.to_str(pretty=True).encode())
+
+
+def write_config(config: RunConfig, workdir: Path, command: str, begin: Begin) -> None:
+    """Writes ``config.json``, with the command and where the run begins if that is not at zero."""
+    begins = {"begins": begin._asdict()} if begin.step else {}
+    write_json(workdir / CONFIG_FILE, config.as_dict() | {"command": command} | begins)
+
+
+def record_start(
+    config: RunConfig,
+    workdir: Path,
+    code: Mapping[str, Source],
+    command: str,
+    step: int,
+    lives: Sequence[Sequence[float]] = (),
+    first_step: int = 0,
+    changed: Mapping[str, Any] | None = None,
+) -> None:
     """Adds a start to ``provenance.json``; where it begins the run, keeps its code, too.
 
     Args:
@@ -91,9 +137,14 @@ def record_start(config: RunConfig, workdir: Path, code: Mapping[str, Source], c
       code: of `read_code`.
       command: as it was given; "" for a run from Python.
       step: after which the run goes on.
+      lives: see `lives`, with this start at their end.
+      first_step: that at which it began.
+      changed: settings that this start changes, as they were and are.
     """
-    add_start(workdir, command, step, {name: fingerprint_of_rule(name, code) for name in own_rules(config)})
-    if is_first() and not step:
+    parts = own_parts(config)
+    own = {name: _fingerprint_of_parts(parts[name], code) for name in parts}
+    add_start(workdir, command, step, own, lives, first_step, changed)
+    if is_first() and step == first_step:
         folder = workdir / CODE_FOLDER
         folder.mkdir(exist_ok=True)
         for name, source in code.items():
@@ -103,15 +154,34 @@ def record_start(config: RunConfig, workdir: Path, code: Mapping[str, Source], c
                 path.unlink()
 
 
-def add_start(workdir: Path, command: str, step: int, rules: Mapping[str, str] | None = None) -> None:
-    """Adds a start to ``provenance.json``: when, after which step, with which versions, which code its own `rules` have."""
+def add_start(
+    workdir: Path,
+    command: str,
+    step: int,
+    rules: Mapping[str, str] | None = None,
+    lives: Sequence[Sequence[float]] = (),
+    first_step: int = 0,
+    changed: Mapping[str, Any] | None = None,
+) -> None:
+    """Adds a start to ``provenance.json``: when, after which step, with which versions, which code its own `rules` have,
+    and its optimisers, as ``optimizer NAME``.
+
+    Says where that code is not what it was at the start before: a run of `spdf_jax.fit` keeps none that could be put back.
+    """
     if not is_first():
         return
     path = workdir / PROVENANCE_FILE
     try:
-        before = read_json(path, "")["starts"] if step else []
+        before = read_json(path, "")["starts"] if step > first_step else []
     except (InputError, KeyError):  # a run of an older release, or damage: from here on it is known again
         before = []
+    was = before[-1].get("rules", {}) if before else {}
+    for name in (name for name, now_is in (rules or {}).items() if was.get(name, now_is) != now_is):
+        print(
+            f"{workdir}: the code of rule {name!r} has changed since the last start, and the run goes on with it as it is now; "
+            f"put it back, or choose another workdir, if that is not meant",
+            flush=True,
+        )
     start = {
         "step": step,
         "time": now(),
@@ -120,8 +190,28 @@ def add_start(workdir: Path, command: str, step: int, rules: Mapping[str, str] |
         "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
         "commit": commit(),
         "device": device_name(),
-    } | ({"rules": rules} if rules else {})
-    write_json(path, {"starts": [*before, start]})
+    }
+    start |= {name: said for name, said in (("rules", rules), ("changed", changed)) if said}
+    write_json(path, {"starts": [*before, start], "lives": lives})
+
+
+def lives(workdir: Path, last_alive: float) -> list[list[float]]:
+    """When each start so far began and when it was last alive, in seconds since 1970, those that saved nothing too.
+
+    Args:
+      workdir: of the run.
+      last_alive: of the last of them, see `spdf_jax.training.metrics.last_alive`.
+
+    Returns:
+      ``[[begun, last alive], ...]``; empty where no start is known of.
+    """
+    try:
+        found = [[float(begun), float(end)] for begun, end in read_json(workdir / PROVENANCE_FILE, "")["lives"]]
+    except (InputError, KeyError, TypeError, ValueError):  # a run of an older release, or damage
+        return []
+    if found:
+        found[-1][1] = max(found[-1][1], last_alive)
+    return found
 
 
 def record_failure(workdir: Path, step: int, why: str) -> None:
@@ -136,9 +226,9 @@ def record_failure(workdir: Path, step: int, why: str) -> None:
         return
     path = workdir / PROVENANCE_FILE
     with contextlib.suppress(InputError, KeyError, IndexError, TypeError, OSError):  # the failure may be the disk's
-        starts = read_json(path, "")["starts"]
-        starts[-1]["failure"] = {"step": step, "time": now(), "why": why}
-        write_json(path, {"starts": starts})
+        content = read_json(path, "")
+        content["starts"][-1]["failure"] = {"step": step, "time": now(), "why": why}
+        write_json(path, content)
 
 
 def now() -> str:
@@ -155,14 +245,21 @@ def own_rules(config: RunConfig) -> Iterator[str]:
     yield from filter(is_own, dict.fromkeys(phase.sparsity.rule for phase in config.phases.values()))
 
 
+def own_parts(config: RunConfig) -> dict[str, tuple[Any, ...]]:
+    """What the run's own rules (``mine``) and its own optimisers (``optimizer mine``) consist of."""
+    names = dict.fromkeys(phase.optimizer.name for phase in config.phases.values())
+    own = {f"optimizer {name}": (optimizers.OPTIMIZERS[name],) for name in names if optimizers.is_own(name)}
+    return {name: tuple(RULES[name]) for name in own_rules(config)} | own
+
+
 def is_own(rule: str) -> bool:
     """Whether a rule is not this library's, or no more what it is there."""
     return RULES.get(rule) is not OWN_RULES.get(rule)
 
 
 def code_files(config: RunConfig, file: Path | str) -> dict[str, Path]:
-    """The experiment file, and those in which the rules of its own are, by name."""
-    found = (_file_of(part) for name in own_rules(config) for part in RULES[name])
+    """The experiment file, and those in which the rules and optimisers of its own are, by name."""
+    found = (_file_of(part) for parts in own_parts(config).values() for part in parts)
     own = sorted({path for path in found if path is not None and PACKAGE not in path.parents})
     return {path.name: path for path in itertools.chain(own, [Path(file)] if file else [])}
 
@@ -173,6 +270,12 @@ def _file_of(part: Any) -> Path | None:
     return path if path.suffix == ".py" and path.is_file() else None
 
 
+def _said(name: str) -> str:
+    """A name of `own_parts` in a sentence."""
+    kind, _, own = name.rpartition(" ")
+    return f"{kind or 'rule'} {own!r}"
+
+
 def _called(part: Any) -> str:
     if isinstance(part, functools.partial):
         return f"{_called(part.func)} {part.args} {part.keywords}"
@@ -181,7 +284,10 @@ def _called(part: Any) -> str:
 
 def fingerprint_of_rule(name: str, code: Mapping[str, Source]) -> str:
     """Of a rule's numbers and of the files that its functions are in, or of the functions alone where those are in none."""
+    return _fingerprint_of_parts(RULES[name], code)
 
+
+def _fingerprint_of_parts(parts: Iterable[Any], code: Mapping[str, Source]) -> str:
     def said(part: Any) -> str:
         path = _file_of(part)
         if not callable(part):
@@ -196,7 +302,7 @@ def fingerprint_of_rule(name: str, code: Mapping[str, Source]) -> str:
         except (OSError, TypeError):
             return type(part).__qualname__
 
-    return hashlib.sha256("\n".join(map(said, RULES[name])).encode()).hexdigest()
+    return hashlib.sha256("\n".join(map(said, parts)).encode()).hexdigest()
 
 
 def fingerprint_of_code(content: bytes) -> str:

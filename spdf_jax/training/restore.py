@@ -14,14 +14,14 @@ from spdf_jax.cloud.spool import located, stored
 from spdf_jax.config.checks import check_transition
 from spdf_jax.config.read import load_config
 from spdf_jax.config.run import RunConfig, flat
-from spdf_jax.errors import InputError
+from spdf_jax.errors import InputError, reading
 from spdf_jax.huggingface import load_gpt2
 from spdf_jax.model.config import GPTConfig
 from spdf_jax.model.gpt import GPT
 from spdf_jax.sharding import make_mesh, parameter_shardings
 from spdf_jax.sparsity.masks import dense_masks
 from spdf_jax.training.checkpoint import Checkpoints, DamagedCheckpointError
-from spdf_jax.training.phases import PhasePlan, make_plan
+from spdf_jax.training.phases import Begin, PhasePlan, make_plan
 from spdf_jax.training.state import TrainState, abstract_state, as_masks, init_state, start_phase, state_shardings
 from spdf_jax.training.stored_state import fingerprint
 from spdf_jax.workdir import BEST, CHECKPOINTS, CONFIG_FILE, SUMMARY_FILE, read_json
@@ -38,16 +38,34 @@ _COSTS = ("train_flops", "dense_flops", "tokens", "wall_seconds", "val_loss")
 
 
 class SavedRun(NamedTuple):
-    """The result of a run: its best state if its last phase may stop early, its newest otherwise; blocks as masks."""
+    """The end of a run: its best state if its last phase may stop early, its newest otherwise; blocks as masks."""
 
     config: RunConfig
     plan: PhasePlan
     state: TrainState
 
     @property
+    def result(self) -> TrainState:
+        """The state to evaluate, generate from and export: `state`, with the average of its parameters if the run keeps one."""
+        return self.state.averaged()
+
+    @property
     def model(self) -> GPT:
         """It attends as in the last step that made the state, whatever it is used for."""
         return GPT(self.config.model, *self.plan.attention_after(int(self.state.step)))
+
+
+def differing(config: RunConfig, workdir: Path) -> tuple[list[str], dict[str, tuple[Any, Any]]]:
+    """In what a config is not that of the run in a folder: places, and what is another run by its value there and here."""
+    path = workdir / CONFIG_FILE
+    if not path.exists():
+        return [], {}
+    saved, ours = (flat(c.as_dict()) for c in (load_config(path), config))
+    keys = [
+        key for key in sorted(saved.keys() | ours.keys()) if saved.get(key) != ours.get(key) and not _FREE.match(key)
+    ]
+    others = {key: (saved.get(key), ours.get(key)) for key in keys if not _PLACES.match(key)}
+    return [key for key in keys if _PLACES.match(key)], {} if all(map(_NAMES.match, others)) else others
 
 
 def check_same_run(config: RunConfig, workdir: Path) -> list[str]:
@@ -63,18 +81,11 @@ def check_same_run(config: RunConfig, workdir: Path) -> list[str]:
     Raises:
       InputError: another config, with what differs.
     """
-    path = workdir / CONFIG_FILE
-    if not path.exists():
-        return []
-    saved, ours = (flat(c.as_dict()) for c in (load_config(path), config))
-    differing = [
-        key for key in sorted(saved.keys() | ours.keys()) if saved.get(key) != ours.get(key) and not _FREE.match(key)
-    ]
-    places = [key for key in differing if _PLACES.match(key)]
-    if any(key not in places and not _NAMES.match(key) for key in differing):
-        others = [f"{key} was {saved.get(key)!r}, is {ours.get(key)!r}" for key in differing if key not in places]
+    places, others = differing(config, workdir)
+    if others:
+        said = [f"{key} was {was!r}, is {now!r}" for key, (was, now) in others.items()]
         raise InputError(
-            f"workdir {workdir}: holds a run of another config ({'; '.join(others[:4])}); choose another --workdir, or give "
+            f"workdir {workdir}: holds a run of another config ({'; '.join(said[:4])}); choose another --workdir, or give "
             f"the config of that run"
         )
     return places
@@ -93,12 +104,16 @@ def check_same_data(config: RunConfig, record: dict[str, Any], fingerprints: lis
             )
 
 
-def check_same_origin(
-    config: RunConfig, source: Path | None, plan: PhasePlan, mesh: Mesh, record: dict[str, Any]
-) -> None:
-    """Refuses an ``init_from`` that is neither where this run started from, nor the same in another place."""
+def check_same_origin(config: RunConfig, first: TrainState | None, record: dict[str, Any]) -> None:
+    """Refuses an ``init_from`` that is neither where this run started from, nor the same in another place.
+
+    Args:
+      config: of the run.
+      first: the first state that it would start with from there.
+      record: of its newest checkpoint.
+    """
     was = record.get("origin", {}).get("fingerprint")
-    if source is None or was is None or fingerprint(initial_from(source, config, plan, mesh)) != was:
+    if first is None or was is None or fingerprint(first) != was:
         raise InputError(
             f"config.init_from: {config.init_from!r} does not hold what this run started from; give the config of this run, or "
             f"choose another --workdir"
@@ -114,8 +129,9 @@ def saved_run(workdir: Path, mesh: Mesh | None = None, config: RunConfig | None 
       config: the run's own, but for what may change after a run, such as `decode`; by default its ``config.json``.
 
     Returns:
-      ``(config, plan, state)``: parameters are ``state.params``, masks ``state.masks``; see `spdf_jax.TrainState`. The notebook
-      ``4_read_a_run.ipynb`` looks at one.
+      ``(config, plan, state)``: parameters are ``state.params``, masks ``state.masks``; see `spdf_jax.TrainState`. Where
+      ``ema_decay`` or a schedule-free optimiser keeps averages, they are ``.result.params``, and what `train` measured is
+      theirs. The notebook ``4_read_a_run.ipynb`` looks at one.
 
     Raises:
       InputError: no checkpoint there, or a run of another config.
@@ -141,24 +157,35 @@ def saved_run_and_record(
             config = load_config(workdir / CONFIG_FILE)
         else:
             check_same_run(config, workdir)
-        mesh, plans = mesh or make_mesh(config.mesh), make_plan(config)
+        mesh, plans = mesh or make_mesh(config.mesh), make_plan(config, begin_of(workdir))
         with contextlib.closing(Checkpoints(workdir / folder.name, config.loop.keep_checkpoints)) as checkpoints:
             step = checkpoints.latest_step()
             try:
                 record = checkpoints.record()
                 plan = plans[min(record["phase"], len(plans) - 1)]
                 state = restore_state(config, plan, mesh, checkpoints)
-                return SavedRun(config, plan, as_masks(plan.tx, state)), record
+                state = as_masks(plan.tx, state)
+                return SavedRun(config, plan, state), record
             except DamagedCheckpointError:
                 if (folder / str(step)).is_dir():
                     raise
                 # Else a job that still runs has put a newer one in its place: list again.
 
 
-def restore_state(config: RunConfig, plan: PhasePlan, mesh: Mesh, checkpoints: Checkpoints) -> TrainState:
-    """The newest state of a phase, laid out on `mesh`."""
+def restore_state(
+    config: RunConfig, plan: PhasePlan, mesh: Mesh, checkpoints: Checkpoints, step: int = 0
+) -> TrainState:
+    """The state of a phase at a step, by default the newest, laid out on `mesh`."""
     abstract = abstract_state(GPT(config.model), plan.tx, plan.config.sparsity, plan.filter)
-    return checkpoints.restore(abstract, state_shardings(mesh, plan.tx, abstract))
+    return checkpoints.restore(abstract, state_shardings(mesh, plan.tx, abstract), step)
+
+
+def begin_of(workdir: Path) -> Begin:
+    """Where the run in a folder begins, as its ``config.json`` says."""
+    path, fix = workdir / CONFIG_FILE, "restore it, or give the workdir of a run"
+    begins = read_json(path, fix).get("begins", {}) if path.exists() else {}
+    with reading(f"{path}: does not say where the run begins", fix):
+        return Begin(**begins)
 
 
 def source_folder(config: RunConfig, workdir: Path | None) -> Path | None:
@@ -194,13 +221,13 @@ def initial_from(folder: Path, config: RunConfig, plan: PhasePlan, mesh: Mesh) -
     phase = plan.config
     key = jax.random.key(config.seed)
     if holds_run(folder):
-        source = saved_run(folder, mesh)
-        _check_same_model(folder, source.config.model, config.model)
+        source = saved_run(folder, mesh)  # `start_phase` takes the average where it resets
+        check_same_model(folder, source.config.model, config.model)
         check_transition(source.plan.config, plan.name, phase)
         state = source.state.replace(step=jnp.zeros((), jnp.int32), key=key)
     else:
         model_config, params = load_gpt2(folder)
-        _check_same_model(folder, model_config, config.model)
+        check_same_model(folder, model_config, config.model)
         if not phase.reset_optimizer:
             raise InputError(f"config.{plan.name}.reset_optimizer: {folder} holds no optimiser state; set it to True")
         params = jax.device_put(params, parameter_shardings(mesh, params))
@@ -249,13 +276,13 @@ def read_summary(workdir: Path) -> dict[str, Any] | None:
 
 
 def enter_phase(state: TrainState, plan: PhasePlan, mesh: Mesh) -> TrainState:
-    """`start_phase` as the plan says."""
+    """`start_phase` as the plan says: from the result of the phase before, or, with its optimiser, from its parameters."""
     phase = plan.config
     return start_phase(state, plan.tx, phase.sparsity, plan.filter, mesh, reset_optimizer=phase.reset_optimizer)
 
 
-def _check_same_model(folder: Path, there: GPTConfig, here: GPTConfig) -> None:
-    """Fields that change neither a parameter nor what it means may differ."""
+def check_same_model(folder: Path, there: GPTConfig, here: GPTConfig) -> None:
+    """Refuses another model; fields that change neither a parameter nor what it means may differ."""
     free = {"dropout", "dtype", "remat", "init_std", "mup_density"}
     theirs, ours = (dataclasses.asdict(dataclasses.replace(c, d_ff=c.mlp_width)) for c in (there, here))
     differing = [

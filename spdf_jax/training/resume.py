@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from spdf_jax.cloud.spool import saved_steps
+from spdf_jax.config.run import LoopConfig
 from spdf_jax.errors import InputError
 from spdf_jax.processes import device_name
 from spdf_jax.training.checkpoint import Checkpoints
@@ -22,13 +23,13 @@ def has_begun(workdir: Path) -> bool:
 
 
 @contextlib.contextmanager
-def opened(workdir: Path, keep: int, *, best: bool = False) -> Iterator[tuple[Checkpoints, Checkpoints | None]]:
-    """The run's checkpoints, of which the newest `keep` stay, and, if wanted, that of its best state; closed at the end.
+def opened(workdir: Path, loop: LoopConfig, *, best: bool = False) -> Iterator[tuple[Checkpoints, Checkpoints | None]]:
+    """The run's checkpoints, as many as `loop` says, and, if wanted, that of its best state; closed at the end.
 
     What killed processes left half-written in the workdir is removed first.
     """
     sweep(workdir)
-    checkpoints = Checkpoints(workdir / CHECKPOINTS, keep)
+    checkpoints = Checkpoints(workdir / CHECKPOINTS, loop.keep_checkpoints, loop.keep_every_steps)
     with contextlib.closing(checkpoints), contextlib.ExitStack() as stack:
         best_one = None
         if best:

@@ -20,7 +20,14 @@ from spdf_jax.sparsity.masks import apply_masks, dense_masks, init_masks, matrix
 from spdf_jax.sparsity.programme import SparsityConfig
 from spdf_jax.sparsity.regrowth import reset_masked_state
 from spdf_jax.sparsity.topology import fit_masks
-from spdf_jax.tree import LINEAR_KERNELS, LINEAR_KERNELS_AND_HEAD, LINEAR_KERNELS_AND_TIED_HEAD, Filter
+from spdf_jax.training.average import AverageState
+from spdf_jax.tree import (
+    LINEAR_KERNELS,
+    LINEAR_KERNELS_AND_HEAD,
+    LINEAR_KERNELS_AND_TIED_HEAD,
+    Filter,
+    same_structure,
+)
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -50,12 +57,47 @@ class TrainState(flax.struct.PyTreeNode):
 
     @property
     def variables(self) -> dict[str, Any]:
-        """What the model computes with: ``model.apply(state.variables, tokens_BT)``."""
-        return {"params": self.params, "topology": self.topology}
+        """What the model is evaluated with: ``model.apply(state.variables, tokens_BT)``."""
+        return {"params": self.averaged().params, "topology": self.topology}
+
+    def averaged(self) -> "TrainState":
+        """The state with the parameters that count: the average that ``ema_decay`` or a schedule-free optimiser keeps of them.
+
+        Training goes on from `params` as they are, not from this: the optimiser's state, which is of those, is left out. Where
+        no average is kept, the same state.
+
+        >>> params, masks = {"w": jnp.array([4.0, 0.0])}, {"w": jnp.array([True, False])}
+        >>> follows = AverageState(jnp.array(9), {"w": jnp.array([3.0, 5.0])}, ())
+        >>> state = TrainState(jnp.zeros((), jnp.int32), params, masks, opt_state=follows, key=jax.random.key(0))
+        >>> state.averaged().params["w"].tolist(), state.replace(opt_state=()).averaged().params is params
+        ([3.0, 0.0], True)
+        """
+        found = [s for s in jax.tree.leaves(self.opt_state, is_leaf=_keeps_average) if _keeps_average(s)]
+        if not found or not same_structure(_followed(found[0]), self.params):
+            return self
+        return self.replace(params=_average(found[0], self.params, self.masks), opt_state=optax.EmptyState())
 
     def element_masks(self) -> Any:
         """Masks as `spdf_jax.init_masks` makes them, of kernels stored as blocks too."""
         return element_masks(self.params, self.topology) if self.topology else self.masks
+
+
+def _keeps_average(state: Any) -> bool:
+    return isinstance(state, AverageState | optax.contrib.ScheduleFreeState)
+
+
+def _followed(state: Any) -> Any:
+    return state.average if isinstance(state, AverageState) else state.z
+
+
+@jax.jit
+def _average(state: Any, params: Any, masks: Any) -> Any:
+    """Under the masks, for a schedule-free optimiser starts from parameters that are not."""
+    if isinstance(state, AverageState):
+        average = jax.tree.map(lambda a, p: jnp.where(state.updates > 0, a, p), state.average, params)
+    else:
+        average = optax.contrib.schedule_free_eval_params(state, params)
+    return apply_masks(average, masks)
 
 
 def sparse_filter(config: SparsityConfig, tied_head: bool) -> Filter:
@@ -131,11 +173,12 @@ def start_phase(
 
     A dense phase drops the masks: revived weights start at exactly 0 (SPDF). A sparse phase goes on with the masks it finds,
     pruned by magnitude or grown at random to its own counts (at 0 as well), and makes them where there are none. The optimiser
-    starts fresh, or carries its state over.
+    starts fresh, from what a schedule-free one averaged, or carries its state over.
     """
 
     def start(state: TrainState) -> TrainState:
-        if reset_optimizer:
+        if reset_optimizer:  # of whole kernels, which an optimiser may look at as such
+            state = as_masks(optax.identity(), state.averaged().replace(opt_state=optax.EmptyState()))
             state = state.replace(opt_state=tx.init(state.params))
         state = as_masks(tx, state)
         if config.dense:

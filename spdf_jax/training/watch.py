@@ -10,6 +10,7 @@ from spdf_jax.config.checks import check_devices
 from spdf_jax.config.run import RunConfig
 from spdf_jax.model.gpt import GPT
 from spdf_jax.sharding import batch_devices, make_mesh
+from spdf_jax.training.branch import branch, check_same_order
 from spdf_jax.training.feed import Feed, load_data, make_feed
 from spdf_jax.training.loop import evaluate, make_phase_steps, starts_anew, take_steps
 from spdf_jax.training.phases import PhasePlan, make_plan
@@ -46,10 +47,15 @@ def watch_training(config: RunConfig) -> Iterator[tuple[TrainState, dict[str, An
     """
     mesh, model, plans = make_mesh(config.mesh), GPT(config.model), make_plan(config)
     check_devices(config, batch_devices(mesh))
+    with jax.set_mesh(mesh):  # never around a yield: it would leak to whoever looks on
+        parent, plans = branch(config, None, plans, mesh)
     tokens, tokenizer = load_data(config, None, plans, begun=False, progress=False)
     feeds = [make_feed(config, plan, tokens, tokenizer, mesh) for plan in plans]
-    with jax.set_mesh(mesh):  # never around a yield: it would leak to whoever looks on
-        state = first_state(config, plans[0], mesh, source_folder(config, None))
+    if parent:
+        check_same_order(parent, feeds[0].fingerprint)
+    with jax.set_mesh(mesh):
+        state = parent.state if parent else first_state(config, plans[0], mesh, source_folder(config, None))
+    parent = None  # whose state the first step may be the last to use
     yield state, {}
     for plan in plans:
         taken = _watch_phase(model, plan, feeds, mesh, state)
