@@ -190,7 +190,8 @@ def ended(process: subprocess.Popen) -> tuple[int, str, str]:
 
 
 if __name__ == "__main__":
-    from spdf_jax import lease, main, processes
+    from spdf_jax import main, processes
+    from spdf_jax.cloud import lease
 
     lease.LEASE_SECONDS, lease.PUBLISH_SECONDS = float(sys.argv.pop(1)), 1.0
     processes.end(main.main(sys.argv))

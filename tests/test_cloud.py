@@ -98,8 +98,9 @@ def same_bits(ours: Path, theirs: Path) -> None:
 
 
 def rows(place: Path | str) -> list[dict]:
-    """What a run has logged, but for how fast it was."""
-    return [{name: value for name, value in row.items() if name != "tokens_per_second"} for row in read_metrics(place)]
+    """What a run has logged, but for readings of the clock."""
+    clock = ("tokens_per_second", "time", "seconds")
+    return [{name: value for name, value in row.items() if name not in clock} for row in read_metrics(place)]
 
 
 # --- without storage -------------------------------------------------------------------------------------------------
@@ -513,5 +514,11 @@ def test_a_run_that_is_refused_leaves_nothing_there(here, text):
     c = short(text)
     c = dataclasses.replace(c, data=dataclasses.replace(c.data, path=str(text / "not there")))
     with pytest.raises(InputError, match="not there"):
+        spdf.train(c, f"gs://{BUCKET}/refused", progress=False)
+    c = short(text)
+    c = dataclasses.replace(c, loop=dataclasses.replace(c.loop, trackers="wandb"))
+    with pytest.raises(
+        InputError, match=r"^config\.loop\.trackers: their databases cannot be kept in a bucket, .* gs://bucket/"
+    ):
         spdf.train(c, f"gs://{BUCKET}/refused", progress=False)
     assert not here.objects("refused")

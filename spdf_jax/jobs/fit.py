@@ -99,7 +99,7 @@ def fit(
         raise InputError(f"fit: runs in one process, and this is one of {jax.process_count()}; start it alone")
     clock = Clock()
     workdir, how = located(workdir), _loop_config(loop, validation is not None)
-    check_trackers(how.tracker_names)
+    check_trackers(how.tracker_names, workdir)
     mesh = make_mesh(MeshConfig(data=devices))
     plan = own_plan(tx, params, programme, how.eval_every_steps if validation is not None else 0)
     with jax.set_mesh(mesh):

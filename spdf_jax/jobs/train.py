@@ -116,7 +116,7 @@ def train_with(
 ) -> dict[str, Any]:
     """`train` with `spdf_jax.training.provenance.read_code` as it was at the start; `announce`: print the run's plan first."""
     clock, mesh, names = Clock(), make_mesh(config.mesh), config.loop.tracker_names
-    check_trackers(names)
+    check_trackers(names, workdir)
     check_devices(config, batch_devices(mesh))
     processes.agree("config", json.dumps(config.as_dict()), "start all of them with the same command and files")
     plans = make_plan(config)

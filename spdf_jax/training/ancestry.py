@@ -58,7 +58,7 @@ def ancestors(config: RunConfig, workdir: Path, parent: Parent | None, fingerpri
     return [
         *earlier,
         {
-            "workdir": str(folder.absolute()),
+            "workdir": f"{folder.absolute()}",
             "experiment": there.experiment,
             "variant": there.variant,
             "step": step,

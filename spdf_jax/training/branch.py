@@ -53,7 +53,7 @@ def _parent_of(config: RunConfig, workdir: Path | None, mesh: Mesh, step: int) -
     folder = source_folder(config, workdir)
     assert folder is not None, "configs are checked for it"
     if not holds_run(folder):
-        raise InputError(f"config.init_what: {str(folder)!r} holds parameters and no more; use 'parameters'")
+        raise InputError(f"config.init_what: {f'{folder}'!r} holds parameters and no more; use 'parameters'")
     there = load_config(folder / CONFIG_FILE)
     check_same_model(folder, there.model, config.model)
     plans = make_plan(there, begin_of(folder))
@@ -66,7 +66,7 @@ def _parent_of(config: RunConfig, workdir: Path | None, mesh: Mesh, step: int) -
                 plan = plans[min(record["phase"], len(plans) - 1)]
                 return Parent(folder, there, plans, record, restore_state(there, plan, mesh, checkpoints, wanted))
             except DamagedCheckpointError:
-                if (stored(folder / CHECKPOINTS) / str(wanted)).is_dir() or jax.process_count() > 1:
+                if stored(folder / CHECKPOINTS / str(wanted)).is_dir() or jax.process_count() > 1:
                     raise
                 # Else the run there goes on, and has put a newer one in its place: list again.
 

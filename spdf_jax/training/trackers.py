@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from spdf_jax.cloud.spool import url
 from spdf_jax.config.run import flat
 from spdf_jax.errors import InputError, nearest, one_line
 from spdf_jax.processes import is_first
@@ -193,8 +194,13 @@ class _Trackio:
 SINKS: dict[str, Callable[[Series], Sink]] = {"wandb": _Wandb, "mlflow": _MLflow, "trackio": _Trackio}
 
 
-def check_trackers(names: Sequence[str]) -> None:
-    """Raises `InputError` for a tracker that there is not, or whose package is not installed."""
+def check_trackers(names: Sequence[str], workdir: Path | None = None) -> None:
+    """Raises `InputError` for a tracker that there is not, that is not installed, or whose files would lie in a bucket."""
+    if names and workdir and url(workdir):
+        raise InputError(
+            f"config.loop.trackers: their databases cannot be kept in a bucket, and the workdir is {workdir}; leave them out, "
+            f"or choose a --workdir on a disk"
+        )
     for name in names:
         if name not in SINKS:
             raise InputError(f"config.loop.trackers: no tracker {name!r}{nearest(name, list(SINKS))}")
