@@ -16,7 +16,7 @@ import numpy as np
 import optax
 import pytest
 from optax import contrib
-from tiny import NO_WINDOW, die_at, few_matrices, set_sparsity, slow_but, tiny_config, write_text
+from tiny import NO_WINDOW, die_at, few_matrices, rows_without_clock, set_sparsity, slow_but, tiny_config, write_text
 
 import spdf_jax as spdf
 from spdf_jax.jobs import train as jobs
@@ -31,7 +31,6 @@ from spdf_jax.sparsity.optimizers import OWN_OPTIMIZERS
 from spdf_jax.sparsity.regrowth import reset_masked_state
 from spdf_jax.training import loop, programs
 from spdf_jax.training.checkpoint import Checkpoints
-from spdf_jax.training.metrics import read_metrics
 from spdf_jax.training.phases import make_plan
 from spdf_jax.training.provenance import code_files, own_parts
 from spdf_jax.training.restore import saved_run, saved_run_and_record
@@ -448,9 +447,11 @@ def arrays(workdir: Path):
     return dict(named_leaves(jax.device_get(state.replace(key=jax.random.key_data(state.key)))))
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("few_matrices")  # as in the program
-@pytest.mark.parametrize("name", [*RATES, "mine"])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow if n in ("muon", FREE) else pytest.mark.nightly) for n in (*RATES, "mine")],
+)
 def test_kill_9_and_resume_with_a_moving_topology_change_no_bit(name, text, tmp_path, capsys):
     try:
         config, steps = whole_run(text, name), []
@@ -460,7 +461,7 @@ def test_kill_9_and_resume_with_a_moving_topology_change_no_bit(name, text, tmp_
             patch.setattr(loop, "make_steps", lambda *args: steps.append(original(*args)) or steps[-1])
             summary = jobs.train(config, tmp_path / "whole", progress=False)
         assert [(s.train._cache_size(), s.topology._cache_size()) for s in steps] == [(1, 1), (1, 0)]
-        rows = [{k: v for k, v in r.items() if k != "tokens_per_second"} for r in read_metrics(tmp_path / "whole")]
+        rows = rows_without_clock(tmp_path / "whole")
         assert sum("churn" in row for row in rows) >= 3
         assert max(max(c) for row in rows if "churn" in row for c in row["churn"].values()) > 0.05
         assert summary["val_loss"] < summary["initial_val_loss"] - 0.1
@@ -474,7 +475,7 @@ def test_kill_9_and_resume_with_a_moving_topology_change_no_bit(name, text, tmp_
             assert ours.keys() == theirs.keys()
             for key, array in theirs.items():
                 np.testing.assert_array_equal(ours[key], array, err_msg=f"{moment} {key}")
-            found = [{k: v for k, v in r.items() if k != "tokens_per_second"} for r in read_metrics(workdir)]
+            found = rows_without_clock(workdir)
             assert found == rows
         with capsys.disabled():
             print(f" {name}: {summary['initial_val_loss']:.3f} to {summary['val_loss']:.3f}, 2 kills ", end="")
