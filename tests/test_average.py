@@ -173,7 +173,7 @@ def test_a_rule_that_looks_after_the_state_itself_is_refused_an_average(text):
         spdf.resolve(c)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.usefixtures("few_matrices")  # as in the program
 def test_a_run_is_judged_and_exported_by_its_average_and_resumes_to_the_same_bits(text, tmp_path):
     c = short_run(text, text.parent / "cache", pretrain={"ema_decay": 0.8}, keep_checkpoints=1, keep_every_steps=6)

@@ -20,14 +20,20 @@ SMALLEST = {
     "topology": ["--layers", "2", "--width", "64", "--repeats", "1"],
     "train_step": ["--shapes", "4x256", "--repeats", "1"],
 }
+NEEDED = {"pods": [needs_libtpu]}
 
 
 def test_all_are_here():
     assert SMALLEST.keys() == {path.stem for path in FOLDER.glob("*.py")} - {"runner"}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[needs_libtpu] * (name == "pods")) for name in SMALLEST])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.nightly if name == "gpu" else pytest.mark.slow, *NEEDED.get(name, [])])
+        for name in SMALLEST
+    ],
+)
 def test_a_benchmark_runs_and_leaves_its_figures(name, tmp_path):
     done = subprocess.run(
         [sys.executable, FOLDER / f"{name}.py", *SMALLEST[name], "--json", tmp_path / "figures.json"],

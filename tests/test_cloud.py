@@ -172,7 +172,7 @@ def test_files_are_sent_as_they_change_in_the_order_in_which_they_were_written(h
 
 
 @needs_storage
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_an_end_whose_answer_was_lost_is_not_put_there_twice(here, monkeypatch):
     monkeypatch.setattr(spool, "_APPEND_BYTES", 10)
     folder = spool.located(f"gs://{BUCKET}/twice")
@@ -192,7 +192,7 @@ def test_an_end_whose_answer_was_lost_is_not_put_there_twice(here, monkeypatch):
 
 
 @needs_storage
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_bucket_that_is_not_there_is_refused_in_one_line(here):
     with pytest.raises(
         InputError, match=r"^gs://no-such-bucket/run: the bucket refuses \(404 .*choose another --workdir$"
@@ -234,7 +234,7 @@ def test_of_many_that_want_it_at_once_one_gets_the_lease(here, monkeypatch):
 
 
 @needs_storage
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_lease_is_taken_over_when_it_is_old_and_not_before(here):
     folder = spool.located(f"gs://{BUCKET}/old")
     here.write("old/.lock", json.dumps({"owner": "one that was killed", "token": "x"}).encode())
@@ -250,7 +250,7 @@ def test_a_lease_is_taken_over_when_it_is_old_and_not_before(here):
 
 
 @needs_storage
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_renewal_whose_answer_was_lost_is_still_ours(here, monkeypatch):
     monkeypatch.setattr(lease, "_end_without", lambda folder, why: pytest.fail(why))
     folder = spool.located(f"gs://{BUCKET}/renewed")
@@ -289,7 +289,7 @@ def killing(storage: Storage, process, at: int) -> None:
 
 
 @needs_storage
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_main_job_ends_in_a_bucket_as_on_a_disk_through_kills_and_failures(storage, on_disk, tmp_path, monkeypatch):
     workdir = f"gs://{BUCKET}/main"
     draw, kills = random.Random(0), 0
@@ -344,7 +344,7 @@ def test_the_main_job_ends_in_a_bucket_as_on_a_disk_through_kills_and_failures(s
 
 
 @needs_storage
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_every_job_works_there_and_answers_as_on_a_disk(storage, on_disk, tmp_path):
     for path in on_disk.rglob("*"):
         if path.is_file() and path.name != ".lock":
@@ -396,7 +396,7 @@ def test_of_two_runs_at_once_one_is_refused_and_the_other_ends_as_alone(storage,
 
 
 @needs_storage
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_run_that_has_lost_its_lease_ends_and_writes_nothing_more(storage, on_disk, tmp_path):
     workdir = f"gs://{BUCKET}/lost"
     first = begun(storage, *MAIN_JOB, f"--workdir={workdir}")
@@ -420,7 +420,7 @@ def test_a_run_that_has_lost_its_lease_ends_and_writes_nothing_more(storage, on_
 
 
 @needs_storage
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_where_the_bucket_answers_no_more_the_run_ends_to_be_started_again(storage, on_disk, tmp_path):
     workdir = f"gs://{BUCKET}/silent"
     process = begun(storage, *MAIN_JOB, f"--workdir={workdir}")
@@ -440,7 +440,7 @@ def test_where_the_bucket_answers_no_more_the_run_ends_to_be_started_again(stora
 
 
 @needs_storage
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_damaged_checkpoint_is_set_aside_there(here, text, tmp_path, all_with_few_matrices, no_figures):
     config = short(text)
     spdf.train(config, tmp_path / "disk", progress=False)
@@ -455,7 +455,7 @@ def test_a_damaged_checkpoint_is_set_aside_there(here, text, tmp_path, all_with_
 
 
 @needs_storage
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_sweep_and_a_run_that_starts_from_one_of_its_cells(here, text, tmp_path, all_with_few_matrices, no_figures):
     tables = {}
     for place in (tmp_path / "disk", spool.located(f"gs://{BUCKET}/sweep")):
@@ -476,7 +476,7 @@ def test_a_sweep_and_a_run_that_starts_from_one_of_its_cells(here, text, tmp_pat
 
 
 @needs_storage
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_run_of_any_model(here, tmp_path, no_figures):
     params, filter = {"w": jax.numpy.ones((8, 8))}, [("w", "matrix")]
     masks = spdf.init_masks(jax.random.key(0), params, sparsity=0.75, filter=filter)
@@ -498,7 +498,7 @@ def test_a_run_of_any_model(here, tmp_path, no_figures):
 
 
 @needs_storage
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_two_processes_train_in_one_bucket(here, text, tmp_path):
     for workdir in (tmp_path / "disk", f"gs://{BUCKET}/two"):
         arguments = ("--config.pretrain.steps=12", "--config.finetune.steps=2", "--config.mesh.data=2")
@@ -509,7 +509,7 @@ def test_two_processes_train_in_one_bucket(here, text, tmp_path):
 
 
 @needs_storage
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_run_that_is_refused_leaves_nothing_there(here, text):
     c = short(text)
     c = dataclasses.replace(c, data=dataclasses.replace(c.data, path=str(text / "not there")))

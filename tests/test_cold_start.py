@@ -167,5 +167,7 @@ def test_a_watched_run_is_the_run_itself_with_smet_s_counts_in_the_checkpoint(te
 def test_state_of_another_kind_is_not_carried_over(text):
     c = tiny_config(text, text.parent / "cache")
     c.finetune.reset_optimizer, c.pretrain.optimizer.regrowth = False, "smet"
-    with pytest.raises(spdf.InputError, match=r"finetune.reset_optimizer.*'smet' and rule 'dense' with 'reset'"):
+    with pytest.raises(
+        spdf.InputError, match=r"finetune.reset_optimizer.*'smet' and rule 'dense' with 'adamw', 'reset'"
+    ):
         spdf.resolve(c)

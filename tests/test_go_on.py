@@ -324,7 +324,7 @@ def test_killed_while_it_goes_on_it_ends_with_the_same_bits(moment, finished, lo
     assert_ends_as(tmp_path, longer)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_last_phase_of_several_goes_on(text, tmp_path):
     """MST's masks have moved and are dropped by then."""
 
@@ -567,7 +567,7 @@ def test_other_data_and_damage_are_refused(text, parent, tmp_path):
         train(going_on(one_phase(text, 8), folder), tmp_path / "run")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_cell_of_a_sweep_branches_from_another(text, tmp_path):
     stable = one_phase(text, 8)
     stable.pretrain.optimizer.decay_fraction = 0.0

@@ -450,7 +450,7 @@ def arrays(workdir: Path):
 @pytest.mark.usefixtures("few_matrices")  # as in the program
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(n, marks=pytest.mark.slow if n in ("muon", FREE) else pytest.mark.nightly) for n in (*RATES, "mine")],
+    [pytest.param(n, marks=pytest.mark.slow if n == FREE else pytest.mark.nightly) for n in (*RATES, "mine")],
 )
 def test_kill_9_and_resume_with_a_moving_topology_change_no_bit(name, text, tmp_path, capsys):
     try:
