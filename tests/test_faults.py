@@ -612,7 +612,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(w
 
     def poisoned(steps, plan, local, state, batch):
         state, metrics = one_step(steps, plan, local, state, batch)
-        return state, metrics | ({"loss": np.float32(np.nan)} if local == 6 else {})
+        return state, metrics | ({"loss": jnp.float32(np.nan)} if local == 6 else {})
 
     monkeypatch.setattr(loop, "one_step", poisoned)
     with pytest.raises(spdf.InputError, match=r"step 7: loss nan.*checkpoint at step 4 is kept"):
@@ -624,7 +624,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(w
 
 
 def test_where_nothing_was_saved_no_checkpoint_is_said_to_be_kept(text, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "one_step", lambda *a: (a[-2], {"loss": np.float32(np.nan), "grad_norm": np.float32(1)}))
+    monkeypatch.setattr(loop, "one_step", lambda *a: (a[-2], {"loss": jnp.float32(np.nan), "grad_norm": np.float32(1)}))
     with pytest.raises(
         spdf.InputError, match=r"^step 1: loss nan, gradient norm 1.0; stopped. Nothing was saved yet. Lower"
     ):

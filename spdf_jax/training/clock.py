@@ -94,7 +94,7 @@ class Clock:
         """The batches; waits for one that nothing was computed meanwhile are ``data``."""
         begun = time.perf_counter()
         for batch in batches:
-            if not isinstance(self.computing, jax.Array) or self.computing.is_ready():
+            if self.computing is None or self.computing.is_ready():
                 waited = time.perf_counter() - begun
                 self.seconds["data"] += waited
                 self._since += waited
