@@ -276,5 +276,5 @@ def test_a_run_resumes_to_the_same_bits_and_exports_the_weights_it_computes_with
     assert rows_without_clock(cut) == rows_without_clock(whole)
     for a, b in zip(*(jax.tree.leaves(saved_run(w).state.params) for w in (whole, cut)), strict=True):
         np.testing.assert_array_equal(a, b)
-    pictures = np.load(whole / "mask_pictures" / "step_00000000.npz")
-    assert pictures["blocks/mlp_up/kernel/0"].mean() == 0.25
+    with np.load(whole / "mask_pictures" / "step_00000000.npz") as pictures:
+        assert pictures["blocks/mlp_up/kernel/0"].mean() == 0.25

@@ -6,6 +6,7 @@ import re
 import shutil
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from report_folders import make_finetuned, make_rows, make_run, make_sweep, read, table_cells, titles, write_lines
@@ -272,7 +273,7 @@ def test_a_run_that_fails_says_so_until_it_is_finished(text, tmp_path, monkeypat
 
     def poisoned(steps, plan, local, state, batch):
         state, metrics = one_step(steps, plan, local, state, batch)
-        return state, metrics | ({"loss": np.float32(np.nan)} if local == 6 else {})
+        return state, metrics | ({"loss": jnp.float32(np.nan)} if local == 6 else {})
 
     seen = seen_pages(monkeypatch, share=float("inf"))
     monkeypatch.setattr(loop, "one_step", poisoned)

@@ -184,7 +184,7 @@ def last_alive(workdir: Path) -> float:
     """When the last row was logged there that can be read, in seconds since 1970; 0 where none says so."""
     path = Path(workdir) / METRICS_FILE
     for line in reversed(path.read_bytes().split(b"\n") if path.is_file() else []):
-        with contextlib.suppress(ValueError, KeyError, TypeError):
+        with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
             return float(json.loads(line)["time"])
     return 0.0
 
