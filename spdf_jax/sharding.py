@@ -77,7 +77,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     automatic = (AxisType.Auto,) * 3
     try:
         return jax.make_mesh(tuple(sizes), (*BATCH_AXES, WIDE_AXIS), axis_types=automatic, devices=devices[:count])
-    except NotImplementedError as error:  # JAX's own, for sizes that are no products of a TPU torus's axes
+    except NotImplementedError as error:
+        # JAX's own exception, and the only sign it gives that sizes are no products of a TPU torus's axes: not a gap of ours.
         found = re.search(r"\[[\d, ]+\]", str(error))
         axes = f" ({found[0]} are left of it)" if found else ""
         raise InputError(

@@ -395,14 +395,20 @@ def test_of_two_runs_at_once_one_is_refused_and_the_other_ends_as_alone(storage,
     assert rows(fetched) == rows(on_disk)
 
 
+def at_its_first_checkpoint(storage, name):
+    """The main job in a folder of the bucket, running, its first checkpoint whole."""
+    process = begun(storage, *MAIN_JOB, f"--workdir=gs://{BUCKET}/{name}")
+    while "checkpoints/6/commit_success.txt" not in storage.objects(name):
+        assert process.poll() is None, ended(process)
+        time.sleep(0.1)
+    return process
+
+
 @needs_storage
 @pytest.mark.nightly
 def test_a_run_that_has_lost_its_lease_ends_and_writes_nothing_more(storage, on_disk, tmp_path):
     workdir = f"gs://{BUCKET}/lost"
-    first = begun(storage, *MAIN_JOB, f"--workdir={workdir}")
-    while "checkpoints/6/commit_success.txt" not in storage.objects("lost"):
-        assert first.poll() is None, ended(first)
-        time.sleep(0.1)
+    first = at_its_first_checkpoint(storage, "lost")
     first.send_signal(signal.SIGSTOP)  # as a machine that sleeps, or is cut off
     code, _, errors = ended(begun(storage, *MAIN_JOB, f"--workdir={workdir}"))
     assert code == 0, errors
@@ -423,10 +429,7 @@ def test_a_run_that_has_lost_its_lease_ends_and_writes_nothing_more(storage, on_
 @pytest.mark.nightly
 def test_where_the_bucket_answers_no_more_the_run_ends_to_be_started_again(storage, on_disk, tmp_path):
     workdir = f"gs://{BUCKET}/silent"
-    process = begun(storage, *MAIN_JOB, f"--workdir={workdir}")
-    while "checkpoints/6/commit_success.txt" not in storage.objects("silent"):
-        assert process.poll() is None, ended(process)
-        time.sleep(0.1)
+    process = at_its_first_checkpoint(storage, "silent")
     storage.fails = lambda method, path: True
     code, _, errors = ended(process)
     storage.fails = lambda method, path: False

@@ -273,14 +273,9 @@ def test_what_once_failed_or_diverged_has_the_outcome_of_the_table(name):
     assert outcome(name) == written()[name]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*deprecated:DeprecationWarning")  # constructors that optax is about to drop
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=pytest.mark.slow if place % 4 == 0 else pytest.mark.nightly)
-        for place, name in enumerate(sorted({*constructors(), *EXAMPLES} - {*HARD}))
-    ],
-)
+@pytest.mark.parametrize("name", sorted({*constructors(), *EXAMPLES} - {*HARD}))
 def test_every_other_constructor_has_the_outcome_of_the_table(name):
     assert outcome(name) == written()[name]
 

@@ -125,7 +125,9 @@ def test_gradients_are_clipped_under_the_masks(name):
     tx = make_optimizer(settings(name))
     huge = jax.tree.map(lambda g, m: jnp.where(m, 1e3 * g, 1e9), grads, masks)
     found = [tx.update(g, tx.init(params), params, masks=masks, learning_rate=0.1)[0] for g in (grads, huge)]
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5), *found)
+    for (leaf, plain), clipped in zip(found[0].items(), jax.tree.leaves(found[1]), strict=True):
+        assert float(jnp.abs(plain).max()) > 1e-4, f"{leaf} does not move"
+        np.testing.assert_allclose(clipped, plain, rtol=1e-3, atol=1e-5, err_msg=leaf)
 
 
 #: What optax has under the same name, of the same settings; nothing decays in Adafactor's, which decays by another rule.
@@ -147,7 +149,7 @@ OPTAX = {
 def test_they_are_optaxs_own(name):
     config = settings(name, clip_norm=0.0, weight_decay=0.0 if name == "adafactor" else 0.2)
     ours, theirs = make_optimizer(config), OPTAX[name]()
-    mine = other = {"blocks": {"mlp_up": {"kernel": tree(0)["blocks/mlp_up/kernel"]}}}
+    mine = other = start = {"blocks": {"mlp_up": {"kernel": tree(0)["blocks/mlp_up/kernel"]}}}
     states = [ours.init(mine), theirs.init(other)]
     for i in range(3):
         grads = jax.tree.map(lambda _, i=i: tree(i + 1)["blocks/mlp_up/kernel"], mine)
@@ -156,7 +158,9 @@ def test_they_are_optaxs_own(name):
         mine = optax.apply_updates(mine, updates)
         updates, states[1] = theirs.update(grads, states[1], other)
         other = optax.apply_updates(other, updates)
-        jax.tree.map(partial(np.testing.assert_allclose, rtol=2e-4, atol=2e-6), mine, other)
+        for here, there, before in zip(*map(jax.tree.leaves, (mine, other, start)), strict=True):
+            assert (here != before).all(), "a step moves every weight"
+            np.testing.assert_allclose(here, there, rtol=2e-4, atol=2e-6)
 
 
 def test_muon_steps_by_matrix_in_the_layers_and_by_adam_elsewhere():
@@ -259,8 +263,12 @@ def test_eight_devices_step_as_one_does(name):
         for i in range(2):
             updates, state = step(jax.device_put(tree(i + 1), layout), state, p, m)
             p = optax.apply_updates(p, updates)
-        found.append(jax.device_get((p, state)))
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=2e-4, atol=2e-6), *found)
+        shared = [leaf for leaf in jax.tree.leaves((p, state)) if not leaf.is_fully_replicated]
+        assert bool(shared) == (mesh.size > 1), "split where there are devices to split among"
+        found.append(named_leaves(jax.device_get((p, state))))
+    assert len(found[0]) > len(params)
+    for (leaf, alone), (_, together) in zip(*found, strict=True):
+        np.testing.assert_allclose(together, alone, rtol=2e-4, atol=2e-6, err_msg=leaf)
 
 
 # --- schedule-free ----------------------------------------------------------------------------------------------------

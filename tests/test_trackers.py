@@ -265,6 +265,8 @@ READERS = {"wandb": read_wandb, "mlflow": read_mlflow, "trackio": read_trackio}
 INSTALLED = [name for name in READERS if importlib.util.find_spec(name) and importlib.util.find_spec("sqlalchemy")]
 
 
+# Each is an extra of its own, of 40 to 110 MB with what it brings; Trackio wants an older Pillow than the lock has. So CI
+# installs none, and the tests above go through a tracker of theirs instead.
 @pytest.mark.slow
 @pytest.mark.skipif(not INSTALLED, reason="needs a tracker: pip install -e '.[wandb,mlflow,trackio]'")
 def test_the_stored_series_are_the_rows_after_two_kills(tmp_path, monkeypatch, capsys):

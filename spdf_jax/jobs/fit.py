@@ -1,6 +1,5 @@
 """A run of any model: what ``--job train`` is for the GPT, for a loss over any pytree of parameters."""
 
-import contextlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from spdf_jax.cloud.spool import located
 from spdf_jax.config.read import build_section
 from spdf_jax.config.run import LoopConfig
 from spdf_jax.errors import InputError
-from spdf_jax.jobs.pages import finished_page, following, last_page, live_page, write_run_page
+from spdf_jax.jobs.pages import accompanied, finished_page, write_run_page
 from spdf_jax.processes import device_name
 from spdf_jax.sharding import MeshConfig, make_mesh
 from spdf_jax.sparsity.programme import Programme
@@ -22,11 +21,11 @@ from spdf_jax.training.clock import Clock
 from spdf_jax.training.extension import set_end_aside
 from spdf_jax.training.loop import Run, run_phase
 from spdf_jax.training.loss_function import LossFunction
-from spdf_jax.training.metrics import Tracker, last_alive, read_metrics
+from spdf_jax.training.metrics import read_metrics
 from spdf_jax.training.own_model import PHASE, check_same_fit, identity, own_feed, own_plan, own_state
 from spdf_jax.training.phases import StepCost
-from spdf_jax.training.provenance import add_start, fingerprint_of_rule, is_own, lives
-from spdf_jax.training.resume import elsewhere, has_begun, opened, recorded_evaluations
+from spdf_jax.training.provenance import add_start, fingerprint_of_rule, is_own
+from spdf_jax.training.resume import elsewhere, has_begun, made_run, opened
 from spdf_jax.training.state import TrainState, state_shardings
 from spdf_jax.training.trackers import Followers, check_trackers
 from spdf_jax.workdir import CONFIG_FILE, SUMMARY_FILE, lock, made_workdir, read_json, write_json
@@ -109,9 +108,8 @@ def fit(
     with clock, made_workdir(workdir), lock(workdir), jax.set_mesh(mesh):
         has_begun(workdir)
         lengths = check_same_fit(run_is, plan, workdir)
-        with opened(workdir, how) as (checkpoints, _):
-            shardings = state_shardings(mesh, plan.tx, first)
-            state, record = _newest(checkpoints, first, shardings)
+        with opened(workdir, how) as found:
+            state, record = _newest(found[0], first, state_shardings(mesh, plan.tx, first))
             step, config = int(state.step), {"experiment": PHASE, "variant": workdir.name, **run_is}
             if not lengths and (summary := _finished(workdir, step)):
                 Followers(workdir, how.tracker_names, summary["rows"]["bytes"], print).close(finished=True)
@@ -120,35 +118,15 @@ def fit(
                 print(f"{workdir}: resuming after step {step} of {plan.end}.{elsewhere(record)}", flush=True)
             else:
                 write_json(workdir / CONFIG_FILE, config)
-            earlier = lives(workdir, last_alive(workdir))  # before the rows after the checkpoint are dropped
-            clock.go_on(record, earlier)
-            rows = record.get("rows")
-            tracker = Tracker(workdir, resume_step=step, total_steps=plan.end, progress=progress, durable=rows)
-            run = Run(
-                loop=how,
-                workdir=workdir,
-                mesh=mesh,
-                model=LossFunction(loss_fn),
-                plans=[plan],
-                feeds=[feed],
-                origin={},
-                checkpoints=checkpoints,
-                best=None,
-                tracker=tracker,
-                followers=Followers(workdir, how.tracker_names, (rows or {}).get("bytes", 0), tracker.message),
-                total=StepCost(),
-                clock=clock,
-                evaluations=recorded_evaluations(workdir, step, record) if step else {},
-                step=step,
-                write_page=live_page(workdir, tracker).update,
-            )
+            parts = (workdir, how, mesh, LossFunction(loss_fn), [plan], [feed], found, record)
+            run, alive = made_run(*parts, step=step, total=StepCost(), clock=clock, progress=progress)
             rule = programme.config.rule
             own = {rule: fingerprint_of_rule(rule, {})} if is_own(rule) else {}
-            add_start(workdir, "", step, own, [*earlier, [clock.begun, clock.begun]], changed=lengths)
+            add_start(workdir, "", step, own, alive, changed=lengths)
             if lengths:
                 set_end_aside(workdir)
                 write_json(workdir / CONFIG_FILE, config)
-            with contextlib.closing(tracker), following(run), last_page(run):
+            with accompanied(run):
                 state = run_phase(run, plan, state)
                 processes.beat(0, 0)
                 return state, _finish(run, state)

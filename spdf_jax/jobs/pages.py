@@ -9,7 +9,6 @@ from pathlib import Path
 from spdf_jax.errors import Restart, one_line
 from spdf_jax.processes import is_first
 from spdf_jax.training.loop import Run
-from spdf_jax.training.metrics import Tracker
 from spdf_jax.training.provenance import record_failure
 from spdf_jax.workdir import METRICS_FILE, SUMMARY_FILE, sweep
 
@@ -54,11 +53,6 @@ class LivePage:
         self._spent_seconds += self._last_seconds
 
 
-def live_page(workdir: Path, tracker: Tracker) -> LivePage:
-    """Of a run that goes on."""
-    return LivePage(partial(write_run_page, workdir, running=True, figures=False), tracker.message)
-
-
 @contextlib.contextmanager
 def sweep_page(workdir: Path) -> Iterator[LivePage]:
     """Of a sweep that goes on; where it ends before its time its page says so."""
@@ -78,18 +72,23 @@ def sweep_page(workdir: Path) -> Iterator[LivePage]:
 
 
 @contextlib.contextmanager
-def following(run: Run) -> Iterator[None]:
-    """The run's trackers follow it, up to its end or for a moment longer."""
+def accompanied(run: Run) -> Iterator[None]:
+    """Its page and its trackers follow a run, up to its end or for a moment longer; its rows are closed then."""
+    run.write_page = LivePage(
+        partial(write_run_page, run.workdir, running=True, figures=False), run.tracker.message
+    ).update
     finished = False
-    try:
-        yield
-        finished = True
-    finally:
-        run.followers.close(finished)
+    with contextlib.closing(run.tracker):
+        try:
+            with _last_page(run):
+                yield
+            finished = True
+        finally:
+            run.followers.close(finished)
 
 
 @contextlib.contextmanager
-def last_page(run: Run) -> Iterator[None]:
+def _last_page(run: Run) -> Iterator[None]:
     """Where the run ends before its time its page says so and, where it has failed, why."""
     try:
         yield

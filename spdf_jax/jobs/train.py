@@ -1,6 +1,5 @@
 """The job `train`: start, resume, finish."""
 
-import contextlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +16,7 @@ from spdf_jax.config.run import RunConfig
 from spdf_jax.data import TokenData, unigram_loss
 from spdf_jax.errors import InputError
 from spdf_jax.jobs import Request, keep_compiled
-from spdf_jax.jobs.pages import finished_page, following, last_page, live_page, write_run_page
+from spdf_jax.jobs.pages import accompanied, finished_page, write_run_page
 from spdf_jax.model.flops import parameter_count
 from spdf_jax.model.gpt import GPT
 from spdf_jax.planning.describe import describe
@@ -31,14 +30,12 @@ from spdf_jax.training.early_stopping import best_evaluation, of_phase
 from spdf_jax.training.extension import check_same_or_longer, set_end_aside, with_lengths
 from spdf_jax.training.feed import Feed, load_data, make_feed
 from spdf_jax.training.loop import Run, run_phase
-from spdf_jax.training.metrics import Tracker, last_alive
 from spdf_jax.training.phases import PhasePlan, make_plan, recorded_cost
 from spdf_jax.training.provenance import (
     Source,
     check_same_code,
     keep_identity,
     kept_start,
-    lives,
     read_code,
     record_start,
     write_config,
@@ -56,7 +53,7 @@ from spdf_jax.training.restore import (
     saved_run,
     source_folder,
 )
-from spdf_jax.training.resume import elsewhere, has_begun, opened, recorded_evaluations
+from spdf_jax.training.resume import elsewhere, has_begun, made_run, opened, recorded_evaluations
 from spdf_jax.training.state import TrainState
 from spdf_jax.training.stored_state import fingerprint
 from spdf_jax.training.trackers import Followers, check_trackers
@@ -140,37 +137,17 @@ def train_with(
             state, index, record = _first_state(config, workdir, feeds, plans, mesh, checkpoints, moved, parent)
             if finished:
                 return _nothing_to_do(workdir, finished, names)
-            step, first_step, rows = int(state.step), plans[0].start, record.get("rows")
+            step, first_step = int(state.step), plans[0].start
             if step == first_step:
                 keep_lineage(workdir, lineage)
             keep_identity(config, workdir, command, tokenizer, plans[0].begin, new=step == first_step)
-            earlier = lives(workdir, last_alive(workdir))  # before the rows after the checkpoint are dropped
-            clock.go_on(record, earlier)
-            where = {"resume_step": step, "total_steps": plans[-1].end, "first_step": first_step}
-            tracker = Tracker(workdir, **where, progress=progress, durable=rows)
+            parts = (workdir, config.loop, mesh, GPT(config.model), plans, feeds, (checkpoints, best), record)
+            total = recorded_cost(record, plans, step)
+            run, alive = made_run(*parts, step=step, total=total, clock=clock, progress=progress)
             if announce:  # nothing refuses the run any more
-                tracker.message(describe(config))
+                run.tracker.message(describe(config))
             if step > first_step:
-                tracker.message(f"{workdir}: resuming after step {step} of {plans[-1].end}.{elsewhere(record)}")
-            run = Run(
-                loop=config.loop,
-                workdir=workdir,
-                mesh=mesh,
-                model=GPT(config.model),
-                plans=plans,
-                feeds=feeds,
-                origin=record["origin"],
-                checkpoints=checkpoints,
-                best=best,
-                tracker=tracker,
-                followers=Followers(workdir, names, (rows or {}).get("bytes", 0), tracker.message),
-                total=recorded_cost(record, plans, step),
-                clock=clock,
-                evaluations=recorded_evaluations(workdir, step, record) if step > first_step else {},
-                step=step,
-                write_page=live_page(workdir, tracker).update,
-            )
-            alive = [*earlier, [clock.begun, clock.begun]]
+                run.tracker.message(f"{workdir}: resuming after step {step} of {plans[-1].end}.{elsewhere(record)}")
             record_start(config, workdir, code, command, step, alive, first_step, lengths)
             if lengths:
                 set_end_aside(workdir)
@@ -180,7 +157,7 @@ def train_with(
 
 def _run_phases(config: RunConfig, run: Run, index: int, state: TrainState, tokens: TokenData | None) -> dict[str, Any]:
     """Phases from `index` on, whose state it is, and the summary at their end."""
-    with contextlib.closing(run.tracker), following(run), last_page(run):
+    with accompanied(run):
         for plan in run.plans[index:]:
             if plan.index > index:
                 state = enter_phase(state, plan, run.mesh)

@@ -5,12 +5,22 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from jax.sharding import Mesh
+
 from spdf_jax.cloud.spool import saved_steps
 from spdf_jax.config.run import LoopConfig
 from spdf_jax.errors import InputError
+from spdf_jax.model.gpt import GPT
 from spdf_jax.processes import device_name
 from spdf_jax.training.checkpoint import Checkpoints
-from spdf_jax.training.metrics import read_metrics
+from spdf_jax.training.clock import Clock
+from spdf_jax.training.feed import Feed
+from spdf_jax.training.loop import Run
+from spdf_jax.training.loss_function import LossFunction
+from spdf_jax.training.metrics import Tracker, last_alive, read_metrics
+from spdf_jax.training.phases import PhasePlan, StepCost
+from spdf_jax.training.provenance import lives
+from spdf_jax.training.trackers import Followers
 from spdf_jax.workdir import BEST, CHECKPOINTS, CONFIG_FILE, SUMMARY_FILE, sweep
 
 
@@ -37,6 +47,61 @@ def opened(workdir: Path, loop: LoopConfig, *, best: bool = False) -> Iterator[t
             best_one.sweep()
         checkpoints.sweep()
         yield checkpoints, best_one
+
+
+def made_run(
+    workdir: Path,
+    loop: LoopConfig,
+    mesh: Mesh,
+    model: GPT | LossFunction,
+    plans: list[PhasePlan],
+    feeds: list[Feed],
+    checkpoints: tuple[Checkpoints, Checkpoints | None],
+    record: dict[str, Any],
+    *,
+    step: int,
+    total: StepCost,
+    clock: Clock,
+    progress: bool,
+) -> tuple[Run, list[list[float]]]:
+    """What the loop needs to go on after `step`, with all that was counted so far.
+
+    Args:
+      workdir: its config is there.
+      loop, mesh, model, plans, feeds: of the run.
+      checkpoints: of `opened`.
+      record: of the checkpoint that it goes on from; {} for none.
+      step: of that.
+      total: what the steps so far have cost.
+      clock: of this start; the earlier ones are added.
+      progress: show progress.
+
+    Returns:
+      The run, and `spdf_jax.training.provenance.lives` with this start at their end.
+    """
+    earlier = lives(workdir, last_alive(workdir))  # before the rows after the checkpoint are dropped
+    clock.go_on(record, earlier)
+    first_step, rows = plans[0].start, record.get("rows")
+    where = {"resume_step": step, "total_steps": plans[-1].end, "first_step": first_step}
+    tracker = Tracker(workdir, **where, progress=progress, durable=rows)
+    run = Run(
+        loop=loop,
+        workdir=workdir,
+        mesh=mesh,
+        model=model,
+        plans=plans,
+        feeds=feeds,
+        origin=record.get("origin", {}),
+        checkpoints=checkpoints[0],
+        best=checkpoints[1],
+        tracker=tracker,
+        followers=Followers(workdir, loop.tracker_names, (rows or {}).get("bytes", 0), tracker.message),
+        total=total,
+        clock=clock,
+        evaluations=recorded_evaluations(workdir, step, record) if step > first_step else {},
+        step=step,
+    )
+    return run, [*earlier, [clock.begun, clock.begun]]
 
 
 def elsewhere(record: dict[str, Any]) -> str:
