@@ -44,7 +44,7 @@ from safetensors.numpy import load_file
 
 import spdf_jax as spdf
 from spdf_jax.data import Batch
-from spdf_jax.huggingface import save_gpt2
+from spdf_jax.huggingface import save_model
 from spdf_jax.optim import OptimizerConfig, make_optimizer
 from spdf_jax.training.programs import make_steps
 
@@ -104,7 +104,7 @@ def nanogpt(path: str, config: spdf.GPTConfig, params: Any, tokens: np.ndarray, 
         )
     ).to(device)
     with tempfile.TemporaryDirectory() as folder:
-        save_gpt2(folder, config, params)
+        save_model(folder, config, params)
         tensors = load_file(pathlib.Path(folder) / "model.safetensors")
     for name, tensor in model.state_dict().items():
         if name != "lm_head.weight":  # is the embedding

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from spdf_jax.config.run import RunConfig
 from spdf_jax.errors import InputError
-from spdf_jax.huggingface import save_gpt2
+from spdf_jax.huggingface import save_model
 from spdf_jax.jobs import Request
 from spdf_jax.sharding import make_mesh
 from spdf_jax.training.feed import NAME_TOKENIZER, run_tokenizer
@@ -23,7 +23,7 @@ def run(config: RunConfig, request: Request) -> None:
 
 
 def export(config: RunConfig, workdir: Path, output: Path | None = None) -> Path:
-    """Writes a GPT-2 folder for ``transformers``, masks folded in, and prints its path.
+    """Writes a folder for ``transformers``, masks folded in, and prints its path.
 
     Args:
       config: the run's own, but for what may change after it.
@@ -35,7 +35,7 @@ def export(config: RunConfig, workdir: Path, output: Path | None = None) -> Path
 
     Raises:
       InputError: no checkpoint there, a run of another config, a folder that cannot be written or is there and is not an export
-        as it was made, or what GPT-2 cannot express.
+        as it was made, or what no exported model can express.
     """
     sweep(workdir)
     folder = output or workdir / "huggingface"
@@ -47,12 +47,13 @@ def export(config: RunConfig, workdir: Path, output: Path | None = None) -> Path
     check_writable(folder.parent)
     if saved.model.pattern != "causal":
         raise InputError(
-            f"--job export: the run ends in {saved.model.pattern!r} attention of width {saved.model.width}, which GPT-2 cannot "
-            f"express; train a further phase, or a run with init_from={f'{workdir}'!r}, whose attention is causal at its end"
+            f"--job export: the run ends in {saved.model.pattern!r} attention of width {saved.model.width}, which no "
+            f"exported model has; train a further phase, or a run with init_from={f'{workdir}'!r}, whose attention is causal "
+            f"at its end"
         )
     tokenizer = run_tokenizer(config, workdir)
     with temporary_beside(folder) as staged:
-        save_gpt2(staged, config.model, saved.result.params, masks=saved.state.masks, tokenizer=tokenizer)
+        save_model(staged, config.model, saved.result.params, masks=saved.state.masks, tokenizer=tokenizer)
         write_json(staged / _RECORD, {"step": int(saved.state.step), "files": _checksums(staged)})
         if folder.exists():
             folder.rename(staged.with_name("before"))
