@@ -31,7 +31,7 @@ from spdf_jax.workdir import checksum, set_aside
 # Metadata and index files of one checkpoint; about 60 kB were seen.
 _CHECKPOINT_OVERHEAD_BYTES = 256 * 1024
 
-# A save waits for the one before on purpose (`Checkpoints._check_room`); how long is in the clock's `saving`, not in a warning a save.
+# A save waits for the one before on purpose (`Checkpoints._check_room`); its seconds are the clock's, not a warning a save.
 logging.getLogger("absl").addFilter(lambda record: "Waiting for previous save" not in str(record.msg))
 
 
