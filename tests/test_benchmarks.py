@@ -15,6 +15,7 @@ SMALLEST = {
     "block_sparse": ["--layer", "--repeats", "1"],
     "compile_time": ["--layers", "1", "2", "--width", "64", "--context", "32", "--repeats", "1"],
     "gpu": ["--dry_run"],
+    "llama_step": ["--shapes", "2x64", "--repeats", "1"],
     "mask_overhead": ["--sizes", "mini", "--repeats", "1"],
     "pods": ["--only", "experiments/gpt2_static.py:124m --job plan --plan_topology v6e"],
     "topology": ["--layers", "2", "--width", "64", "--repeats", "1"],

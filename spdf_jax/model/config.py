@@ -24,12 +24,12 @@ class GPTConfig:
       d_model: width: features of a token between layers.
       d_ff: MLP width; 0 means ``4 * d_model``.
       vocab_size: rows of the embedding; ids must stay below.
-      context: longest sequence.
+      context: longest sequence, in tokens.
       positions: ``learned``, added to the embedding, or ``rotary``: queries and keys turned, see `spdf_jax.model.rotary`.
       rotary_theta: base of its frequencies.
       rotary_factor: Llama 3's stretch of them: by this the lowest are divided; 1 for none.
-      rotary_low_factor, rotary_high_factor: those with fewer periods than the first in `rotary_context` count as lowest, those
-        with more than the second stay; between, some of both.
+      rotary_low_factor: those with fewer periods than this in `rotary_context` count as lowest.
+      rotary_high_factor: those with more periods stay as they are; between, some of both.
       rotary_context: positions that the model was trained for before the stretch.
       tied_head: output head shares the embedding.
       use_bias: biases in linear layers and in layer norms.
