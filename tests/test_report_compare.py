@@ -231,6 +231,15 @@ def test_the_same_text_in_another_place_is_the_same_text(tmp_path):
     assert read_runs(runs, tmp_path).remark == ""
 
 
+def test_token_files_are_the_same_tokens_whatever_tells_their_text(tmp_path):
+    tokenizers = {"a": "", "b": "tokenizer.json"}
+    runs = [
+        make(tmp_path / name, 0.0, source="token_files", path="ids", tokenizer=of) for name, of in tokenizers.items()
+    ]
+    (runs[1] / "tokenizer.json").write_text("t")
+    assert read_runs(runs, tmp_path).remark == ""
+
+
 @pytest.mark.usefixtures("undrawn")
 def test_losses_over_other_targets_share_no_curve(tmp_path):
     page = compared(tmp_path / "there", make(tmp_path / "pre", 0.5), make(tmp_path / "fine", 0.0, rate=1e-3))

@@ -38,6 +38,19 @@ def test_masks_that_do_not_change_have_no_sparsest_step(workdir):
     assert columns() == ["start and sparsest, step 0", "last, step 100"]
 
 
+def test_the_sparsest_step_is_the_first_of_those_as_sparse(workdir):
+    """Blocks at the edge of a matrix are smaller, so that moved masks of one count have means a little apart."""
+    for step, share in ((0, 1.0), (20, 0.1002), (60, 0.0998), (100, 0.1)):
+        save_mask_picture(workdir, step, {"blocks/mlp_up/kernel/0": np.full((2, 2), share, np.float32)})
+    assert re.findall(r"<span>(.*, step \d+)</span>", drawn(mask_pictures, read_run(workdir))) == [
+        "start, step 0",
+        "sparsest, step 20",
+        "last, step 100",
+    ]
+    save_mask_picture(workdir, 0, {"blocks/mlp_up/kernel/0": np.full((2, 2), 0.1, np.float32)})
+    assert "sparsest" not in drawn(mask_pictures, read_run(workdir))
+
+
 def test_mask_pictures_name_their_layer(workdir):
     save_mask_picture(workdir, 0, {"wte/embedding": np.ones((2, 2), np.float32)})
     save_mask_picture(workdir, 80, {"blocks/attn_q/kernel/3": np.full((2, 2), 0.25, np.float32)})

@@ -144,6 +144,10 @@ def different(workdirs: Mapping[str, Path], runs: Mapping[str, Run]) -> str:
     tokenizers = {zlib.crc32(path.read_bytes()) for n in runs if (path := workdirs[n] / "tokenizer.json").is_file()}
     if len(tokenizers) > 1:
         found.append("tokenizer.json")
+    if {config.get("data.source") for config in configs} == {
+        "token_files"
+    }:  # which hold the tokens, whatever tells their text
+        found = [key for key in found if key not in ("data.tokenizer", "tokenizer.json")]
     # The library's text is the running Python's; what else lies in a place, the loss of its token frequencies tells.
     if {config.get("data.source") for config in configs} == {"embedded"}:
         pythons = {run.starts[0]["python"] for run in runs.values() if run.starts}

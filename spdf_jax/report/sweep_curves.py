@@ -13,7 +13,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.markers import MarkerStyle
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from spdf_jax.report.draw import DASHES, SERIES, SOFT_INK, Plot, Table, column, new_figure
 from spdf_jax.report.page import Panel, template
@@ -234,6 +234,9 @@ def _curves_figure(
     if is_log:
         axes.set_xscale("log")
         axes.xaxis.set_minor_formatter(NullFormatter())
+        first, last = axes.get_xlim()
+        if last < 300 * first:  # or powers of ten would be a number or two
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     else:
         axes.set_xlim(0, None)
     axes.xaxis.set_major_formatter(count_tick)
