@@ -208,6 +208,7 @@ _COLUMNS = (
     _Column(_LOSS, _number("val_loss"), lambda v, _: f"{v:.4f}"),
     _Column("loss at step", lambda run: run.loss_step, lambda v, _: f"{v:,}"),
     _Column("training steps", _number("steps"), lambda v, _: f"{v:,}"),
+    _Column("of these by the runs before", lambda run: run.first_step or None, lambda v, _: f"{v:,}"),
     _Column("training tokens", _number("tokens"), lambda v, most: quantity(v, COUNT_UNITS, most)),
     _Column("training FLOPs (counted)", _number("train_flops"), flops),
     _Column("FLOPs with the run before (counted)", _both_flops, flops),

@@ -189,6 +189,8 @@ def _curves_of(sweep: Sweep, task: str, choice: str, rows: dict[str, list[Row]],
     *others, last = [axis.name.split(" ")[0].replace("seconds", "time") for axis in drawn]
     by = " and ".join(filter(None, [", ".join(others), last]))
     caption = f"Loss over {target_name(task)}, by the {by} of each run by itself.{left_out}"
+    if "step" in by and any(sweep.cells[name].first_step for name in rows):
+        caption += " The steps of a run that goes on from another count on from there."
     if "time" in by:
         caption += " Training time is without evaluations; compilation is in it."
     body = key(series) + Markup(_CURVES.render(figures=[plot.inline for plot in plots]))
