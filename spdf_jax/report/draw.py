@@ -79,6 +79,12 @@ def new_figure(height_inches: float = 2.9, width_inches: float = 4.2) -> tuple[F
     return figure, figure.add_subplot()
 
 
+def steps_along(axes: Axes) -> None:
+    """Steps along x, numbered at whole ones."""
+    axes.set_xlabel("step")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+
+
 def legend(figure: Figure) -> None:
     """The key, above the axes: inside them it would cover lines or shades."""
     figure.legend(loc="outside upper left", ncols=2, borderpad=0)

@@ -15,7 +15,7 @@ from matplotlib.lines import Line2D
 from matplotlib.markers import MarkerStyle
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from spdf_jax.report.draw import DASHES, SERIES, SOFT_INK, Plot, Table, column, new_figure
+from spdf_jax.report.draw import DASHES, SERIES, SOFT_INK, Plot, Table, column, new_figure, steps_along
 from spdf_jax.report.page import Panel, template
 from spdf_jax.report.records import Row, Run
 from spdf_jax.report.sweep_records import Sweep
@@ -241,5 +241,7 @@ def _curves_figure(
             axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     else:
         axes.set_xlim(0, None)
+        if axis is STEPS:
+            steps_along(axes)
     axes.xaxis.set_major_formatter(count_tick)
     return figure
