@@ -12,7 +12,7 @@
 16
 
 Masks       `init_masks`, `apply_masks`, `dense_masks`, `mask_report`, `save_masks`, `load_masks`
-Prune once  `sparsegpt`, `wanda_scores`, `keep_largest`
+Prune once  `prune_once`, `sparsegpt`, `wanda_scores`, `keep_largest`
 Topology    `prune_and_grow`, `prune_and_grow_tree`, `Rule`
 Optimiser   `sparse`, `reset_masked_state`, `scale_by_smet_adam`, `scale_by_density`, `adam_overshoot`
 Model       `GPT`, `GPTConfig`, `forward`, `widen`, `train_flops`
@@ -56,6 +56,7 @@ from spdf_jax.model.config import GPTConfig as GPTConfig
 from spdf_jax.model.flops import train_flops as train_flops
 from spdf_jax.model.gpt import GPT as GPT
 from spdf_jax.model.gpt import forward as forward
+from spdf_jax.model.prune_once import prune_once as prune_once
 from spdf_jax.planning.scaling import widen as widen
 from spdf_jax.sparsity.mask_files import load_masks as load_masks
 from spdf_jax.sparsity.mask_files import save_masks as save_masks
@@ -115,6 +116,7 @@ __all__ = [
     "model_section",
     "prune_and_grow",
     "prune_and_grow_tree",
+    "prune_once",
     "reset_masked_state",
     "resolve",
     "run_cost",
