@@ -17,7 +17,9 @@ from spdf_jax.errors import InputError
 from spdf_jax.sparsity.patterns import Pattern, parse_pattern
 from spdf_jax.sparsity.select import order_keys, select_top_k
 
-PRUNING_METHODS = ("magnitude", "wanda", "sparsegpt")
+#: Those that look at the inputs of a matrix, and all.
+CALIBRATED_METHODS = ("wanda", "sparsegpt")
+PRUNING_METHODS = ("magnitude", *CALIBRATED_METHODS)
 #: What is added to the diagonal of a Hessian, as a share of its mean (SparseGPT).
 DAMPING = 0.01
 # Inputs whose masks are chosen together (SparseGPT's), and those whose corrections stay in a processor's cache.
