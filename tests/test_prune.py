@@ -52,8 +52,12 @@ def from_dense(text, source, **sparsity):
     return c
 
 
+def leaf_array(tree, name=UP):
+    return dict(named_leaves(tree))[name]
+
+
 def leaf(tree, name=UP):
-    return np.asarray(dict(named_leaves(tree))[name])
+    return np.asarray(leaf_array(tree, name))
 
 
 def started(config):
@@ -116,6 +120,17 @@ def test_masks_are_held_or_move_and_are_exported_with_the_weights(text, dense, t
     loaded = spdf.load_masks(folder / "masks.safetensors", last.state.params)
     jax.tree.map(np.testing.assert_array_equal, loaded, last.state.masks)
     assert "sparsity_config" not in json.loads((folder / "config.json").read_text())
+
+
+@pytest.mark.slow
+def test_it_starts_alike_on_a_mesh(text, dense):
+    config = from_dense(text, dense)
+    alone = started(config)
+    config.mesh.data, config.mesh.fsdp, config.mesh.tensor = 1, 4, 2
+    split = started(config)
+    assert not leaf_array(split.params).sharding.is_fully_replicated
+    jax.tree.map(np.testing.assert_array_equal, split.masks, alone.masks)
+    np.testing.assert_allclose(leaf(split.params), leaf(alone.params), atol=1e-4)
 
 
 @pytest.mark.slow
