@@ -15,8 +15,8 @@ SETTINGS = {"50": "unstructured", "70": "unstructured", "2:4": "2:4"}
 
 @pytest.fixture(scope="module")
 def recorded():
-    """What ``golden/one_shot.py`` recorded, our way round: of a layer and inputs of which one is always 0."""
-    with np.load(Path(__file__).parent / "golden" / "one_shot.npz") as file:
+    """What ``recorded/one_shot.py`` recorded, our way round: of a layer and inputs of which one is always 0."""
+    with np.load(Path(__file__).parent / "recorded" / "one_shot.npz") as file:
         found = dict(file)
     found["x"], found["w"] = found["x"].astype(np.float32) / 8, found["weight"].T
     return found

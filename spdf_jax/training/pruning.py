@@ -15,7 +15,7 @@ from spdf_jax.model.prune_once import prune_once
 from spdf_jax.sharding import batch_sharding
 from spdf_jax.sparsity.one_shot import CALIBRATED_METHODS
 from spdf_jax.training.phases import PhasePlan
-from spdf_jax.training.state import TrainState, as_masks
+from spdf_jax.training.state import TrainState
 
 #: From the state before a phase to the one that `spdf_jax.training.state.start_phase` is to go on with.
 Pruner = Callable[[TrainState], TrainState]
@@ -46,7 +46,7 @@ def pruner(model: GPTConfig, plan: PhasePlan, train: Callable[[int], Iterator[An
                 f"config.{plan.name}.sparsity.init: {sparsity.init!r} prunes a dense model, and what the phase starts from has "
                 f"masks, which go on; leave it at 'random'"
             )
-        state = as_masks(optax.identity(), state.averaged()).replace(opt_state=optax.EmptyState())
+        state = state.averaged().replace(opt_state=optax.EmptyState())
         batches = islice(train(0), -(-sparsity.calibration_sequences // plan.config.batch_size))
         params, masks = prune_once(
             state.params,

@@ -1,7 +1,7 @@
 """Records ``one_shot.npz``: what the code of Wanda's and SparseGPT's authors makes of one linear layer and its inputs.
 
 ``git clone https://github.com/IST-DASLab/sparsegpt`` (recorded at 147d215) and ``https://github.com/locuslab/wanda`` (8e8fc87),
-and, with PyTorch and transformers: ``python tests/golden/one_shot.py sparsegpt wanda tests/golden/one_shot.npz``.
+and, with PyTorch and transformers: ``python tests/recorded/one_shot.py sparsegpt wanda tests/recorded/one_shot.npz``.
 """
 
 import importlib
