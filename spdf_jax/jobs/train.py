@@ -40,6 +40,7 @@ from spdf_jax.training.provenance import (
     record_start,
     write_config,
 )
+from spdf_jax.training.pruning import pruner
 from spdf_jax.training.restore import (
     begin_of,
     check_same_data,
@@ -160,7 +161,8 @@ def _run_phases(config: RunConfig, run: Run, index: int, state: TrainState, toke
     with accompanied(run):
         for plan in run.plans[index:]:
             if plan.index > index:
-                state = enter_phase(state, plan, run.mesh)
+                prune = pruner(config.model, plan, run.feeds[plan.index].train, run.mesh)
+                state = enter_phase(state, plan, run.mesh, prune)
             state = run_phase(run, plan, state)
         processes.beat(0, 0)
         return _finish(config, run, int(state.step), tokens)
@@ -183,18 +185,18 @@ def _first_state(
     parent: Parent | None,
 ) -> tuple[TrainState, int, dict[str, Any]]:
     """The state to go on from, the phase it belongs to, and what is recorded with it."""
-    source = source_folder(config, workdir)
+    source, prune = source_folder(config, workdir), pruner(config.model, plans[0], feeds[0].train, mesh)
     if checkpoints.latest_step() is None:
         parent = parent or branch(config, workdir, plans, mesh, plans[0].start)[0]
         before = cost_so_far(parent) if parent else cost_before(source) if source else None
-        state = parent.state if parent else first_state(config, plans[0], mesh, source)
+        state = parent.state if parent else first_state(config, plans[0], mesh, source, prune)
         origin = {"fingerprint": fingerprint(state), "before": before} if source else {}
         return state, 0, {"origin": origin}
     try:
         record = checkpoints.record()
         if "init_from" in moved:
             parent, _ = branch(config, workdir, plans, mesh, plans[0].start)
-            others = parent.state if parent else initial_from(source, config, plans[0], mesh) if source else None
+            others = parent.state if parent else initial_from(source, config, plans[0], mesh, prune) if source else None
             check_same_origin(config, others, record)
         plan = plans[min(record["phase"], len(plans) - 1)]
         state = restore_state(config, plan, mesh, checkpoints)
