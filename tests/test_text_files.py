@@ -6,6 +6,7 @@ import io
 import json
 import lzma
 import os
+import random
 from pathlib import Path
 
 import pyarrow
@@ -17,6 +18,7 @@ from pyarrow import ipc, parquet
 from spdf_jax.config.read import default_config, load_config
 from spdf_jax.data import DataConfig, prepare
 from spdf_jax.data.corpus import text_corpus
+from spdf_jax.data.text_files import file_documents, text_file
 from spdf_jax.errors import InputError
 
 
@@ -300,6 +302,19 @@ def test_a_saved_dataset_without_a_row_is_said_to_hold_no_text(tmp_path):
     write(tmp_path, {name: content for name, content in SAVED.items() if name.endswith(".json")})
     with pytest.raises(InputError, match="no text found"):
         read(tmp_path)
+
+
+def test_no_more_is_held_of_a_larger_row_group(tmp_path):
+    held = []
+    for count in (2000, 6000):
+        texts = [random.Random(n).randbytes(2500).hex() for n in range(count)]
+        parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "a.parquet", row_group_size=10**6)
+        before, most = pyarrow.total_allocated_bytes(), 0
+        for (_, text), expected in zip(file_documents(text_file(tmp_path / "a.parquet"), "text"), texts, strict=True):
+            assert text == expected
+            most = max(most, pyarrow.total_allocated_bytes() - before)
+        held.append(most)
+    assert 0 < held[1] < 1.3 * held[0]
 
 
 @pytest.mark.slow
