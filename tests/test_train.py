@@ -227,6 +227,16 @@ def test_a_disk_that_fills_while_a_save_is_written_is_named(tmp_path):
     checkpoints.close()
 
 
+def test_a_save_that_waits_for_the_one_before_it_prints_no_warning(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(ocp.checkpoint_manager, "_WAIT_FOR_PREV_SAVE_WARNING_THRESHOLD_SECS", -1.0)
+    checkpoints = checkpointing.Checkpoints(tmp_path)
+    for step in (1, 2):
+        checkpoints._manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave({"w": np.ones(2)})))
+    checkpoints.close()
+    assert checkpoints.steps() == [1, 2]
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+
+
 @pytest.mark.slow
 def test_going_sparse_with_the_optimiser_carried_over_leaves_no_moment_under_the_masks(text, tmp_path):
     c = tiny_config(text, text.parent / "cache")

@@ -1,10 +1,10 @@
 """Claim: attention patterns skip their work, so sparser ones are faster, and dense causal beats the masked dense product.
 
-Times forward + backward of every pattern and of ``jax.nn.dot_product_attention(is_causal=True)``, all of them in turn in
-every repeat so that a busy machine slows them alike, and prints a Markdown table of medians, ratios and the compiled
-programs' scratch memory.
+Times forward + backward of every pattern, of ``jax.nn.dot_product_attention(is_causal=True)`` and, with ``--torch``, of
+PyTorch's ``scaled_dot_product_attention(is_causal=True)``, all of them in turn in every repeat so that a busy machine slows
+them alike, and prints a Markdown table of medians, ratios and the compiled programs' scratch memory.
 
-Command: ``python experiments/benchmarks/attention.py --lengths 256 1024 4096 8192``
+Command: ``python experiments/benchmarks/attention.py --lengths 256 1024 4096 8192`` (``--dtype bfloat16 --torch``)
 Hardware: any; the ratios below are for 2 cores of an x86-64 CPU with AVX-512. Time: 3 minutes.
 Expected there, width 128, batch x length = 4096 (8192 for the longest), 4 heads of 64: causal 2.5 times as fast as
 ``jax.nn`` at 256 (with 12 heads, too), over 4 times at 1024 and 7 times from 4096 on; local and local_strided at least 1.2,
@@ -15,6 +15,7 @@ local_strided cost about what the dense triangle costs.
 import argparse
 import functools
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -31,6 +32,7 @@ from spdf_jax.ops.attention_patterns import PATTERNS, causal_share
 from spdf_jax.sharding import target_platform
 
 BASELINE = "jax.nn"
+PYTORCH = "PyTorch"
 
 
 def forward_and_backward(attend: Callable[..., jax.Array]) -> Callable[..., tuple[jax.Array, ...]]:
@@ -39,6 +41,23 @@ def forward_and_backward(attend: Callable[..., jax.Array]) -> Callable[..., tupl
     def step(q_BTHD: jax.Array, k_BTHD: jax.Array, v_BTHD: jax.Array, dout_BTHD: jax.Array) -> tuple[jax.Array, ...]:
         out_BTHD, pullback = jax.vjp(attend, q_BTHD, k_BTHD, v_BTHD)
         return out_BTHD, *pullback(dout_BTHD)
+
+    return step
+
+
+def pytorch_step(inputs: list[jax.Array]) -> Callable[[], Any]:
+    """The same by PyTorch, from the same numbers; it keeps heads before positions, as its kernel wants them."""
+    import torch
+
+    torch.set_num_threads(os.cpu_count() or 1)
+    dtype = getattr(torch, str(inputs[0].dtype))
+    q, k, v, dout = (
+        torch.tensor(np.asarray(x, np.float32)).to(dtype).transpose(1, 2).contiguous().requires_grad_() for x in inputs
+    )
+
+    def step() -> None:
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        torch.autograd.grad(out, (q, k, v), dout.detach())
 
     return step
 
@@ -62,10 +81,13 @@ def rows(length: int, args: argparse.Namespace) -> list[dict[str, Any]]:
         compile_seconds[name] = time.perf_counter() - start
         memory = compiled[name].memory_analysis()
         scratch_mib[name] = memory.temp_size_in_bytes / 2**20 if memory else math.nan
-    timings = time_in_turn({name: functools.partial(step, *inputs) for name, step in compiled.items()}, args.repeats)
+    ready: dict[str, Callable[[], Any]] = {name: functools.partial(step, *inputs) for name, step in compiled.items()}
+    if args.torch:
+        ready[PYTORCH] = pytorch_step(inputs)
+    timings = time_in_turn(ready, args.repeats)
     seconds = {name: statistics.median(timing.wall) for name, timing in timings.items()}
     table = []
-    for name in functions:
+    for name in ready:
         row = {
             "batch": batch,
             "length": length,
@@ -74,8 +96,8 @@ def rows(length: int, args: argparse.Namespace) -> list[dict[str, Any]]:
             "ms": 1e3 * seconds[name],
             f"times {BASELINE}": seconds[BASELINE] / seconds[name],
             "times causal": seconds["causal"] / seconds[name],
-            "scratch_mib": scratch_mib[name],
-            "compile_seconds": compile_seconds[name],
+            "scratch_mib": scratch_mib.get(name),
+            "compile_seconds": compile_seconds.get(name),
         }
         print_row(
             f"{batch} x {length}",
@@ -84,8 +106,8 @@ def rows(length: int, args: argparse.Namespace) -> list[dict[str, Any]]:
             f"{row['ms']:.1f}",
             f"{row[f'times {BASELINE}']:.2f}",
             f"{row['times causal']:.2f}",
-            f"{row['scratch_mib']:.0f}",
-            f"{row['compile_seconds']:.1f}",
+            f"{row['scratch_mib']:.0f}" if name in compiled else "",
+            f"{row['compile_seconds']:.1f}" if name in compiled else "",
         )
         table.append(row)
     return table
@@ -101,6 +123,7 @@ def main() -> None:
     parser.add_argument("--head_dim", type=int, default=64)
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--dtype", type=jnp.dtype, default=np.dtype("float32"))
+    parser.add_argument("--torch", action="store_true", help="PyTorch's kernel beside ours; needs PyTorch")
     args = parser.parse_args()
 
     announce(

@@ -254,7 +254,8 @@ def _band_backward(
             zeros_BGHDC = jnp.zeros_like(tiles.cut(k, (j, 1)).mT, _wide(q))
             stop = jnp.minimum(j + tiles.back, tiles.blocks - 1) + 1
             dq, dk_BGHDC, dv_BGHDC = lax.fori_loop(j, stop, add_tile, (dq, zeros_BGHDC, zeros_BGHDC))
-        return dq, (dk_BGHDC.mT, dv_BGHDC.mT)
+        # Without the barrier XLA may turn the product itself around, and its CPU then has no kernel for half precision.
+        return dq, tuple(x_BGHDC.mT for x_BGHDC in lax.optimization_barrier((dk_BGHDC, dv_BGHDC)))
 
     dq, (dk, dv) = tiles.scan(key_block, jnp.zeros_like(q, _wide(q)))
     shape = q_BTHD.shape

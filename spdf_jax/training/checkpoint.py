@@ -7,6 +7,7 @@ untouched; a checkpoint that does not read back as it was written is noticed, wh
 
 import contextlib
 import errno
+import logging
 import os
 import re
 import shutil
@@ -29,6 +30,9 @@ from spdf_jax.workdir import checksum, set_aside
 
 # Metadata and index files of one checkpoint; about 60 kB were seen.
 _CHECKPOINT_OVERHEAD_BYTES = 256 * 1024
+
+# A save waits for the one before on purpose (`Checkpoints._check_room`); its seconds are the clock's, not a warning a save.
+logging.getLogger("absl").addFilter(lambda record: "Waiting for previous save" not in str(record.msg))
 
 
 class DamagedCheckpointError(InputError):
