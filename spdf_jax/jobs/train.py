@@ -28,7 +28,7 @@ from spdf_jax.training.checkpoint import Checkpoints, DamagedCheckpointError
 from spdf_jax.training.clock import Clock
 from spdf_jax.training.early_stopping import best_evaluation, of_phase
 from spdf_jax.training.extension import check_same_or_longer, set_end_aside, with_lengths
-from spdf_jax.training.feed import Feed, load_data, make_feed
+from spdf_jax.training.feed import Feed, load_data, make_feed, sources_read
 from spdf_jax.training.loop import Run, run_phase
 from spdf_jax.training.phases import PhasePlan, make_plan, recorded_cost
 from spdf_jax.training.provenance import (
@@ -147,6 +147,8 @@ def train_with(
             run, alive = made_run(*parts, step=step, total=total, clock=clock, progress=progress)
             if announce:  # nothing refuses the run any more
                 run.tracker.message(describe(config))
+                for name, read in sources_read(plans, tokens).items():
+                    run.tracker.message(f"{name}: {read['share']:.4g} of the examples, {read['epochs']:.3g} epochs")
             if step > first_step:
                 run.tracker.message(f"{workdir}: resuming after step {step} of {plans[-1].end}.{elsewhere(record)}")
             record_start(config, workdir, code, command, step, alive, first_step, lengths)
@@ -271,6 +273,8 @@ def _finish(config: RunConfig, run: Run, step: int, tokens: TokenData | None) ->
     if not last.config.task.name and tokens is not None:
         summary["unigram_loss"] = unigram_loss(tokens.train, tokens.validation, config.model.vocab_size)
         yardstick = f"; predicting every token by its training frequency gives {summary['unigram_loss']:.3f}"
+    if sources := sources_read(run.plans, tokens):
+        summary["sources"] = sources
     if last.config.patience_evaluations:
         summary["best_step"] = result
     if before := run.origin.get("before"):
