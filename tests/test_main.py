@@ -140,7 +140,10 @@ BAD_COMMANDS = {
     ),
     "no number at all": (["--config", MST, "--config.pretrain.steps=inf"], "'inf' is no whole number; give one"),
     "misspelt job": (["--config", MST, "--job", "plna"], "--job: 'plna' is no job; did you mean 'plan'?\n"),
-    "a job like none": (["--job", "x"], "--job: 'x' is no job; known are train, evaluate, generate, export, plan, "),
+    "a job like none": (
+        ["--job", "x"],
+        "--job: 'x' is no job; known are train, evaluate, generate, export, prune, plan, ",
+    ),
     "misspelt flag": (["--confg", MST], "unknown flag --confg; did you mean --config?\n"),
     "misspelt flag with a value": (["--config", MST, "--plan_topolgy=v5e:4x4"], "did you mean --plan_topology?\n"),
     "misspelt flag that denies": (["--config", MST, "--noqiuet"], "unknown flag --noqiuet; did you mean --noquiet?\n"),

@@ -138,7 +138,7 @@ def different(workdirs: Mapping[str, Path], runs: Mapping[str, Run]) -> str:
     runs = {name: run for name, run in runs.items() if run.loss_unit}  # those that are of text
     configs = [flat(run.config) for run in runs.values()]
     found = [key for key in differing_settings([run.config for run in runs.values()]) if key.startswith("data.")]
-    found = [key for key in found if key not in ("data.cache_dir", "data.path", "data.token_dtype")]
+    found = [key for key in found if key not in ("data.cache_dir", "data.path", "data.processes", "data.token_dtype")]
     if len({config.get("model.vocab_size") for config in configs}) > 1:
         found.append("model.vocab_size")
     tokenizers = {zlib.crc32(path.read_bytes()) for n in runs if (path := workdirs[n] / "tokenizer.json").is_file()}
@@ -271,7 +271,9 @@ def _settings(runs: Sequence[Run]) -> list[str]:
     """The keys in which the runs differ and that one of them sets; how a run is reported and where it lies left out."""
     changed = {key for run in runs for key, _, _ in changed_settings(run.config)}
     differing = differing_settings([run.config for run in runs])
-    return [key for key in differing if key in changed and not key.startswith(("loop.", "data.cache_dir"))]
+    return [
+        key for key in differing if key in changed and not key.startswith(("loop.", "data.cache_dir", "data.processes"))
+    ]
 
 
 _SPECIAL = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$"}
