@@ -12,6 +12,7 @@
 16
 
 Masks       `init_masks`, `apply_masks`, `dense_masks`, `mask_report`, `save_masks`, `load_masks`
+Prune once  `prune_once`, `sparsegpt`, `wanda_scores`, `keep_largest`
 Topology    `prune_and_grow`, `prune_and_grow_tree`, `Rule`
 Optimiser   `sparse`, `reset_masked_state`, `scale_by_smet_adam`, `scale_by_density`, `adam_overshoot`
 Model       `GPT`, `GPTConfig`, `forward`, `widen`, `train_flops`
@@ -54,6 +55,7 @@ from spdf_jax.model.config import GPTConfig as GPTConfig
 from spdf_jax.model.flops import train_flops as train_flops
 from spdf_jax.model.gpt import GPT as GPT
 from spdf_jax.model.gpt import forward as forward
+from spdf_jax.model.prune_once import prune_once as prune_once
 from spdf_jax.model.sizes import GPT_SIZES as GPT_SIZES
 from spdf_jax.planning.scaling import widen as widen
 from spdf_jax.sparsity.mask_files import load_masks as load_masks
@@ -62,6 +64,9 @@ from spdf_jax.sparsity.mask_report import mask_report as mask_report
 from spdf_jax.sparsity.masks import apply_masks as apply_masks
 from spdf_jax.sparsity.masks import dense_masks as dense_masks
 from spdf_jax.sparsity.masks import init_masks as init_masks
+from spdf_jax.sparsity.one_shot import keep_largest as keep_largest
+from spdf_jax.sparsity.one_shot import sparsegpt as sparsegpt
+from spdf_jax.sparsity.one_shot import wanda_scores as wanda_scores
 from spdf_jax.sparsity.optimizers import OPTIMIZERS as OPTIMIZERS
 from spdf_jax.sparsity.optimizers import scale_by_smet_adam as scale_by_smet_adam
 from spdf_jax.sparsity.regrowth import adam_overshoot as adam_overshoot
@@ -104,12 +109,14 @@ __all__ = [
     "fit",
     "forward",
     "init_masks",
+    "keep_largest",
     "load_masks",
     "make_programme",
     "mask_report",
     "model_section",
     "prune_and_grow",
     "prune_and_grow_tree",
+    "prune_once",
     "reset_masked_state",
     "resolve",
     "run_cost",
@@ -119,9 +126,11 @@ __all__ = [
     "scale_by_smet_adam",
     "shared_value",
     "sparse",
+    "sparsegpt",
     "sweep_config",
     "train",
     "train_flops",
+    "wanda_scores",
     "watch_training",
     "widen",
 ]

@@ -64,6 +64,24 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__} {said}".rstrip() if isinstance(error, KeyError | MemoryError) or not said else said
 
 
+def out_of_memory(error: BaseException) -> str:
+    """What to do where an array found no room, on a device or here; "" of any other error.
+
+    >>> out_of_memory(MemoryError("Unable to allocate 95 GiB")).partition(";")[0]
+    'out of memory (MemoryError Unable to allocate 95 GiB)'
+    """
+    for cause in causes(error):
+        # By its name, since this is read before JAX is.
+        of_device = type(cause).__name__ == "JaxRuntimeError" and "RESOURCE_EXHAUSTED" in str(cause)
+        if of_device or isinstance(cause, MemoryError):
+            return (
+                f"out of memory ({one_line(cause).rstrip('.')}); training: raise config.PHASE.grad_accumulation_steps or lower "
+                "batch_size, in another --workdir; evaluating, decoding: lower config.loop.eval_batch_size, "
+                "config.decode.batch_size"
+            )
+    return ""
+
+
 def causes(error: BaseException | None) -> Iterator[BaseException]:
     """An error and what it came of, the innermost last."""
     while error is not None:
@@ -97,14 +115,16 @@ def line_of(error: BaseException, files: Iterable[str]) -> str:
 
 
 def closest(word: str, known: Iterable[str]) -> str:
-    """The one most like a misspelt word, whatever its capitals; "" where none is.
+    """The one most like a misspelt word, whatever its capitals, or that ends in words of these initials; "" where none is.
 
-    >>> closest("RigL", ["mst", "rigl"]), closest("lr", ["steps", "seed"])
-    ('rigl', '')
+    >>> closest("RigL", ["mst", "rigl"]), closest("lr", ["steps", "peak_learning_rate"]), closest("lr", ["steps", "seed"])
+    ('rigl', 'peak_learning_rate', '')
     """
     by_lower = {name.lower(): name for name in reversed(list(known))}
     close = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.6)
-    return by_lower[close[0]] if close else ""
+    if not close and len(word) > 1:
+        close = [low for low in by_lower if "".join(part[:1] for part in low.split("_")).endswith(word.lower())]
+    return by_lower[close[-1]] if close else ""
 
 
 def unknown_key(where: str, key: str, known: list[str]) -> InputError:

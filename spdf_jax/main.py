@@ -18,15 +18,16 @@ from ml_collections import ConfigDict, config_flags
 from spdf_jax import processes
 from spdf_jax.cloud import spool
 from spdf_jax.config import saved
-from spdf_jax.config.read import in_our_words
-from spdf_jax.errors import InputError, Restart, causes, closest, end_interrupted, line_of, nearest, unknown_key
+from spdf_jax.config.read import in_our_words, no_number
+from spdf_jax.config.run import place_of
+from spdf_jax.errors import InputError, Restart, causes, closest, end_interrupted, line_of, nearest, out_of_memory
 
 _USAGE = """\
 python -m spdf_jax.main --config FILE[:VARIANT] [flags] [--config.section.key=value ...]
 python -m spdf_jax.main --workdir RUN [flags] [--config.section.key=value ...]      of a run that is there
 python -m spdf_jax.main --job compare RUN1 RUN2 ... [--output DIR]"""
 #: Each is a module of `spdf_jax.jobs`; those that a sweep has, with theirs.
-JOBS = ("train", "evaluate", "generate", "export", "plan", "report", "compare")
+JOBS = ("train", "evaluate", "generate", "export", "prune", "plan", "report", "compare")
 SWEEP_JOBS = {"train": "sweep", "plan": "plan", "report": "report"}
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -44,7 +45,7 @@ _TOPOLOGY = flags.DEFINE_string(
 _SEARCH = flags.DEFINE_bool("plan_search", False, "Compile for --plan_topology in every mesh, micro-batch and remat.")
 _PROMPT = flags.DEFINE_string("prompt", "", "What --job generate continues.")
 _OUTPUT = flags.DEFINE_string(
-    "output", "", "Where evaluate, export and report write, and not into the workdir; compare: runs/compare."
+    "output", "", "Where evaluate, export, prune and report write, and not into the workdir; compare: runs/compare."
 )
 _QUIET = flags.DEFINE_bool("quiet", False, "Print errors only, and what jobs other than train are for.")
 _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Be one of many processes; see spdf_jax/processes.py.")
@@ -92,7 +93,8 @@ def main(argv: Sequence[str]) -> int:
         said = "interrupted; the same command goes on from the last checkpoint, if the run has saved one"
         return processes.stop(130, said)
     except Exception as error:
-        if said := line_of(error, importlib.import_module("spdf_jax.sparsity.optimizers").own_files()):
+        own = importlib.import_module("spdf_jax.sparsity.optimizers").own_files()
+        if said := out_of_memory(error) or line_of(error, own):
             return _fail(said)
         raise
 
@@ -133,8 +135,8 @@ def _parse(argv: Sequence[str]) -> list[str]:
         argv = _of_its_run(argv)
         rest = flags.FLAGS(argv)[1:]
     except (InputError, flags.Error) as error:
-        refused = _said_by_the_file(error) or _in_the_file(error, argv) or _no_whole_number(str(error))
-        refused = refused or _misspelt(error)
+        refused = _said_by_the_file(error) or _in_the_file(error, argv) or no_number(str(error))
+        refused = refused or _misspelt(error, argv)
         raise refused or InputError(f"command line: {_one_line(error)}") from error
     except (KeyError, AttributeError) as error:  # ml_collections: an override of a key that is not there
         refused = _in_the_file(error, argv) or _unknown_key(argv)
@@ -171,10 +173,10 @@ def _parse(argv: Sequence[str]) -> list[str]:
             )
     if not isinstance(_CONFIG.value, ConfigDict):  # ml_collections' stand-in for a file that it could not read
         file = Path(_config_file())
-        other = closest(file.stem, (path.stem for path in file.parent.glob("*.py")))
-        raise InputError(
-            f"--config: {file} is not there" + (f"; did you mean {file.parent / other}.py?" if other else "")
-        )
+        there = [path for folder in (file.parent, Path("experiments")) for path in folder.glob("*.py")]
+        other = closest(file.stem, (path.stem for path in there))
+        meant = next((f"; did you mean {path}?" for path in there if path.stem == other), "")
+        raise InputError(f"--config: {file} is not there{meant}")
     return []
 
 
@@ -193,24 +195,31 @@ def _of_its_run(argv: Sequence[str]) -> list[str]:
     return [*argv[:1], f"--config={saved.__file__}:{workdir}", *argv[1:]]
 
 
+def _without_overrides(argv: Sequence[str]) -> dict[str, Any]:
+    """The config as its file has it; empty where none is given, or could be read."""
+    alone = flags.FlagValues()
+    config = config_flags.DEFINE_config_file("config", None, flag_values=alone, sys_argv=argv[:1])
+    alone(list(argv), known_only=True)
+    return config.value.to_dict() if isinstance(config.value, ConfigDict) else {}
+
+
 def _unknown_key(argv: Sequence[str]) -> InputError | None:
     """The first override of a key that is not there, in the words of `spdf_jax.config.read`."""
-    alone = flags.FlagValues()
-    config = config_flags.DEFINE_config_file("config", None, flag_values=alone, sys_argv=argv[:1])  # without overrides
-    alone(list(argv), known_only=True)
+    config = _without_overrides(argv)
     for argument in argv[1:]:
-        section, where = config.value, "config"
+        section, where = config, "config"
         override = re.match(r"--?(?:no)?config\.([\w.]+)", argument)
         for key in override[1].split(".") if override else ():
-            if not isinstance(section, ConfigDict):
+            if not isinstance(section, dict):
                 return InputError(f"{where}: is a value, and has no {key!r}")
             if key not in section:
-                return unknown_key(where, key, list(section))
+                other = "" if closest(key, section) else place_of(key, config, within=where)
+                return InputError(f"{where}: unknown key {key!r}{other or nearest(key, list(section))}")
             section, where = section[key], f"{where}.{key}"
     return None
 
 
-def _misspelt(error: Exception) -> InputError | None:
+def _misspelt(error: Exception, argv: Sequence[str]) -> InputError | None:
     """Of a flag that is not there, a job that is none, an answer that is neither yes nor no."""
     if found := re.fullmatch("flag --job=(.*): value should be one of .*", str(error), re.DOTALL):
         return InputError(f"--job: {found[1]!r} is no job{nearest(found[1], list(JOBS))}")
@@ -222,25 +231,10 @@ def _misspelt(error: Exception) -> InputError | None:
     names += [f"no{flag.name}" for flag in _TO_DO if flags.FLAGS[flag.name].boolean]
     head, dot, key = error.flagname.partition(".")
     close = closest(head, ["config"] if dot else names)
-    way_out = (
-        f"did you mean --{close}{dot}{key}?"
-        if close
-        else "a setting is --config.section.key=value, and --help has all flags"
-    )
-    return InputError(f"command line: unknown flag --{error.flagname}; {way_out}")
-
-
-def _no_whole_number(said: str) -> InputError | None:
-    """Of an override such as ``steps=1e3``."""
-    found = re.search(r"flag (--config\.\S+?)=(\S+): invalid literal for int", said)
-    if not found:
-        return None
-    try:
-        whole = float(found[2]).is_integer()
-    except (OverflowError, ValueError):
-        whole = False
-    way_out = f"write {int(float(found[2]))}" if whole else "give one"
-    return InputError(f"{found[1]}: {found[2]!r} is no whole number; {way_out}")
+    way_out = f"; did you mean --{close}{dot}{key}?" if close else ""
+    way_out = way_out or place_of(error.flagname, _without_overrides(argv), head="--config")
+    way_out = way_out or "; a setting is --config.section.key=value, and --help has all flags"
+    return InputError(f"command line: unknown flag --{error.flagname}{way_out}")
 
 
 def _said_by_the_file(error: BaseException | None) -> InputError | None:
@@ -273,7 +267,7 @@ def _run(argv: Sequence[str], runs: Sequence[str]) -> int:
         if _JOB.value not in ("train", "evaluate"):
             raise InputError(f"--distributed: --job {_JOB.value} is the work of one process; leave --distributed out")
         processes.initialise()
-    if _OUTPUT.value and _JOB.value not in ("evaluate", "export", "report", "compare"):
+    if _OUTPUT.value and _JOB.value not in ("evaluate", "export", "prune", "report", "compare"):
         raise InputError(f"--output: --job {_JOB.value} writes into the --workdir; leave --output out")
     if _SEARCH.value and not _TOPOLOGY.value:
         raise InputError("--plan_search: searches for a pod; name it by --plan_topology")

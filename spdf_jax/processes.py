@@ -212,11 +212,15 @@ def stop(code: int, message: str) -> int:
 
 
 def end(code: int) -> NoReturn:
-    """Ends this process. One of many leaves at once: the interpreter's own end would abort the thread that listens in JAX."""
-    if jax.distributed.is_initialized():
+    """Ends this process. One of many leaves at once: the interpreter's own end would abort the thread that listens in JAX.
+
+    So does one that a second Ctrl-C ends: the interpreter would wait for threads, which may be reading a batch for minutes.
+    """
+    if jax.distributed.is_initialized() or code == 130:
         sys.stdout.flush()
         sys.stderr.flush()
-        jax.distributed.shutdown()  # waits for the others
+        if code != 130:
+            jax.distributed.shutdown()  # waits for the others
         os._exit(code)
     sys.exit(code)
 

@@ -18,15 +18,16 @@ import optax
 import pytest
 from many import finish, start
 from storage import BUCKET, Storage, begun, ended, needs_storage, serving
-from tiny import NO_WINDOW, tiny_config, write_text
+from tiny import NO_WINDOW, set_sparsity, tiny_config, write_text
 
 import spdf_jax as spdf
 from spdf_jax.cloud import lease, spool
 from spdf_jax.config.sweep import Column, Row, SweepConfig
 from spdf_jax.errors import InputError
 from spdf_jax.jobs.sweep import train_cells
+from spdf_jax.training import loop
 from spdf_jax.training.metrics import read_metrics
-from spdf_jax.workdir import in_use
+from spdf_jax.workdir import in_use, read_json
 
 #: The main job, of seconds.
 MAIN_JOB = (
@@ -345,6 +346,47 @@ def test_the_main_job_ends_in_a_bucket_as_on_a_disk_through_kills_and_failures(s
 
 @needs_storage
 @pytest.mark.nightly
+def test_an_average_is_kept_there_through_a_kill(storage, tmp_path):
+    job = (
+        *MAIN_JOB,
+        "--config.pretrain.ema_decay=0.8",
+        "--config.loop.keep_checkpoints=1",
+        "--config.loop.keep_every_steps=12",
+    )
+    code, _, errors = ended(begun(storage, *job, f"--workdir={tmp_path / 'disk'}"))
+    assert code == 0, errors
+    workdir = f"gs://{BUCKET}/average"
+    process = begun(storage, *job, f"--workdir={workdir}")
+    killing(storage, process, 25)
+    assert ended(process)[0] == -signal.SIGKILL
+    storage.fails = lambda method, path: False
+    code, output, errors = ended(begun(storage, *job, f"--workdir={workdir}"))
+    assert code == 0, errors
+    fetched = storage.fetch("average", tmp_path / "fetched")
+    same_bits(fetched, tmp_path / "disk")
+    assert rows(fetched) == rows(tmp_path / "disk")
+    averages, last = (
+        [jax.tree.leaves(getattr(spdf.saved_run(place), what).params) for place in (fetched, tmp_path / "disk")]
+        for what in ("result", "state")
+    )
+    for one, other in zip(*averages, strict=True):
+        np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
+    assert any((np.asarray(one) != np.asarray(other)).any() for one, other in zip(averages[0], last[0], strict=True))
+    checkpoints = [
+        {path.name for path in (folder / "checkpoints").iterdir()} for folder in (fetched, tmp_path / "disk")
+    ]
+    assert checkpoints == [{"12", "18"}] * 2
+    answers = []
+    for place in (str(tmp_path / "disk"), workdir):
+        for more in (("--job=evaluate",), ("--job=export",)):
+            code, output, errors = ended(begun(storage, f"--workdir={place}", *more))
+            assert code == 0, errors
+            answers.append(output.replace(place, "WORKDIR"))
+    assert answers[:2] == answers[2:]
+
+
+@needs_storage
+@pytest.mark.nightly
 def test_every_job_works_there_and_answers_as_on_a_disk(storage, on_disk, tmp_path):
     for path in on_disk.rglob("*"):
         if path.is_file() and path.name != ".lock":
@@ -476,6 +518,97 @@ def test_a_sweep_and_a_run_that_starts_from_one_of_its_cells(here, text, tmp_pat
         spdf.train(dataclasses.replace(short(text), init_from=f"{source}/cells/s1"), place, progress=False)
         ends.append(place)
     same_bits(*ends)
+
+
+def steady(text: Path, **changes):
+    """A run that can be gone on from at step 6, or what goes on from it."""
+    c = tiny_config(text, text.parent / "cache")
+    c.phases, c.pretrain.steps, c.loop.keep_every_steps = ("pretrain",), 12, 6
+    c.loop.checkpoint_every_steps = c.loop.eval_every_steps = 6
+    set_sparsity(c.pretrain, rule="rigl", sparsity=0.5, update_every_steps=3)
+    c.pretrain.optimizer.schedule, c.pretrain.optimizer.warmup_steps = "constant", 2
+    del c.finetune
+    c.update(changes)
+    return c
+
+
+def of_another_rate(text: Path, source: Path | str):
+    """The second half, at another rate."""
+    c = steady(text, init_from=str(source), init_what="state", init_step=6)
+    c.pretrain.steps, c.pretrain.optimizer.peak_learning_rate, c.pretrain.optimizer.warmup_steps = 6, 1e-3, 0
+    return c
+
+
+@needs_storage
+@pytest.mark.nightly
+def test_a_run_goes_on_from_a_state_wherever_either_lies(here, text, tmp_path, all_with_few_matrices, no_figures):
+    parents = [tmp_path / "disk", f"gs://{BUCKET}/parent"]
+    for parent in parents:
+        spdf.train(steady(text), parent, progress=False)
+    children = []
+    for number, parent in enumerate([parents[0], *parents, parents[1]]):
+        children.append(f"gs://{BUCKET}/child{number}" if number % 2 else tmp_path / f"child{number}")
+        spdf.train(of_another_rate(text, parent), children[-1], progress=False)
+        spdf.train(of_another_rate(text, parent), children[-1], progress=False)  # is finished
+    first, *others = children
+    assert rows(first)[-1]["step"] == 12
+    spool.publish_all()
+    for other in others:
+        same_bits(other, first)
+        assert rows(other) == rows(first)
+    kept = [read_json(spool.located(child) / "ancestors.json", "")["ancestors"] for child in children]
+    assert [one[0]["workdir"] for one in kept] == [str(parent) for parent in (parents[0], *parents, parents[1])]
+    assert [one[0] | {"workdir": ""} for one in kept] == [kept[0][0] | {"workdir": ""}] * 4
+    assert "ancestors.json" in here.objects("child1")
+
+
+@needs_storage
+@pytest.mark.nightly
+def test_the_best_state_is_kept_there_and_made_again_where_it_is_damaged(
+    here, text, tmp_path, monkeypatch, all_with_few_matrices, no_figures
+):
+    """As tests of early stopping in `test_finetune.py` have it on a disk."""
+    losses = {0: 5.0, 2: 4.0, 4: 3.0, 6: 3.5, 8: 3.2}
+    c = steady(text)
+    c.pretrain.steps, c.pretrain.patience_evaluations, c.loop.eval_every_steps = 40, 2, 2
+    c.loop.checkpoint_every_steps, c.loop.keep_checkpoints = 3, 2
+    c.loop.keep_every_steps = 0
+    evaluate_and_log, save = loop._evaluate_and_log, loop._save
+    saved: list[int] = []
+
+    def evaluating(run, plan, steps, state, done):
+        monkeypatch.setattr(loop, "evaluate", lambda *_: losses[done])
+        evaluate_and_log(run, plan, steps, state, done)
+
+    def saving(run, checkpoints, plan, state):
+        save(run, checkpoints, plan, state)
+        saved.append(int(state.step))
+        if len(saved) == 5:  # what was begun is on its way
+            checkpoints.wait()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "_evaluate_and_log", evaluating)
+    monkeypatch.setattr(loop, "_save", saving)
+    for place in (tmp_path / "disk", f"gs://{BUCKET}/best"):
+        saved.clear()
+        with pytest.raises(KeyboardInterrupt):
+            spdf.train(c, place, progress=False)
+        summary = spdf.train(c, place, progress=False)
+        assert (summary["steps"], summary["best_step"], summary["val_loss"]) == (8, 4, 3.0)
+        assert int(spdf.saved_run(place).state.step) == 4
+    same_bits(f"gs://{BUCKET}/best", tmp_path / "disk")
+    assert rows(f"gs://{BUCKET}/best") == rows(tmp_path / "disk")
+
+    def kept() -> set[str]:
+        return {name.split("/")[1] for name in here.objects("best") if name.startswith("best/")}
+
+    assert kept() == {"4"}
+    state = [name for name in here.objects("best") if name.startswith("best/4/state/d/")]
+    largest = max(state, key=lambda name: len(here.read(f"best/{name}")))
+    here.write(f"best/{largest}", b"cut")
+    assert spdf.train(c, f"gs://{BUCKET}/best", progress=False)["best_step"] == 4
+    assert kept() == {"4"}
+    same_bits(f"gs://{BUCKET}/best", tmp_path / "disk")
 
 
 @needs_storage

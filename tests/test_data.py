@@ -33,11 +33,12 @@ from spdf_jax.data import (
 )
 from spdf_jax.data import corpus as corpora
 from spdf_jax.data.corpus import embedded_corpus, split_of, text_corpus
+from spdf_jax.data.encoding import encode_parts, in_parts
 from spdf_jax.data.tokenizer import (
     _PIECE_CHARS,
     _bounded_words,
-    _pieces,
-    encode_texts,
+    end_of_text_id,
+    text_pieces,
     train_tokenizer,
     vocabulary_size,
 )
@@ -95,6 +96,13 @@ def documents(tokens, tokenizer) -> list[str]:
     cuts = np.flatnonzero(tokens == end)
     starts = [0, *(cuts[:-1] + 1)]
     return [tokenizer.decode(tokens[a:b].tolist()) for a, b in zip(starts, cuts, strict=True)]
+
+
+def encoded(tokenizer, texts, processes=1, file=Path("unread")) -> np.ndarray:
+    """All ids of some documents."""
+    parts = in_parts(itertools.chain.from_iterable(map(text_pieces, texts)))
+    how = {"end_id": end_of_text_id(tokenizer), "dtype": "<u4", "processes": processes, "file": file}
+    return np.concatenate([ids for _, ids in encode_parts(tokenizer, parts, **how)])
 
 
 # --- corpora and their splits ---
@@ -189,16 +197,17 @@ def test_a_spelled_end_of_text_inside_a_document_does_not_end_it(text_folder, tm
 def test_a_long_document_encodes_as_if_in_one_piece(embedded):
     text = "".join(embedded_corpus(0.05).read("validation"))[: 4 * _PIECE_CHARS]
     assert len(text) > 3 * _PIECE_CHARS
-    pieces = [ids for ids, _ in encode_texts(embedded.tokenizer, [text])]
     whole = embedded.tokenizer.encode(text).ids
-    np.testing.assert_array_equal(np.concatenate(pieces), [*whole, embedded.tokenizer.token_to_id(END_OF_TEXT)])
+    np.testing.assert_array_equal(
+        encoded(embedded.tokenizer, [text]), [*whole, embedded.tokenizer.token_to_id(END_OF_TEXT)]
+    )
 
 
 def test_cuts_change_no_id(embedded, monkeypatch):
     monkeypatch.setattr("spdf_jax.data.tokenizer._PIECE_CHARS", 1)
     by_hand = ["it's, don't; 'twas I'll\n(a's!'s) ½; é́;漢字。x", "a  b   c \n d\n\n e\t f ,g ,  h"]
     for text in (*by_hand, Path(email.__file__).read_text()):
-        pieces = list(_pieces(text))
+        pieces = list(text_pieces(text))
         assert len(pieces) > 2
         assert "".join(piece for piece, _ in pieces) == text
         ids = [i for piece, _ in pieces for i in embedded.tokenizer.encode(piece).ids]
@@ -236,7 +245,7 @@ print((peak_bytes() - before) / len(text))
 def test_a_word_without_end_is_trained_on_in_a_moment_and_kept_whole(word):
     text = f"before{word * 300_000}after"
     tokenizer = train_tokenizer([text], vocab_size=300, progress=False)  # as one word it takes minutes
-    (ids,) = [np.concatenate([ids for ids, _ in encode_texts(tokenizer, [text])])]
+    ids = encoded(tokenizer, [text])
     assert tokenizer.decode(ids.tolist()) == text
     assert max(map(len, _bounded_words(text))) <= 1024 + len("before")
 
@@ -295,7 +304,7 @@ def test_a_second_start_reads_the_cache_and_changed_text_does_not(text_folder, t
     config = config_of(text_folder, tmp_path)
     first = prepare(config, progress=False)
     with monkeypatch.context() as patch:
-        patch.setattr("spdf_jax.data.tokens._build", lambda *_: pytest.fail("tokenized again"))
+        patch.setattr("spdf_jax.data.tokens.build", lambda *_, **__: pytest.fail("tokenized again"))
         assert prepare(config, progress=False).fingerprint == first.fingerprint
     (text_folder / "0.txt").write_text("changed")
     assert prepare(config, progress=False).fingerprint != first.fingerprint
@@ -393,19 +402,19 @@ def test_what_is_published_is_on_the_disk_before(text_folder, tmp_path, monkeypa
 
 def _prepare_slowly(config, started):
     """A run that hangs while it writes the validation tokens."""
-    import spdf_jax.data.tokens as tokens
+    import spdf_jax.data.token_cache as cache
 
-    encode = tokens.encode_texts
+    encode = cache.encode_parts
     calls = []
 
-    def slow(tokenizer, texts):
+    def slow(*args, **kwargs):
         calls.append(1)
         if len(calls) == 2:
             started.set()
             time.sleep(60)
-        return encode(tokenizer, texts)
+        return encode(*args, **kwargs)
 
-    tokens.encode_texts = slow
+    cache.encode_parts = slow
     prepare(config, progress=False)
 
 
@@ -425,20 +434,173 @@ def test_a_run_killed_half_way_leaves_nothing_to_read(text_folder, tmp_path):
     assert len(documents(data.train, data.tokenizer)) + len(documents(data.validation, data.tokenizer)) == 40
 
 
+@pytest.fixture
+def small_parts(monkeypatch) -> None:
+    """Parts of a few documents, so that a small text has many of them; many processes for few."""
+    monkeypatch.setattr("spdf_jax.data.encoding.PART_BYTES", 200)
+    monkeypatch.setattr("spdf_jax.data.encoding._PARTS_A_PROCESS", 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 3])
+def test_any_number_of_processes_writes_the_same_bytes(processes, text_folder, tmp_path, small_parts):
+    (text_folder / "spelled.txt").write_text(f"one {END_OF_TEXT} document")
+    alone, many = (
+        config_of(text_folder, tmp_path, cache_dir=str(tmp_path / str(count)), processes=count)
+        for count in (1, processes)
+    )
+    prepare(alone, progress=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("spdf_jax.data.encoding._encoded", lambda *_: pytest.fail("encoded here"))
+        prepare(many, progress=False)
+    assert cached_files(many.cache_dir) == cached_files(alone.cache_dir)
+
+
+@pytest.mark.slow
+def test_a_process_that_ends_is_said_and_what_is_encoded_stays(text_folder, tmp_path, small_parts, monkeypatch):
+    import spdf_jax.data.encoding as encoding
+
+    config = config_of(text_folder, tmp_path, processes=2)
+    answer, asked = encoding._answer, itertools.count()
+
+    def killed(encoder, part, dtype):
+        if next(asked) == 6:
+            encoder.kill()
+        return answer(encoder, part, dtype)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(encoding, "_answer", killed)
+        with pytest.raises(InputError, match=r"^data\.processes: one of the processes .* ended with -9, .* stays$"):
+            prepare(config, progress=False)
+    (journal,) = Path(config.cache_dir).glob("unfinished-*/train.bin.done")
+    assert 3 <= len(journal.read_text().splitlines()) <= 6
+    data = prepare(config, progress=False)
+    assert len(documents(data.train, data.tokenizer)) + len(documents(data.validation, data.tokenizer)) == 40
+
+
+class Killed(BaseException):
+    """No error that anything would answer."""
+
+
+def killed_after(config: DataConfig, parts: int) -> Path:
+    """A build that ends when it has encoded so many parts, without a word; its folder."""
+    import spdf_jax.data.token_cache as cache
+
+    encode, count = cache.encode_parts, itertools.count()
+
+    def some(*args, **kwargs):
+        for part in encode(*args, **kwargs):
+            if next(count) == parts:
+                raise Killed
+            yield part
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cache, "encode_parts", some)
+        with pytest.raises(Killed):
+            prepare(config, progress=False)
+    (place,) = Path(config.cache_dir).glob("unfinished-*/")
+    return place
+
+
+def append(file: Path, more: bytes) -> None:
+    with file.open("ab") as stream:
+        stream.write(more)
+
+
+LEFT = {
+    "as it was": lambda place: None,
+    "a torn line": lambda place: (place / "train.bin.done").write_text((place / "train.bin.done").read_text()[:-9]),
+    "half a part more": lambda place: append(place / "data/train.bin", b"half"),
+    "a part lost": lambda place: os.truncate(place / "data/train.bin", 64),
+    "a bit": lambda place: flip(place / "data/train.bin"),
+    "no line": lambda place: (place / "train.bin.done").write_text(""),
+    "no journal": lambda place: (place / "train.bin.done").write_text("[" * 10_000),
+    "no list": lambda place: (place / "train.bin.done").write_text("3\nnull\n"),
+    "its tokenizer": lambda place: flip(place / "tokenizer.json"),
+    "lines of more": lambda place: append(place / "train.bin.done", b'["x", 1, "y"]\n' * 99),
+    "no text": lambda place: append(place / "train.bin.done", b"\xff\n"),
+}
+
+
+@pytest.mark.parametrize("left", LEFT)
+def test_a_build_goes_on_where_it_was_killed_to_the_same_bytes(left, text_folder, tmp_path, small_parts, monkeypatch):
+    whole, config = (
+        config_of(text_folder, tmp_path, cache_dir=str(tmp_path / name), processes=1) for name in ("whole", "cache")
+    )
+    prepare(whole, progress=False)
+    place = killed_after(config, parts=7)
+    assert len((place / "train.bin.done").read_text().splitlines()) == 7
+    LEFT[left](place)
+    import spdf_jax.data.encoding as encoding
+
+    encode, again = encoding._encoded, []
+    monkeypatch.setattr(encoding, "_encoded", lambda *args: again.append(args) or encode(*args))
+    if left == "as it was":
+        monkeypatch.setattr("spdf_jax.data.token_cache.train_tokenizer", lambda *_, **__: pytest.fail("trained again"))
+    prepare(config, progress=False)
+    assert cached_files(config.cache_dir) == cached_files(whole.cache_dir)
+    assert not list(Path(config.cache_dir).glob("unfinished-*"))
+    total = len(list(in_parts(itertools.chain.from_iterable(map(text_pieces, read_all(config))))))
+    kept = {"a torn line": 6, "a part lost": 0, "no line": 0, "no journal": 0, "no list": 0}.get(left, 7)
+    if left != "a bit":
+        assert abs(len(again) - (total - kept)) <= 1  # of two splits, each ends with a part that is not full
+
+
+def read_all(config: DataConfig) -> list[str]:
+    corpus = text_corpus(config.path, text_key="text", validation_fraction=config.validation_fraction)
+    return [*corpus.read("train"), *corpus.read("validation")]
+
+
+@pytest.mark.slow
+def test_a_run_killed_by_the_system_goes_on_and_its_processes_end_with_it(text_folder, tmp_path):
+    """By a real kill -9, while two processes encode for it."""
+    for n in range(60):
+        (text_folder / f"long-{n}.txt").write_text(f"{n} words, one after another; " * 3000)
+    program = """
+import sys
+import spdf_jax.data.encoding as encoding
+from spdf_jax.data import DataConfig, prepare
+encoding.PART_BYTES = 100_000
+prepare(DataConfig(source="text", path=sys.argv[1], cache_dir=sys.argv[2], tokenizer_vocab_size=300,
+                   validation_fraction=0.3, processes=2))
+"""
+    command = [sys.executable, "-c", program, str(text_folder)]
+    subprocess.run([*command, str(tmp_path / "whole")], check=True)
+    cache = tmp_path / "cache"
+    process = subprocess.Popen([*command, str(cache)])
+    while not (done := list(cache.glob("unfinished-*/train.bin.done"))) or done[0].read_text().count("\n") < 5:
+        assert process.poll() is None, "ended before it was killed"
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    deadline = time.monotonic() + 60
+    while any(str(cache) in Path(place, "cmdline").read_text() for place in processes_here()):
+        assert time.monotonic() < deadline, "they live on"
+        time.sleep(0.1)
+    subprocess.run([*command, str(cache)], check=True)
+    assert cached_files(cache) == cached_files(tmp_path / "whole")
+
+
+def processes_here() -> list[Path]:
+    return [place for place in Path("/proc").iterdir() if place.name.isdecimal() and (place / "cmdline").exists()]
+
+
 def test_two_runs_at_once_both_get_their_tokens(text_folder, tmp_path, monkeypatch):
     """Where the file system has no locks, the other run may finish between our last look at the cache and our rename."""
-    import spdf_jax.data.tokens as tokens
+    import spdf_jax.data.token_cache as cache
 
-    monkeypatch.setattr(tokens, "_turn_to_build", lambda folder: contextlib.nullcontext())
+    numbers = itertools.count()
+    own = lambda folder: contextlib.nullcontext(folder.with_name(f"unfinished-{next(numbers)}"))  # noqa: E731
+    monkeypatch.setattr(cache, "turn_to_build", own)
     config = config_of(text_folder, tmp_path)
-    publish, others = tokens._publish, []
+    publish, others = cache._publish, []
 
     def publish_second(draft, folder):
-        monkeypatch.setattr(tokens, "_publish", publish)
+        monkeypatch.setattr(cache, "_publish", publish)
         others.append(prepare(config, progress=False))
         publish(draft, folder)
 
-    monkeypatch.setattr(tokens, "_publish", publish_second)
+    monkeypatch.setattr(cache, "_publish", publish_second)
     ours = prepare(config, progress=False)
     np.testing.assert_array_equal(ours.train, others[0].train)
     assert len(list(Path(config.cache_dir).iterdir())) == 1

@@ -158,6 +158,18 @@ def test_ctrl_c_before_a_step_and_a_second_one_in_a_step_end_at_once_in_a_line(t
     assert not [path for path in (tmp_path / "late" / "checkpoints").iterdir() if path.name.isdecimal()]
 
 
+def test_what_a_thread_is_at_does_not_hold_the_end_of_a_second_ctrl_c(monkeypatch):
+    """It may read a batch of gigabytes, for which the interpreter's own end would wait."""
+    codes = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    with pytest.raises(SystemExit):
+        processes.end(0)
+    assert codes == []
+    with pytest.raises(SystemExit):  # since this `_exit` does not end
+        processes.end(130)
+    assert codes == [130]
+
+
 def test_ctrl_c_saves_once_there_is_something_to_save_and_ends_at_once_the_second_time():
     program = """
 import signal

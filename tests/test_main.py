@@ -101,8 +101,36 @@ BAD_COMMANDS = {
         "config.model: unknown key 'n_layr'; did you mean 'n_layer'?",
     ),
     "a key like none": (
+        ["--config", MST, "--config.pretrain.optimizer.q=1e-3"],
+        "config.pretrain.optimizer: unknown key 'q'; known are ",
+    ),
+    "a key by its initials": (
         ["--config", MST, "--config.pretrain.optimizer.lr=1e-3"],
-        "config.pretrain.optimizer: unknown key 'lr'; known are ",
+        "config.pretrain.optimizer: unknown key 'lr'; did you mean 'peak_learning_rate'?\n",
+    ),
+    "a key of another section": (
+        ["--config", MST, "--config.pretrain.lr=1e-3"],
+        "config.pretrain: unknown key 'lr'; did you mean config.pretrain.optimizer.peak_learning_rate?\n",
+    ),
+    "a key without its section": (
+        ["--config", MST, "--config.steps=3"],
+        "config: unknown key 'steps'; did you mean config.pretrain.steps?\n",
+    ),
+    "a key as a flag": (
+        ["--config", MST, "--tokenizer", "x.json"],
+        "unknown flag --tokenizer; did you mean --config.data.tokenizer?\n",
+    ),
+    "a key of several sections as a flag": (
+        ["--config", MST, "--batch_size=4"],
+        "; did you mean --config.decode.batch_size or --config.pretrain.batch_size?\n",
+    ),
+    "a file in another folder": (
+        ["--config", "gpt2_mst"],
+        "gpt2_mst is not there; did you mean experiments/gpt2_mst.py?\n",
+    ),
+    "a share in percent": (
+        ["--config", MST, "--config.pretrain.sparsity.sparsity=80%"],
+        "--config.pretrain.sparsity.sparsity: '80%' is no number; write 0.8\n",
     ),
     "a key of a value": (["--config", MST, "--config.seed.a=1"], "config.seed: is a value, and has no 'a'"),
     "wrong type": (["--config", MST, "--config.model.n_layer=two"], "--config.model.n_layer: 'two' is no whole number"),
@@ -112,7 +140,10 @@ BAD_COMMANDS = {
     ),
     "no number at all": (["--config", MST, "--config.pretrain.steps=inf"], "'inf' is no whole number; give one"),
     "misspelt job": (["--config", MST, "--job", "plna"], "--job: 'plna' is no job; did you mean 'plan'?\n"),
-    "a job like none": (["--job", "x"], "--job: 'x' is no job; known are train, evaluate, generate, export, plan, "),
+    "a job like none": (
+        ["--job", "x"],
+        "--job: 'x' is no job; known are train, evaluate, generate, export, prune, plan, ",
+    ),
     "misspelt flag": (["--confg", MST], "unknown flag --confg; did you mean --config?\n"),
     "misspelt flag with a value": (["--config", MST, "--plan_topolgy=v5e:4x4"], "did you mean --plan_topology?\n"),
     "misspelt flag that denies": (["--config", MST, "--noqiuet"], "unknown flag --noqiuet; did you mean --noquiet?\n"),
@@ -123,7 +154,11 @@ BAD_COMMANDS = {
     ),
     "an override without its head": (
         ["--config", MST, "--model.n_layer=2"],
-        "unknown flag --model.n_layer; a setting is --config.section.key=value, and --help has all flags\n",
+        "unknown flag --model.n_layer; did you mean --config.model.n_layer?\n",
+    ),
+    "a flag like nothing": (
+        ["--config", MST, "--q=2"],
+        "unknown flag --q; a setting is --config.section.key=value, and --help has all flags\n",
     ),
     "neither true nor false": (["--config", MST, "--quiet=maybe"], "--quiet: 'maybe' is neither true nor false\n"),
     "neither true nor false of a setting": (

@@ -407,6 +407,23 @@ def test_every_refusal_is_one_line_and_2(error, monkeypatch, capsys):
     assert said.rstrip("\n").isprintable()
 
 
+@pytest.mark.parametrize(
+    "allocate",
+    [
+        lambda: jax.numpy.zeros((1 << 22, 1 << 22)).block_until_ready(),  # a device's 64 TiB
+        lambda: np.ones((1 << 22, 1 << 22)),
+    ],
+    ids=["device", "host"],
+)
+def test_a_batch_that_no_memory_holds_is_one_line_and_2(allocate, monkeypatch, capsys):
+    monkeypatch.setattr(main, "_parse", lambda _: allocate())
+    assert main.main(["main"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: out of memory (")
+    assert "raise config.PHASE.grad_accumulation_steps or lower batch_size" in said
+    assert said.count("\n") == 1
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.parametrize("number", [errno.EIO, errno.EDQUOT])
 def test_a_commit_that_the_disk_refuses_is_an_os_error_and_the_run_goes_on_later(number, text, tmp_path, monkeypatch):

@@ -232,6 +232,29 @@ def test_the_same_text_in_another_place_is_the_same_text(tmp_path):
 
 
 @pytest.mark.usefixtures("undrawn")
+def test_steps_that_the_runs_before_took_are_told_apart(runs, tmp_path):
+    branch = make(tmp_path / "branch", 0.0)
+    config = json.loads((branch / "config.json").read_text())
+    write_json(branch / "config.json", config | {"begins": {"step": 40}})
+    page = compared(tmp_path / "compare", runs[0], branch)
+    said = "The steps of a run that goes on from another count on from there."
+    assert said in page
+    with (tmp_path / "compare" / "compare.csv").open(newline="") as file:
+        assert [row["of these by the runs before"] for row in csv.DictReader(file)] == ["", "40"]
+    assert said not in compared(tmp_path / "compare", *runs)
+    assert "by the runs before" not in (tmp_path / "compare" / "compare.md").read_text()
+
+
+def test_token_files_are_the_same_tokens_whatever_tells_their_text(tmp_path):
+    tokenizers = {"a": "", "b": "tokenizer.json"}
+    runs = [
+        make(tmp_path / name, 0.0, source="token_files", path="ids", tokenizer=of) for name, of in tokenizers.items()
+    ]
+    (runs[1] / "tokenizer.json").write_text("t")
+    assert read_runs(runs, tmp_path).remark == ""
+
+
+@pytest.mark.usefixtures("undrawn")
 def test_losses_over_other_targets_share_no_curve(tmp_path):
     page = compared(tmp_path / "there", make(tmp_path / "pre", 0.5), make(tmp_path / "fine", 0.0, rate=1e-3))
     assert titles(page)[1:3] == ["Validation loss: text", "Validation loss: restaurant"] or titles(page)[1:3] == [

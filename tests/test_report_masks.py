@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from report_folders import drawn, make_rows, make_run
 
-from spdf_jax.report.masks import density_by_layer
+from spdf_jax.report.losses import loss_by_step
+from spdf_jax.report.masks import churn_by_step, density_by_layer, sparsity_by_step
 from spdf_jax.report.pictures import mask_degrees, mask_pictures, masks_by_step
 from spdf_jax.report.records import read_run
 from spdf_jax.training.mask_pictures import picture_of, save_mask_picture
@@ -27,6 +28,20 @@ def test_one_topology_row_of_long_names_is_enough(tmp_path):
     assert re.search(r">…[a-z/]*/attn_q</text>", panel), "the end of a long name is shown"
 
 
+@pytest.mark.parametrize("last_step", [2, 31])
+@pytest.mark.parametrize("panels", [loss_by_step, sparsity_by_step, churn_by_step, density_by_layer])
+def test_steps_are_numbered_at_whole_ones(panels, last_step, tmp_path):
+    rows = make_rows(last_step, sparse=True)
+    if last_step == 2:
+        rows += [row | {"step": step} for row in make_rows(10, sparse=True) if "density" in row for step in (1, 2)]
+    rows = sorted(rows, key=lambda row: row["step"])
+    panel = drawn(panels, read_run(make_run(tmp_path, last_step=last_step, sparse=False, rows=rows)))
+    svg = panel.partition(">step</text>")[0]
+    numbers = [float(at) for at in re.findall(r"text-anchor: middle[^>]*>([\d.]+)</text>", svg)]
+    assert len(numbers) > 1
+    assert all(number.is_integer() for number in numbers)
+
+
 def test_masks_that_do_not_change_have_no_sparsest_step(workdir):
     def columns() -> list[str]:
         return re.findall(r"<span>(.*, step \d+)</span>", drawn(mask_pictures, read_run(workdir)))
@@ -36,6 +51,19 @@ def test_masks_that_do_not_change_have_no_sparsest_step(workdir):
     assert columns() == ["start, step 0", "last, step 60"]
     save_mask_picture(workdir, 100, {"blocks/mlp_up/kernel/0": np.full((2, 2), 0.5, np.float32)})
     assert columns() == ["start and sparsest, step 0", "last, step 100"]
+
+
+def test_the_sparsest_step_is_the_first_of_those_as_sparse(workdir):
+    """Blocks at the edge of a matrix are smaller, so that moved masks of one count have means a little apart."""
+    for step, share in ((0, 1.0), (20, 0.1002), (60, 0.0998), (100, 0.1)):
+        save_mask_picture(workdir, step, {"blocks/mlp_up/kernel/0": np.full((2, 2), share, np.float32)})
+    assert re.findall(r"<span>(.*, step \d+)</span>", drawn(mask_pictures, read_run(workdir))) == [
+        "start, step 0",
+        "sparsest, step 20",
+        "last, step 100",
+    ]
+    save_mask_picture(workdir, 0, {"blocks/mlp_up/kernel/0": np.full((2, 2), 0.1, np.float32)})
+    assert "sparsest" not in drawn(mask_pictures, read_run(workdir))
 
 
 def test_mask_pictures_name_their_layer(workdir):

@@ -188,6 +188,16 @@ def test_runs_of_very_different_lengths_share_a_logarithmic_axis(tmp_path, sweep
     assert ">0</text>" in of_one_length
 
 
+def test_a_logarithmic_axis_of_a_decade_or_two_has_more_than_one_number(tmp_path):
+    config, rows = sweep_cell("", 0.0)
+    for name, times in (("short", 1), ("long", 13)):
+        make_cell(tmp_path, name, config, [row | {key: row[key] * times for key in ("step", "tokens")} for row in rows])
+    by_tokens = drawn(curves, read_sweep(tmp_path)).split("training compute")[0]
+    ticks = re.findall(r">([\d.]+[kMB]?)</text>", by_tokens)
+    assert "0" not in ticks, "the axis is logarithmic"
+    assert len([tick for tick in ticks if tick[-1] in "kMB"]) >= 3
+
+
 def test_dozens_of_runs_stay_readable_and_small(tmp_path):
     config, rows = sweep_cell("", 0.0)
     for i in range(40):

@@ -6,6 +6,7 @@ import io
 import json
 import lzma
 import os
+import random
 from pathlib import Path
 
 import pyarrow
@@ -17,6 +18,7 @@ from pyarrow import ipc, parquet
 from spdf_jax.config.read import default_config, load_config
 from spdf_jax.data import DataConfig, prepare
 from spdf_jax.data.corpus import text_corpus
+from spdf_jax.data.text_files import file_documents, text_file
 from spdf_jax.errors import InputError
 
 
@@ -265,6 +267,90 @@ def test_what_cannot_be_read_is_named_and_refused(case, tmp_path):
     with pytest.raises(InputError, match=message) as caught:
         read(tmp_path, text_key="body" if "'body'" in message else "text")
     assert "\n" not in str(caught.value)
+
+
+SAVED = {"data-00000-of-00002.arrow": [*"abcd"], "data-00001-of-00002.arrow": [*"efgh"]}
+SAVED = {name: arrow_file(texts, ipc.new_stream) for name, texts in SAVED.items()} | {
+    "dataset_info.json": b'{"features": {}}',
+    "state.json": b'{"_data_files": []}',
+}
+
+
+def test_a_saved_dataset_is_read_without_what_was_computed_from_it(tmp_path):
+    write(tmp_path / "one", SAVED)
+    write(tmp_path / "one", {"cache-0123456789abcdef.arrow": arrow_file([*"ABCD"])})
+    found = read(tmp_path / "one")
+    assert sorted(found["train"] + found["validation"]) == [*"abcdefgh"]
+    assert read(tmp_path / "one", train_files="cache*", validation_files="data-00001*") == {
+        "train": [*"ABCD"],
+        "validation": [*"efgh"],
+    }
+    indices = pyarrow.table({"indices": pyarrow.array([1, 0], pyarrow.uint64())})
+    for split, texts in (("train", "abc"), ("validation", "de"), ("test", "f")):
+        write(tmp_path / "dict" / split, SAVED)
+        (tmp_path / "dict" / split / "data-00001-of-00002.arrow").unlink()
+        (tmp_path / "dict" / split / "data-00000-of-00002.arrow").write_bytes(arrow_file([*texts], ipc.new_stream))
+        with ipc.new_stream(
+            tmp_path / "dict" / split / "cache-fedcba9876543210_00001_of_00002.arrow", indices.schema
+        ) as file:
+            file.write_table(indices)
+    (tmp_path / "dict/dataset_dict.json").write_text('{"splits": ["train", "validation", "test"]}')
+    assert read(tmp_path / "dict") == {"train": [*"abc"], "validation": [*"de"]}
+
+
+def test_a_saved_dataset_without_a_row_is_said_to_hold_no_text(tmp_path):
+    write(tmp_path, {name: content for name, content in SAVED.items() if name.endswith(".json")})
+    with pytest.raises(InputError, match="no text found"):
+        read(tmp_path)
+
+
+def test_no_more_is_held_of_a_larger_row_group(tmp_path):
+    held = []
+    for count in (2000, 6000):
+        texts = [random.Random(n).randbytes(2500).hex() for n in range(count)]
+        parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "a.parquet", row_group_size=10**6)
+        before, most = pyarrow.total_allocated_bytes(), 0
+        for (_, text), expected in zip(file_documents(text_file(tmp_path / "a.parquet"), "text"), texts, strict=True):
+            assert text == expected
+            most = max(most, pyarrow.total_allocated_bytes() - before)
+        held.append(most)
+    assert 0 < held[1] < 1.3 * held[0]
+
+
+@pytest.mark.slow
+def test_what_datasets_itself_saves_is_read(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    datasets = pytest.importorskip("datasets")
+    datasets.disable_progress_bars()
+    texts = [f"row {n}" for n in range(100)]
+    rows = datasets.Dataset.from_dict({"id": list(range(100)), "body": texts})
+    rows.save_to_disk(tmp_path / "saved", num_shards=3)
+    again = datasets.load_from_disk(str(tmp_path / "saved"))
+    again.map(lambda row: {"body": row["body"].upper()})
+    again.filter(lambda row: row["id"] % 2)
+    assert len(list((tmp_path / "saved").glob("cache-*.arrow"))) == 2
+    found = read(tmp_path / "saved", text_key="body")
+    assert sorted(found["train"] + found["validation"]) == sorted(texts)
+    rows.filter(lambda row: row["id"] % 2).shuffle(seed=0).save_to_disk(tmp_path / "odd")
+    found = read(tmp_path / "odd", text_key="body")
+    assert sorted(found["train"] + found["validation"]) == sorted(texts[1::2])
+    split = rows.train_test_split(test_size=0.2, seed=0)
+    datasets.DatasetDict(train=split["train"], validation=split["test"]).save_to_disk(tmp_path / "dict")
+    assert read(tmp_path / "dict", text_key="body") == {
+        "train": split["train"]["body"][:],
+        "validation": split["test"]["body"][:],
+    }
+    (tmp_path / "parquet").mkdir()
+    rows.to_parquet(tmp_path / "parquet" / "train-00000-of-00001.parquet")
+    found = read(tmp_path / "parquet", text_key="body")
+    assert sorted(found["train"] + found["validation"]) == sorted(texts)
+    for key, message in (("id", "holds int64, not text"), ("text", r"no column .*found \['id', 'body'\]")):
+        with pytest.raises(InputError, match=message):
+            read(tmp_path / "saved", text_key=key)
+    datasets.Dataset.from_dict({"text": []}).save_to_disk(tmp_path / "empty")
+    with pytest.raises(InputError, match="no text found"):
+        read(tmp_path / "empty")
 
 
 def test_links_to_nothing_and_circles_are_refused(tmp_path):

@@ -6,6 +6,7 @@ from spdf_jax.fields import (
     Unused,
     unused_fields,
 )
+from spdf_jax.sparsity.one_shot import CALIBRATED_METHODS
 from spdf_jax.sparsity.optimizers import READS_VALUES, WHOLE
 from spdf_jax.sparsity.programme import SparsityConfig
 
@@ -80,6 +81,8 @@ def check_phase(run: RunConfig, name: str, phase: PhaseConfig) -> None:
             f"config.{name}.seq_len: {phase.seq_len} exceeds config.model.context {run.model.context}; "
             f"shorten the sequences or enlarge the context"
         )
+    if phase.sparsity.init in CALIBRATED_METHODS:
+        _check_calibrated(run, name, phase)
     if run.model.mup_base_width and phase.optimizer.density_exponent:
         raise InputError(
             f"config.{name}.optimizer.density_exponent: {phase.optimizer.density_exponent} must be 0: S-muPar scales the "
@@ -133,6 +136,34 @@ def check_phase(run: RunConfig, name: str, phase: PhaseConfig) -> None:
         )
 
 
+def _check_calibrated(run: RunConfig, name: str, phase: PhaseConfig) -> None:
+    init, first = phase.sparsity.init, name == next(iter(run.phases))
+    if first and not run.init_from:
+        raise InputError(
+            f"config.{name}.sparsity.init: {init!r} prunes what was trained, and phase {name!r} starts from drawn parameters; "
+            f"name a dense run or a Hugging Face folder by config.init_from, or use 'random'"
+        )
+    if first and run.init_what == "state":
+        raise InputError(
+            f"config.{name}.sparsity.init: {init!r} starts something new, and init_what 'state' goes on with all of a run; use "
+            f"init_what 'parameters'"
+        )
+    if phase.task.name:
+        raise InputError(
+            f"config.{name}.sparsity.init: {init!r} looks at text, and phase {name!r} reads a task; prune in a phase of text "
+            f"before it, or by --job prune"
+        )
+    if phase.sparsity.sparsify_head and run.model.tied_head:
+        raise InputError(
+            f"config.{name}.sparsity.sparsify_head: {init!r} prunes linear layers, and a tied head is the embedding too; "
+            f"set it to False, or use init 'magnitude'"
+        )
+    if not phase.reset_optimizer:
+        raise InputError(
+            f"config.{name}.reset_optimizer: False carries over the state of weights that {init!r} prunes or corrects; use True"
+        )
+
+
 def check_transition(before: PhaseConfig, name: str, phase: PhaseConfig) -> None:
     """Raises `InputError` where phase `name` cannot follow the phase before."""
     state = {
@@ -149,6 +180,11 @@ def check_transition(before: PhaseConfig, name: str, phase: PhaseConfig) -> None
         raise InputError(
             f"config.{name}.reset_optimizer: False carries the average of ema_decay over with the state, and it is "
             f"{before.ema_decay} before and {phase.ema_decay} here; set both or none, or reset"
+        )
+    if phase.sparsity.init in CALIBRATED_METHODS and not before.sparsity.dense:
+        raise InputError(
+            f"config.{name}.sparsity.init: {phase.sparsity.init!r} prunes a dense model, and the phase before has masks, which "
+            f"go on; leave it at 'random', or put it after a dense phase"
         )
     if phase.sparsity.topology_rule.choose_masks and not before.sparsity.dense:
         raise InputError(

@@ -264,3 +264,24 @@ def in_our_words(said: str) -> str:
     key, value, given, wanted = found.groups()
     value = {"str": repr(value), "FieldReference": "a shared value of another type"}.get(given, value)
     return f"{said[: found.start()]}{key}: expected {wanted.replace('ConfigDict', 'a section')}, got {value}"
+
+
+def no_number(said: str) -> InputError | None:
+    """Of an override such as ``steps=1e3`` or ``sparsity=80%``, by what absl says of it; None where it is of something else.
+
+    >>> print(no_number("flag --config.pretrain.steps=1e3: invalid literal for int() with base 10: '1e3'"))
+    --config.pretrain.steps: '1e3' is no whole number; write 1000
+    """
+    found = re.search(r"flag (--config\.\S+?)=(.+?): (invalid literal for int|could not convert string to float)", said)
+    if not found:
+        return None
+    kind = "whole number" if "int" in found[3].split() else "number"
+    text = found[2].strip()
+    try:
+        number = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+        written = (
+            f"{int(number)}" if kind != "number" and number.is_integer() else f"{number:g}" if kind == "number" else ""
+        )
+    except (OverflowError, ValueError):
+        written = ""
+    return InputError(f"{found[1]}: {found[2]!r} is no {kind}; {f'write {written}' if written else 'give one'}")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from spdf_jax.data import DataConfig, TaskConfig
-from spdf_jax.errors import InputError
+from spdf_jax.errors import InputError, closest
 from spdf_jax.evals.config import EvaluationConfig
 from spdf_jax.fields import (
     Count,
@@ -178,6 +178,28 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in values.items():
         found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
     return found
+
+
+def place_of(key: str, values: Mapping[str, Any], *, within: str = "config", head: str = "config") -> str:
+    """``; did you mean config.A.B?`` of a key whose sections are others or left out; "" where no key is like it.
+
+    Args:
+      key: as it was given, with its section or without.
+      values: the whole config.
+      within: the section that it was looked for in; places below it come first.
+      head: what to write before a place.
+
+    >>> place_of("steps", {"seed": 0, "pretrain": {"steps": 3}})
+    '; did you mean config.pretrain.steps?'
+    """
+    last_words = {f"config.{place}": place.rpartition(".")[2] for place in flat(values)}
+    like = closest(key.rpartition(".")[2], last_words.values())
+    places = [place for place, last in last_words.items() if like and last == like]
+    places = [place for place in places if place.startswith(f"{within}.")] or places
+    places = [place for place in places if place.endswith(f".{key}")] or places
+    least = min((place.count(".") for place in places), default=0)
+    places = [head + place.removeprefix("config") for place in places if place.count(".") == least]
+    return f"; did you mean {' or '.join(places[:3])}?" if places else ""
 
 
 SECTIONS: dict[str, type] = {

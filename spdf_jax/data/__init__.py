@@ -14,6 +14,8 @@ Shape letters here: B examples in a batch, T positions in an example.
 from spdf_jax.data.examples import Example as Example
 from spdf_jax.data.examples import Task as Task
 from spdf_jax.data.examples import seen_categories as seen_categories
+from spdf_jax.data.mixture import Mixture as Mixture
+from spdf_jax.data.mixture import read_shares as read_shares
 from spdf_jax.data.pairs import EncodedTask as EncodedTask
 from spdf_jax.data.pairs import Pair as Pair
 from spdf_jax.data.pairs import decode_texts as decode_texts
@@ -38,5 +40,6 @@ from spdf_jax.data.tokenizer import load_tokenizer as load_tokenizer
 from spdf_jax.data.tokens import DataConfig as DataConfig
 from spdf_jax.data.tokens import cache_folder as cache_folder
 from spdf_jax.data.tokens import document_end as document_end
+from spdf_jax.data.tokens import parts_of as parts_of
 from spdf_jax.data.tokens import prepare as prepare
 from spdf_jax.data.unigram import unigram_loss as unigram_loss

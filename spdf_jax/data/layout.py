@@ -27,6 +27,8 @@ _ABOUT = re.compile(
     r"(readme|licen[cs]e|copying|notice|citation|changelog|dataset_infos?|dataset_dict|state|(sha|md)\d+sums?)(\..*)?",
     re.I,
 )
+# Hugging Face `datasets` leaves such beside the data of `save_to_disk` where it maps or filters them: the same rows again.
+_COMPUTED = re.compile(r"cache-[0-9a-f]{16}(_\d+_of_\d+)?\.arrow")
 
 
 class Source(NamedTuple):
@@ -58,6 +60,9 @@ def find_files(path: str, train_files: str, validation_files: str) -> tuple[list
     else:
         raise InputError(f"data.path={path!r}: no such file or folder; give a text file or a folder of them")
     left_out: list[str] = []
+    if root.is_dir() and not (train_files or validation_files):
+        left_out = [f"{name} (computed from the data)" for name in names if _COMPUTED.fullmatch(Path(name).name)]
+        names = {name: file for name, file in names.items() if not _COMPUTED.fullmatch(file.name)}
     if train_files or validation_files:
         splits = _chosen(path, list(names), train_files, validation_files)
     elif root.is_dir():
@@ -68,7 +73,8 @@ def find_files(path: str, train_files: str, validation_files: str) -> tuple[list
     read = _once(names, [name for name, split in splits.items() if split != "test"])
     files = _readable(path, {name: names[name] for name in read})
     about = [name for name in files if _is_about(name)]
-    if not (train_files or validation_files) and any(files[n].kind != "text" for n in files if n not in about):
+    data = any(files[name].kind != "text" for name in files if name not in about) or "state.json" in names
+    if not (train_files or validation_files) and data:
         left_out += [f"{name} (about the data)" for name in about]
         files = {name: file for name, file in files.items() if name not in about}
     held_out = "validation" in splits.values()

@@ -4,12 +4,13 @@ Window n has seq_len + 1 tokens, so its last one, a target only, is the first in
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import grain
 import numpy as np
 
+from spdf_jax.data.mixture import Mixture, turn, windows_of
 from spdf_jax.errors import InputError
 
 # Reading a window is a small copy from a memory map: few threads keep ahead of any step, few batches wait in memory.
@@ -33,7 +34,7 @@ class _Windows:
         self._seq_len = seq_len
 
     def __len__(self) -> int:
-        return (len(self._tokens) - 1) // self._seq_len
+        return windows_of(self._tokens, self._seq_len)
 
     def __getitem__(self, index: int) -> np.ndarray:
         start = int(index) * self._seq_len
@@ -57,7 +58,7 @@ def train_batches(
     `process_count` is; a batch may span two epochs. Reading is by random access: starting at `start_batch` costs nothing.
 
     Args:
-      tokens: 1-D ids, best memory-mapped; read window by window.
+      tokens: 1-D ids, best memory-mapped; read window by window. Of a `Mixture` each source has epochs of its own.
       seq_len: Positions T in an example.
       batch_size: Examples B in a global batch, of all processes together.
       seed: Of the order.
@@ -79,23 +80,45 @@ def train_batches(
     check_batching(seq_len, batch_size, process_index, process_count)
     if min(seed, start_batch, first_example) < 0:
         raise InputError(f"seed={seed}, start_batch={start_batch}, first_example={first_example}: none may be negative")
+    example = _examples(tokens, seq_len, seed)
+    share_size = batch_size // process_count
+
+    def read(batch_index: int) -> Batch:
+        first = first_example + batch_index * batch_size + process_index * share_size
+        windows = np.stack([example(index) for index in range(first, first + share_size)])
+        return Batch(windows[:, :-1].copy(), windows[:, 1:].copy(), np.ones((share_size, seq_len), np.float32))
+
+    # Not `examples.batch()[...]`: the length of an endless dataset in batches of one overflows in grain 0.2.18.
+    return iter(grain.MapDataset.range(start_batch, sys.maxsize).map(read).to_iter_dataset(_READ_OPTIONS))
+
+
+def _examples(tokens: np.ndarray, seq_len: int, seed: int) -> Callable[[int], np.ndarray]:
+    """Any example of an endless order."""
+    if not isinstance(tokens, Mixture):
+        return _shuffled(tokens, seq_len, seed, "training data")
+    shares = list(tokens.shares.values())
+    orders = [
+        _shuffled(part, seq_len, (seed, 1 + n), f"data.mixture: the training data of {name!r},")
+        for n, (name, part) in enumerate(zip(tokens.shares, tokens.parts, strict=True))
+    ]
+
+    def example(index: int) -> np.ndarray:
+        source, place = turn(shares, index)
+        return orders[source](place)
+
+    return example
+
+
+def _shuffled(tokens: np.ndarray, seq_len: int, seed: int | tuple[int, int], what: str) -> Callable[[int], np.ndarray]:
     if len(tokens) < seq_len + 1:
         raise InputError(
-            f"training data of {len(tokens)} tokens is shorter than one example of seq_len={seq_len} and its last "
+            f"{what} of {len(tokens)} tokens is shorter than one example of seq_len={seq_len} and its last "
             "target; lower seq_len or give more text"
         )
     # grain shuffles epoch e by seed + e: unmixed, seed 1 would start with the second epoch of seed 0.
     mixed_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
     examples = grain.MapDataset.source(_Windows(tokens, seq_len)).shuffle(mixed_seed).repeat()
-    share_size = batch_size // process_count
-
-    def read(batch_index: int) -> Batch:
-        first = first_example + batch_index * batch_size + process_index * share_size
-        windows = np.stack([examples[index] for index in range(first, first + share_size)])
-        return Batch(windows[:, :-1].copy(), windows[:, 1:].copy(), np.ones((share_size, seq_len), np.float32))
-
-    # Not `examples.batch()[...]`: the length of an endless dataset in batches of one overflows in grain 0.2.18.
-    return iter(grain.MapDataset.range(start_batch, sys.maxsize).map(read).to_iter_dataset(_READ_OPTIONS))
+    return lambda index: examples[index]
 
 
 def validation_batches(

@@ -41,6 +41,7 @@ _SNIFF_BYTES = 1 << 16
 _READ_CHARS = 1 << 20
 _LONGEST_ITEM_CHARS = 1 << 28
 _ROWS = 64  # of a table at a time: texts can be long
+_BUFFER_BYTES = 1 << 20  # else a column of a row group is read whole, and a file may be one row group
 
 
 class TextFile(NamedTuple):
@@ -262,7 +263,9 @@ def _table_documents(file: TextFile, text_key: str) -> Iterator[tuple[str, str]]
 
     try:
         if file.kind == "parquet":
-            table = parquet.ParquetFile(file.path, pre_buffer=False, page_checksum_verification=True)
+            table = parquet.ParquetFile(
+                file.path, pre_buffer=False, buffer_size=_BUFFER_BYTES, page_checksum_verification=True
+            )
             _check_column(file.path, table.schema_arrow, text_key)
             batches = table.iter_batches(_ROWS, columns=[text_key])
         else:

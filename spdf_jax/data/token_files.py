@@ -72,7 +72,7 @@ class Shards:
     """Files of ids one after another, to be sliced like the array that they are parts of."""
 
     def __init__(self, parts: Sequence[np.ndarray]):
-        self._parts = parts
+        self.parts = parts
         self._starts = np.cumsum([0, *map(len, parts)])
         self.shape, self.ndim = (int(self._starts[-1]),), 1
         self.dtype = np.result_type(*parts)
@@ -88,7 +88,7 @@ class Shards:
         first, last = np.searchsorted(self._starts, [start, max(start, stop - 1)], side="right") - 1
         found = [
             part[max(0, start - offset) : max(0, stop - offset)]
-            for part, offset in zip(self._parts[first : last + 1], self._starts[first:], strict=False)
+            for part, offset in zip(self.parts[first : last + 1], self._starts[first:], strict=False)
         ]
         return np.concatenate(found) if found else np.empty(0, self.dtype)
 

@@ -1,7 +1,6 @@
 """Text to ids, with Hugging Face `tokenizers`: train a byte-level BPE, load a `tokenizer.json`, encode documents."""
 
 import contextlib
-import itertools
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,7 +19,6 @@ _TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 # uses every core. After a single newline between two visible characters, before a single space between them, and between
 # a letter and ASCII punctuation (but for ', which starts "'s"), byte-level BPE never joins the sides: the ids stay the same.
 _PIECE_CHARS = 1 << 16
-_PIECES_PER_CHUNK = 64
 _SAMPLE = "Any text, 1 or 2: \u00e9\u2028\U0001f600<|endoftext|>\n"
 _SAFE_CUT = re.compile(r"(?<=\S\n)(?=\S)|(?<=\S)(?= \S)|(?<=[^\W\d_])(?=[!-&(-/:-@\[-^`{-~])")
 # Training takes a time that grows with the square of a word's length, a word being what merges never leave: letters, digits,
@@ -45,7 +43,7 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int, progress: bool) ->
       A tokenizer that encodes any text without loss; `<|endoftext|>` is id 0.
     """
     bpe = ByteLevelBPETokenizer()
-    pieces = (part for text in texts for piece, _ in _pieces(text) for part in _bounded_words(piece))
+    pieces = (part for text in texts for piece, _ in text_pieces(text) for part in _bounded_words(piece))
     bpe.train_from_iterator(pieces, vocab_size=vocab_size, special_tokens=[END_OF_TEXT], show_progress=progress)
     return Tokenizer.from_str(bpe.to_str())
 
@@ -168,30 +166,7 @@ def vocabulary_size(tokenizer: Tokenizer) -> int:
     return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
 
-def encode_texts(tokenizer: Tokenizer, texts: Iterable[str]) -> Iterator[tuple[np.ndarray, int]]:
-    """Encodes documents, end of text after each, in chunks of bounded memory.
-
-    Args:
-      tokenizer: One that has `<|endoftext|>`. That string inside a document counts as ordinary text where
-        `tokenizer.encode_special_tokens` is set.
-      texts: The documents.
-
-    Yields:
-      The next ids, and how many UTF-8 bytes of text they stand for.
-    """
-    end_id = end_of_text_id(tokenizer)
-    pieces = itertools.chain.from_iterable(map(_pieces, texts))
-    while chunk := list(itertools.islice(pieces, _PIECES_PER_CHUNK)):
-        encodings = tokenizer.encode_batch_fast([piece for piece, _ in chunk], add_special_tokens=False)
-        ids: list[int] = []
-        for encoding, (_, is_last) in zip(encodings, chunk, strict=True):
-            ids += encoding.ids
-            if is_last:
-                ids.append(end_id)
-        yield np.array(ids, dtype=np.uint32), sum(len(piece.encode()) for piece, _ in chunk)
-
-
-def _pieces(text: str) -> Iterator[tuple[str, bool]]:
+def text_pieces(text: str) -> Iterator[tuple[str, bool]]:
     """The text in pieces of about `_PIECE_CHARS`, each with whether it is the last."""
     start = 0
     while cut := _SAFE_CUT.search(text, start + _PIECE_CHARS):

@@ -1,45 +1,35 @@
 """From a config to tokens: find the corpus, train or load the tokenizer, encode once, keep the result in a cache.
 
-The cache is `<cache_dir>/<key>/` with `tokenizer.json`, `train.bin`, `val.bin` and `meta.json`; `key` is a hash of the
-documents and the tokenizer. A folder appears there whole, by one rename after all is on the disk, or not at all: a run
-killed half-way leaves only an `unfinished-*` folder, which is safe to delete. Every start checks each file against its
-hash in `meta.json`, a large one by samples, and builds a folder that is not sound anew. Of runs and processes at once, one
-builds and the others wait for it.
+The cache is `<cache_dir>/<key>/`, see `spdf_jax.data.token_cache`; `key` is a hash of the documents and the tokenizer. A run
+killed half-way leaves an `unfinished-<key>` folder, from which the next goes on; it is safe to delete.
 """
 
-import contextlib
-import fcntl
+import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import sys
-import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 from tokenizers import Tokenizer
-from tqdm import tqdm
 
-from spdf_jax.data.corpus import Corpus, Split, embedded_corpus, text_corpus, tfds_corpus
-from spdf_jax.data.token_files import TOKEN_DTYPES, TokenData, combined_fingerprint, content_hash, open_token_files
-from spdf_jax.data.tokenizer import (
-    SMALLEST_VOCAB,
-    encode_texts,
-    end_of_text_id,
-    load_tokenizer,
-    train_tokenizer,
-    vocabulary_size,
-)
+from spdf_jax.data.corpus import Corpus, embedded_corpus, text_corpus, tfds_corpus
+from spdf_jax.data.mixture import mixed, read_shares
+from spdf_jax.data.token_cache import build, keeping, kept_tokenizer, open_cached, turn_to_build
+from spdf_jax.data.token_files import TOKEN_DTYPES, TokenData, open_token_files
+from spdf_jax.data.tokenizer import SMALLEST_VOCAB, end_of_text_id, load_tokenizer
 from spdf_jax.errors import InputError
-from spdf_jax.fields import LARGEST, FilePath, Line, OneOf, Range, Used, check_fields, used_with
+from spdf_jax.fields import LARGEST, CountOrZero, FilePath, Line, OneOf, Range, Used, check_fields, used_with
 
 _FORMAT_VERSION = 1  # raise it when the same documents and tokenizer give other files
-_FILES: dict[Split, str] = {"train": "train.bin", "validation": "val.bin"}
 _GPT2_END_OF_TEXT = 50256
 _SOURCES = ("embedded", "text", "token_files", "tfds")
+_PLACE = Used(
+    lambda c: c.source != "embedded" and (not c.mixture or c.source == "tfds"), "a source of files, not a mixture"
+)
 _STREAM = Used(lambda c: c.source == "token_files" and c.separate_documents, "token files kept apart by document")
 
 
@@ -52,6 +42,8 @@ class DataConfig:
       path: text: a file or a folder of files; token_files: a folder of `train.bin` and `val.bin`, see there;
         tfds: the data folder, "" for the TFDS default.
       tfds_name: The dataset, as `name/config:version`.
+      mixture: Several sources in place of one, each a `path` (tfds: a `tfds_name`) with its share of the examples:
+        `data/web=0.7,data/code=0.3`. Each has epochs of its own; all validation data counts, by its size.
       text_key: Key or column of the text in JSON, CSV, Parquet or a dataset example.
       train_files: text: which files of the folder to train on, where their names do not say it right: patterns with
         commas between, of paths in the folder, in which `*` is any part of a path (`*.parquet`, `train/*`). "" beside
@@ -71,11 +63,15 @@ class DataConfig:
         where it is the largest id.
       cache_dir: Where encoded tokens and compiled programs are kept; "" is `$XDG_CACHE_HOME/spdf_jax`, or
         `~/.cache/spdf_jax`.
+      processes: That encode text at once, at most; 0 is one a core. By any number of them the ids are the same.
     """
 
     source: Annotated[str, OneOf(_SOURCES)] = "embedded"
-    path: Annotated[FilePath, used_with("source", "text", "token_files", "tfds")] = ""
-    tfds_name: Annotated[Line, used_with("source", "tfds")] = ""
+    path: Annotated[FilePath, _PLACE] = ""
+    tfds_name: Annotated[Line, Used(lambda c: c.source == "tfds" and not c.mixture, "source 'tfds', not a mixture")] = (
+        ""
+    )
+    mixture: Annotated[Line, used_with("source", "text", "token_files", "tfds")] = ""
     text_key: Annotated[Line, used_with("source", "text", "tfds")] = "text"
     train_files: Annotated[Line, used_with("source", "text")] = ""
     validation_files: Annotated[Line, used_with("source", "text")] = ""
@@ -89,6 +85,7 @@ class DataConfig:
     separate_documents: bool = True
     end_of_text_id: Annotated[int, Range(least=-1, most=LARGEST), _STREAM] = -1
     cache_dir: FilePath = ""
+    processes: CountOrZero = 0
 
     def __post_init__(self) -> None:
         check_fields(self, "data")
@@ -108,32 +105,78 @@ def prepare(config: DataConfig, *, progress: bool = True) -> TokenData:
       InputError: The config, the data, the tokenizer or the cache folder cannot be used.
     """
     _check(config)
+    bars, parts = progress and sys.stderr.isatty(), parts_of(config)
     if config.source == "token_files":
-        return open_token_files(config.path, config.tokenizer, config.token_dtype)
-    tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else None
-    corpus = _corpus(config)
-    if corpus.remark and progress:
-        print(corpus.remark, flush=True)
+        data = {name: open_token_files(part.path, part.tokenizer, part.token_dtype) for name, part in parts.items()}
+    else:
+        tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else None
+        corpora = {name: _corpus(part) for name, part in parts.items()}
+        for corpus in corpora.values():
+            if corpus.remark and progress:
+                print(corpus.remark, flush=True)
+        if config.mixture and tokenizer is None:
+            tokenizer = _tokenizer_of_all(config, list(corpora.values()), bars)
+        data = {name: _encoded(config, corpus, tokenizer, bars) for name, corpus in corpora.items()}
+    return mixed(data, read_shares(config.mixture)) if config.mixture else data[""]
+
+
+def parts_of(config: DataConfig) -> dict[str, DataConfig]:
+    """The sources of a mixture by their names, each as data of its own; without a mixture the config alone.
+
+    Raises:
+      InputError: `data.mixture` is not what it must be.
+    """
+    if not config.mixture:
+        return {"": config}
+    alone, names = dataclasses.replace(config, mixture=""), read_shares(config.mixture)
+    if config.source == "tfds":
+        return {name: dataclasses.replace(alone, tfds_name=name) for name in names}
+    return {name: dataclasses.replace(alone, path=os.path.expanduser(name)) for name in names}
+
+
+def _encoded(config: DataConfig, corpus: Corpus, tokenizer: Tokenizer | None, bars: bool) -> TokenData:
+    """A corpus by a tokenizer, or by one of its own: from the cache, or now."""
 
     def folder(recipe: str | int) -> Path:
-        key = hashlib.sha256(json.dumps([_FORMAT_VERSION, corpus.identity, recipe]).encode()).hexdigest()[:32]
-        return cache_folder(config) / key
+        return cache_folder(config) / _key(corpus.identity, recipe)
 
     place = trained = folder(config.tokenizer_vocab_size)
     if tokenizer is not None:
         # A run's own tokenizer is most often the one that was trained on these documents: they are encoded already.
-        data = _open(trained, trained.name)
+        data = open_cached(trained)
         if data and data.tokenizer and data.tokenizer.to_str() == tokenizer.to_str():
             return data
         place = folder(hashlib.sha256(tokenizer.to_str().encode()).hexdigest())
-    bars = progress and sys.stderr.isatty()
-    return _open(place, place.name) or _build(place, corpus, tokenizer, config, bars)
+    size = config.tokenizer_vocab_size
+    return open_cached(place) or build(
+        place, corpus, tokenizer, vocab_size=size, processes=config.processes, progress=bars
+    )
+
+
+def _tokenizer_of_all(config: DataConfig, corpora: list[Corpus], bars: bool) -> Tokenizer:
+    """One tokenizer for the sources of a mixture, whatever their order and shares: from the cache, or trained now."""
+    corpora = sorted(corpora, key=lambda corpus: corpus.identity)
+    identities = " ".join(corpus.identity for corpus in corpora)
+    file = cache_folder(config) / f"tokenizer-{_key(identities, config.tokenizer_vocab_size)}.json"
+    texts = itertools.chain.from_iterable(corpus.read("train") for corpus in corpora)
+    with keeping(file.parent), turn_to_build(file):
+        return kept_tokenizer(file, texts, vocab_size=config.tokenizer_vocab_size, progress=bars)
+
+
+def _key(identity: str, recipe: str | int) -> str:
+    return hashlib.sha256(json.dumps([_FORMAT_VERSION, identity, recipe]).encode()).hexdigest()[:32]
 
 
 def _check(config: DataConfig) -> None:
-    if config.source in ("text", "token_files") and not config.path:
+    if config.mixture and config.source == "embedded":
+        raise InputError(
+            f"data.mixture={config.mixture!r}: is of sources by their paths; set data.source to 'text' or 'token_files'"
+        )
+    if config.mixture and (unused := config.tfds_name if config.source == "tfds" else config.path):
+        raise InputError(f"data.mixture={config.mixture!r}: stands beside {unused!r}; set one of them to ''")
+    if config.source in ("text", "token_files") and not (config.path or config.mixture):
         raise InputError(f"data.path is empty: data.source={config.source!r} needs the place of its files there")
-    if config.source == "tfds" and not config.tfds_name:
+    if config.source == "tfds" and not (config.tfds_name or config.mixture):
         raise InputError("data.tfds_name is empty: data.source='tfds' needs a dataset, such as 'wikipedia/20230601.en'")
     for name in ("train_files", "validation_files"):
         if (value := getattr(config, name)) and config.source != "text":
@@ -202,132 +245,3 @@ def cache_folder(config: DataConfig) -> Path:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "spdf_jax"
     except RuntimeError:  # no HOME, and a user that the machine does not know
         raise InputError("data.cache_dir: this user has no home folder; set config.data.cache_dir, or HOME") from None
-
-
-def _open(folder: Path, key: str) -> TokenData | None:
-    """What the cache holds at `folder` for `key`, or None where that is missing or damaged in any way."""
-    try:
-        sealed = json.loads((folder / "meta.json").read_text())
-        meta = sealed["meta"]
-        hashes = {name: content_hash(folder / name) for name in meta["content"]}
-        if sealed["sha256"] != _seal(meta) or meta["key"] != key or meta["content"] != hashes:
-            return None
-        tokens = {}
-        for split, name in _FILES.items():
-            tokens[split] = np.memmap(folder / name, dtype=meta["dtype"], mode="r")
-            if len(tokens[split]) != meta["tokens"][split]:
-                return None
-        return TokenData(
-            train=tokens["train"],
-            validation=tokens["validation"],
-            tokenizer=load_tokenizer(folder / "tokenizer.json"),
-            vocab_size=meta["vocab_size"],
-            fingerprint=combined_fingerprint(meta["sha256"]["train"], meta["sha256"]["validation"]),
-            validation_bytes=meta["validation_bytes"],
-        )
-    except (OSError, ValueError, KeyError, TypeError, RecursionError, MemoryError):
-        return None
-
-
-def _seal(meta: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
-
-
-def _build(folder: Path, corpus: Corpus, tokenizer: Tokenizer | None, config: DataConfig, progress: bool) -> TokenData:
-    """Tokenizes into a temporary folder beside `folder`, then renames it to `folder`."""
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with (
-            _turn_to_build(folder),
-            tempfile.TemporaryDirectory(
-                prefix="unfinished-", dir=folder.parent, ignore_cleanup_errors=True
-            ) as temporary,
-        ):
-            if built := _open(folder, folder.name):  # by another process, while this one waited for its turn
-                return built
-            if tokenizer is None:
-                vocab_size = config.tokenizer_vocab_size
-                tokenizer = train_tokenizer(corpus.read("train"), vocab_size=vocab_size, progress=progress)
-            draft = Path(temporary, "data")
-            draft.mkdir()
-            _write(draft, folder.name, corpus, tokenizer, progress)
-            # Mapped before the rename: should another run move `folder` right after it, these maps stay valid.
-            data = _open(draft, folder.name)
-            if data is None:
-                raise InputError(f"{folder.parent}: tokens just written do not read back; check that disk")
-            _publish(draft, folder)
-            return _open(folder, folder.name) or data
-    except OSError as error:
-        message = f"{folder.parent}: cannot keep tokens there ({error}); free space or set data.cache_dir elsewhere"
-        raise InputError(message) from error
-
-
-@contextlib.contextmanager
-def _turn_to_build(folder: Path) -> Iterator[None]:
-    """Of all processes that want to build a folder, on this machine or on a disk that they share, one builds at a time."""
-    with Path(f"{folder}.lock").open("w") as file:
-        with contextlib.suppress(OSError):  # a file system without locks: several build, and one result stays
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def _write(draft: Path, key: str, corpus: Corpus, tokenizer: Tokenizer, progress: bool) -> None:
-    """Writes all files of one cache folder."""
-    tokenizer.save(str(draft / "tokenizer.json"))
-    # A document that spells the end-of-text token is text about it, not the end of a document.
-    tokenizer.encode_special_tokens = True
-    vocab_size = vocabulary_size(tokenizer)
-    dtype = "<u2" if vocab_size <= 2**16 else "<u4"
-    text_bytes, tokens, sha256 = {}, {}, {}
-    with tqdm(total=corpus.total_bytes, unit="B", unit_scale=True, desc="tokenize", disable=not progress) as bar:
-        for split, name in _FILES.items():
-            text_bytes[split], tokens[split] = 0, 0
-            with (draft / name).open("wb") as stream:
-                for ids, n_bytes in encode_texts(tokenizer, corpus.read(split)):
-                    stream.write(ids.astype(dtype).tobytes())
-                    text_bytes[split] += n_bytes
-                    tokens[split] += len(ids)
-                    bar.update(n_bytes)
-            if not tokens[split]:
-                raise InputError(
-                    f"{corpus.where}: no document fell into the {split} split; give more documents, change "
-                    "data.validation_fraction, or name files train.* and validation.*"
-                )
-            with (draft / name).open("rb") as stream:
-                sha256[split] = hashlib.file_digest(stream, "sha256").hexdigest()
-    meta = {
-        "key": key,
-        "content": {name: content_hash(draft / name) for name in ("tokenizer.json", *_FILES.values())},
-        "dtype": dtype,
-        "vocab_size": vocab_size,
-        "tokens": tokens,
-        "sha256": sha256,
-        "validation_bytes": text_bytes["validation"],
-    }
-    (draft / "meta.json").write_text(json.dumps({"sha256": _seal(meta), "meta": meta}, indent=1))
-    for path in (*draft.iterdir(), draft):
-        _sync(path)
-
-
-def _sync(path: Path) -> None:
-    """Waits until a file, or the list of names in a folder, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError:
-        if not path.is_dir():  # some file systems cannot do this for folders, and need not
-            raise
-    finally:
-        os.close(descriptor)
-
-
-def _publish(draft: Path, folder: Path) -> None:
-    """Renames `draft` to `folder`, unless a sound one came to stand there meanwhile; a damaged one makes way."""
-    if folder.exists() and _open(folder, folder.name) is None:
-        os.replace(folder, draft.with_name("damaged"))
-    try:
-        os.replace(draft, folder)
-    except OSError:
-        if not folder.exists():
-            raise
-    _sync(folder.parent)

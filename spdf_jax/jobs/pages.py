@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-from spdf_jax.errors import Restart, one_line
+from spdf_jax.errors import Restart, one_line, out_of_memory
 from spdf_jax.processes import is_first
 from spdf_jax.training.loop import Run
 from spdf_jax.training.provenance import record_failure
@@ -94,7 +94,7 @@ def _last_page(run: Run) -> Iterator[None]:
         yield
     except Exception as error:
         if not isinstance(error, Restart):
-            record_failure(run.workdir, run.step, one_line(error))
+            record_failure(run.workdir, run.step, out_of_memory(error) or one_line(error))
         LivePage(partial(write_run_page, run.workdir, running=False, figures=False), run.tracker.message).write()
         raise
 

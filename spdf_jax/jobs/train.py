@@ -28,7 +28,7 @@ from spdf_jax.training.checkpoint import Checkpoints, DamagedCheckpointError
 from spdf_jax.training.clock import Clock
 from spdf_jax.training.early_stopping import best_evaluation, of_phase
 from spdf_jax.training.extension import check_same_or_longer, set_end_aside, with_lengths
-from spdf_jax.training.feed import Feed, load_data, make_feed
+from spdf_jax.training.feed import Feed, load_data, make_feed, sources_read
 from spdf_jax.training.loop import Run, run_phase
 from spdf_jax.training.phases import PhasePlan, make_plan, recorded_cost
 from spdf_jax.training.provenance import (
@@ -40,6 +40,7 @@ from spdf_jax.training.provenance import (
     record_start,
     write_config,
 )
+from spdf_jax.training.pruning import pruner
 from spdf_jax.training.restore import (
     begin_of,
     check_same_data,
@@ -146,6 +147,8 @@ def train_with(
             run, alive = made_run(*parts, step=step, total=total, clock=clock, progress=progress)
             if announce:  # nothing refuses the run any more
                 run.tracker.message(describe(config))
+                for name, read in sources_read(plans, tokens).items():
+                    run.tracker.message(f"{name}: {read['share']:.4g} of the examples, {read['epochs']:.3g} epochs")
             if step > first_step:
                 run.tracker.message(f"{workdir}: resuming after step {step} of {plans[-1].end}.{elsewhere(record)}")
             record_start(config, workdir, code, command, step, alive, first_step, lengths)
@@ -160,7 +163,8 @@ def _run_phases(config: RunConfig, run: Run, index: int, state: TrainState, toke
     with accompanied(run):
         for plan in run.plans[index:]:
             if plan.index > index:
-                state = enter_phase(state, plan, run.mesh)
+                prune = pruner(config.model, plan, run.feeds[plan.index].train, run.mesh)
+                state = enter_phase(state, plan, run.mesh, prune)
             state = run_phase(run, plan, state)
         processes.beat(0, 0)
         return _finish(config, run, int(state.step), tokens)
@@ -183,18 +187,18 @@ def _first_state(
     parent: Parent | None,
 ) -> tuple[TrainState, int, dict[str, Any]]:
     """The state to go on from, the phase it belongs to, and what is recorded with it."""
-    source = source_folder(config, workdir)
+    source, prune = source_folder(config, workdir), pruner(config.model, plans[0], feeds[0].train, mesh)
     if checkpoints.latest_step() is None:
         parent = parent or branch(config, workdir, plans, mesh, plans[0].start)[0]
         before = cost_so_far(parent) if parent else cost_before(source) if source else None
-        state = parent.state if parent else first_state(config, plans[0], mesh, source)
+        state = parent.state if parent else first_state(config, plans[0], mesh, source, prune)
         origin = {"fingerprint": fingerprint(state), "before": before} if source else {}
         return state, 0, {"origin": origin}
     try:
         record = checkpoints.record()
         if "init_from" in moved:
             parent, _ = branch(config, workdir, plans, mesh, plans[0].start)
-            others = parent.state if parent else initial_from(source, config, plans[0], mesh) if source else None
+            others = parent.state if parent else initial_from(source, config, plans[0], mesh, prune) if source else None
             check_same_origin(config, others, record)
         plan = plans[min(record["phase"], len(plans) - 1)]
         state = restore_state(config, plan, mesh, checkpoints)
@@ -269,6 +273,8 @@ def _finish(config: RunConfig, run: Run, step: int, tokens: TokenData | None) ->
     if not last.config.task.name and tokens is not None:
         summary["unigram_loss"] = unigram_loss(tokens.train, tokens.validation, config.model.vocab_size)
         yardstick = f"; predicting every token by its training frequency gives {summary['unigram_loss']:.3f}"
+    if sources := sources_read(run.plans, tokens):
+        summary["sources"] = sources
     if last.config.patience_evaluations:
         summary["best_step"] = result
     if before := run.origin.get("before"):

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 
 from spdf_jax.config.run import RunConfig
+from spdf_jax.data import read_shares
 from spdf_jax.model.config import GPTConfig
 from spdf_jax.model.flops import head_size, linear_size, parameter_count
 from spdf_jax.model.gpt import GPT
@@ -44,6 +45,11 @@ def describe(config: RunConfig, device_count: int = 1) -> str:
     ]
     for plan in plans:
         lines += _describe_phase(plan, config.model, config.separates_documents(plan.config))
+    shares = read_shares(config.data.mixture) if config.data.mixture else {}
+    lines += [
+        f"data                    {share / sum(shares.values()):.4g} of the examples from {name}"
+        for name, share in shares.items()
+    ]
     lines += [
         f"tokens                  {total.tokens:,}"
         + (" at most: a task's rows are padded to the longest of their batch" if _has_task(config) else ""),

@@ -138,12 +138,16 @@ def different(workdirs: Mapping[str, Path], runs: Mapping[str, Run]) -> str:
     runs = {name: run for name, run in runs.items() if run.loss_unit}  # those that are of text
     configs = [flat(run.config) for run in runs.values()]
     found = [key for key in differing_settings([run.config for run in runs.values()]) if key.startswith("data.")]
-    found = [key for key in found if key not in ("data.cache_dir", "data.path", "data.token_dtype")]
+    found = [key for key in found if key not in ("data.cache_dir", "data.path", "data.processes", "data.token_dtype")]
     if len({config.get("model.vocab_size") for config in configs}) > 1:
         found.append("model.vocab_size")
     tokenizers = {zlib.crc32(path.read_bytes()) for n in runs if (path := workdirs[n] / "tokenizer.json").is_file()}
     if len(tokenizers) > 1:
         found.append("tokenizer.json")
+    if {config.get("data.source") for config in configs} == {
+        "token_files"
+    }:  # which hold the tokens, whatever tells their text
+        found = [key for key in found if key not in ("data.tokenizer", "tokenizer.json")]
     # The library's text is the running Python's; what else lies in a place, the loss of its token frequencies tells.
     if {config.get("data.source") for config in configs} == {"embedded"}:
         pythons = {run.starts[0]["python"] for run in runs.values() if run.starts}
@@ -204,6 +208,7 @@ _COLUMNS = (
     _Column(_LOSS, _number("val_loss"), lambda v, _: f"{v:.4f}"),
     _Column("loss at step", lambda run: run.loss_step, lambda v, _: f"{v:,}"),
     _Column("training steps", _number("steps"), lambda v, _: f"{v:,}"),
+    _Column("of these by the runs before", lambda run: run.first_step or None, lambda v, _: f"{v:,}"),
     _Column("training tokens", _number("tokens"), lambda v, most: quantity(v, COUNT_UNITS, most)),
     _Column("training FLOPs (counted)", _number("train_flops"), flops),
     _Column("FLOPs with the run before (counted)", _both_flops, flops),
@@ -266,7 +271,9 @@ def _settings(runs: Sequence[Run]) -> list[str]:
     """The keys in which the runs differ and that one of them sets; how a run is reported and where it lies left out."""
     changed = {key for run in runs for key, _, _ in changed_settings(run.config)}
     differing = differing_settings([run.config for run in runs])
-    return [key for key in differing if key in changed and not key.startswith(("loop.", "data.cache_dir"))]
+    return [
+        key for key in differing if key in changed and not key.startswith(("loop.", "data.cache_dir", "data.processes"))
+    ]
 
 
 _SPECIAL = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$"}

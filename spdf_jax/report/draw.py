@@ -20,6 +20,7 @@ from matplotlib.colors import LinearSegmentedColormap, PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.image import imsave
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
 from spdf_jax.report.records import Row
 from spdf_jax.report.words import clipped
@@ -77,6 +78,12 @@ def new_figure(height_inches: float = 2.9, width_inches: float = 4.2) -> tuple[F
     figure = Figure(figsize=(width_inches, height_inches))
     FigureCanvasAgg(figure)
     return figure, figure.add_subplot()
+
+
+def steps_along(axes: Axes) -> None:
+    """Steps along x, numbered at whole ones."""
+    axes.set_xlabel("step")
+    axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 2.5, 5, 10], integer=True))
 
 
 def legend(figure: Figure) -> None:

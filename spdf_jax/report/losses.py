@@ -20,6 +20,7 @@ from spdf_jax.report.draw import (
     legend,
     mark_phases,
     new_figure,
+    steps_along,
     thinned,
 )
 from spdf_jax.report.page import Panel, plot_panel
@@ -40,7 +41,8 @@ def loss_by_step(run: Run) -> Panel | None:
     _mark_unigram(axes, run)
     _mark_sparse_window(axes, run)
     mark_phases(axes, [*(row for one in before for row in one["rows"]), *run.all_rows])
-    axes.set(xlabel="step", ylabel=f"loss ({run.loss_unit})" if run.loss_unit else "loss")
+    axes.set(ylabel=f"loss ({run.loss_unit})" if run.loss_unit else "loss")
+    steps_along(axes)
     axes.xaxis.set_major_formatter(count_tick)
     legend(figure)
     every = math.ceil(len(run.train_rows) / MAX_LINE_POINTS)

@@ -13,6 +13,7 @@ from spdf_jax.report.draw import (
     legend,
     mark_phases,
     new_figure,
+    steps_along,
     thinned,
 )
 from spdf_jax.report.page import Panel, plot_panel
@@ -30,7 +31,8 @@ def sparsity_by_step(run: Run) -> Panel | None:
     # A row says what its step computed with, so a value holds back to the row before.
     axes.step(steps, sparsities_percent, where="pre", color=SPARSE, linewidth=1.6)
     axes.fill_between(steps, sparsities_percent, step="pre", color=SPARSE, alpha=0.14, linewidth=0)
-    axes.set(xlabel="step", ylabel="sparsity (%)", ylim=(0, 105))
+    axes.set(ylabel="sparsity (%)", ylim=(0, 105))
+    steps_along(axes)
     mark_phases(axes, run.all_rows)
     axes.xaxis.set_major_formatter(count_tick)
     caption = f"Share of the maskable weights that are zero; highest {percent(run.max_sparsity)}."
@@ -50,7 +52,8 @@ def churn_by_step(run: Run) -> Panel | None:
     figure, axes = new_figure()
     axes.fill_between(steps, lows, highs, color=SPARSE, alpha=0.16, linewidth=0, label="lowest to highest matrix")
     axes.plot(steps, means, color=SPARSE, linewidth=1.4, marker="o", markersize=2.5, label="mean over matrices")
-    axes.set(xlabel="step", ylabel="new connections (%)", ylim=(0, None))
+    axes.set(ylabel="new connections (%)", ylim=(0, None))
+    steps_along(axes)
     axes.xaxis.set_major_formatter(count_tick)
     legend(figure)
     caption = "Of the connections after each topology step, the share that was not there before it."
@@ -85,7 +88,7 @@ def density_by_layer(run: Run) -> Panel | None:
     axes.tick_params(left=False)
     axes.invert_yaxis()
     axes.grid(False)
-    axes.set(xlabel="step")
+    steps_along(axes)
     axes.xaxis.set_major_formatter(count_tick)
     bar = figure.colorbar(
         image, ax=axes, label="density (%)", ticks=[0, 0.01, 0.05, 0.1, 0.25, 0.5, 1], aspect=30, pad=0.02

@@ -214,7 +214,7 @@ thead th { color: var(--soft); font-size: .85rem; line-height: 1.3; vertical-ali
 .texts p { margin: 0; white-space: pre-line; }
 .texts strong { font-weight: 600; }
 pre { margin: .5rem 0 0; white-space: pre-wrap; overflow-wrap: anywhere; font-size: .83rem; line-height: 1.45; }
-pre span { display: inline-block; max-width: 100%; }
+pre span { display: inline-block; max-width: 100%; word-break: break-all; }
 summary { margin-top: .8rem; cursor: pointer; font-weight: 600; }
 @media (max-width: 34rem) {
   body { padding: 1.25rem .75rem 3rem; }

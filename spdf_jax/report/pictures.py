@@ -29,6 +29,8 @@ from spdf_jax.report.words import percent, short_name
 T = TypeVar("T")
 
 _MAX_PICTURED_LEAVES, _MAX_BINS = 3, 20
+# Pictures of matrices that are as sparse differ by this much: a pixel's share counts alike where its block is smaller.
+_AS_SPARSE = 1.02
 
 
 def mask_pictures(run: Run) -> Panel | None:
@@ -186,10 +188,11 @@ def _without_any(degrees: Mapping[int, Mapping[str, Degrees]]) -> str:
 
 def _named_steps(run: Run, density: Mapping[int, float]) -> dict[int, str]:
     """Start, sparsest (where that changes) and end among the steps; one step is shown once, under all its names."""
-    steps, sparsest = sorted(density), min(sorted(density), key=density.__getitem__)
+    steps, least = sorted(density), min(density.values())
+    sparsest = next(step for step in steps if density[step] <= _AS_SPARSE * least)
     last = "end" if run.is_finished and steps[-1] == run.numbers.get("steps") else "last"
     named = [("start", steps[0]), ("sparsest", sparsest), (last, steps[-1])]
-    if density[sparsest] == max(density.values()):
+    if max(density.values()) <= _AS_SPARSE * least:
         del named[1]
     names: dict[int, list[str]] = {}
     for name, step in named:

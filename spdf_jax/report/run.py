@@ -201,6 +201,8 @@ def _number_lines(run: Run) -> Iterator[tuple[str, str, str]]:
     for key, (label, render, remark) in formats.items():
         if key in run.numbers and key not in hidden:
             yield label, render(run.numbers[key]), remark
+    for name, read in run.numbers.get("sources", {}).items():
+        yield f"Examples from {name}", percent(read["share"]), f"{digits(read['epochs'], 3)} epochs of it"
     yield from _start_lines(run)
     if before := run.numbers.get("before"):
         runs, together = ("runs", "All") if len(run.ancestors) > 1 and run.first_step else ("run", "Both")

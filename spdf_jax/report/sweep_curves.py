@@ -13,9 +13,9 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.markers import MarkerStyle
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import LogLocator, NullFormatter
 
-from spdf_jax.report.draw import DASHES, SERIES, SOFT_INK, Plot, Table, column, new_figure
+from spdf_jax.report.draw import DASHES, SERIES, SOFT_INK, Plot, Table, column, new_figure, steps_along
 from spdf_jax.report.page import Panel, template
 from spdf_jax.report.records import Row, Run
 from spdf_jax.report.sweep_records import Sweep
@@ -189,6 +189,8 @@ def _curves_of(sweep: Sweep, task: str, choice: str, rows: dict[str, list[Row]],
     *others, last = [axis.name.split(" ")[0].replace("seconds", "time") for axis in drawn]
     by = " and ".join(filter(None, [", ".join(others), last]))
     caption = f"Loss over {target_name(task)}, by the {by} of each run by itself.{left_out}"
+    if "step" in by and any(sweep.cells[name].first_step for name in rows):
+        caption += " The steps of a run that goes on from another count on from there."
     if "time" in by:
         caption += " Training time is without evaluations; compilation is in it."
     body = key(series) + Markup(_CURVES.render(figures=[plot.inline for plot in plots]))
@@ -234,7 +236,12 @@ def _curves_figure(
     if is_log:
         axes.set_xscale("log")
         axes.xaxis.set_minor_formatter(NullFormatter())
+        first, last = axes.get_xlim()
+        if last < 300 * first:  # or powers of ten would be a number or two
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     else:
         axes.set_xlim(0, None)
+        if axis is STEPS:
+            steps_along(axes)
     axes.xaxis.set_major_formatter(count_tick)
     return figure

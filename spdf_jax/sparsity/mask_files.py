@@ -21,6 +21,10 @@ from spdf_jax.workdir import write_atomically
 MASK_FORMAT, MASK_FORMAT_VERSION = "spdf_jax.masks", 1
 
 
+#: Of the masks of a model, in the folder of a Hugging Face model.
+MASK_FILE = "masks.safetensors"
+
+
 def pack_masks(masks: Any) -> Any:
     """Element masks as uint8 with 8 weights a byte along the last axis; 0-d leaves stay bool."""
     return jax.tree.map(lambda m: m if m.ndim == 0 else jnp.packbits(m, axis=-1), masks)

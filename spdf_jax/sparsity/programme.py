@@ -19,6 +19,7 @@ from spdf_jax.ops import attention_patterns
 from spdf_jax.sparsity import schedules
 from spdf_jax.sparsity.block_topology import block_grid
 from spdf_jax.sparsity.distributions import DISTRIBUTIONS, MatrixGroup, target_counts
+from spdf_jax.sparsity.one_shot import CALIBRATED_METHODS, PRUNING_METHODS
 from spdf_jax.sparsity.patterns import parse_pattern
 from spdf_jax.sparsity.rules import RULES, check_rule, check_score
 from spdf_jax.sparsity.topology import Rule
@@ -40,6 +41,7 @@ CHOSEN = Used(
     lambda c: not c.dense and c.topology_rule.choose_masks is None and c.curve(0.0) > 0,
     "masks that are sparse from the first step and that the rule does not choose itself",
 )
+CALIBRATED = Used(lambda c: c.init in CALIBRATED_METHODS, f"an init out of {', '.join(CALIBRATED_METHODS)}")
 WINDOW = Used(lambda c: c.attention_end > c.attention_start, "phases with attention_end above attention_start")
 ATTENTION = Used(lambda c: c.attention_pattern != "causal", "an attention_pattern other than 'causal'")
 
@@ -67,7 +69,8 @@ class SparsityConfig:
       drop_fraction: initial share exchanged; -1 takes the rule's.
       exploration: share of the weights that get gradients without being active (Top-KAST); -1 takes the rule's.
       sparsify_head: whether the output head (tied to the embedding or not) is sparse too.
-      init: ``random`` or ``magnitude`` initial masks.
+      init: ``random`` or ``magnitude`` initial masks; ``wanda``, ``sparsegpt``: a dense model pruned by `spdf_jax.prune_once`.
+      calibration_sequences: how many of the phase's first training sequences these look at, in whole batches.
       attention_pattern: which keys a query sees between the next two; see `spdf_jax.ops.attention_patterns`.
       attention_width: tokens of that pattern's window, or its stride.
       attention_start: progress from which `attention_pattern` is used; attention is causal before.
@@ -90,7 +93,8 @@ class SparsityConfig:
     drop_fraction: Annotated[float, Range(least=0, most=1, special=-1), SHARE] = -1.0
     exploration: Annotated[float, Range(least=0, most=1, special=-1), EXPLORED] = -1.0
     sparsify_head: Annotated[bool, SPARSE] = False
-    init: Annotated[str, OneOf(("random", "magnitude")), CHOSEN] = "random"
+    init: Annotated[str, OneOf(("random", *PRUNING_METHODS)), CHOSEN] = "random"
+    calibration_sequences: Annotated[Count, CALIBRATED] = 128
     attention_pattern: Annotated[str, OneOf(attention_patterns.PATTERNS), WINDOW] = "causal"
     attention_width: Annotated[Count, ATTENTION] = 128
     attention_start: Annotated[Share, ATTENTION] = 0.0
@@ -260,9 +264,8 @@ class Programme:
 
     def attention(self, step: int) -> tuple[str, int]:
         """Attention pattern and width of `step`."""
-        c = self.config
-        inside = c.attention_start <= step / self.total_steps < c.attention_end
-        return (c.attention_pattern if inside else "causal", c.attention_width)
+        c, progress = self.config, step / self.total_steps
+        return c.attention_pattern if c.attention_start <= progress < c.attention_end else "causal", c.attention_width
 
     def sparsity(self, step: int) -> float:
         """Share of zeros over all sparse leaves at the start of `step`."""
@@ -333,8 +336,8 @@ class Programme:
         )
 
     def _solve(self, sparsity: float) -> Mapping[str, int]:
-        config = self.config
-        return target_counts(self.groups, sparsity, config.distribution, config.pattern) if self.groups else {}
+        how = sparsity, self.config.distribution, self.config.pattern
+        return target_counts(self.groups, *how) if self.groups else {}
 
     def _alike(self, steps: int) -> dict[int, int]:
         """The first `steps` steps by what they cost: ``{the first of its kind: how many there are}``."""

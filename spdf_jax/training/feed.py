@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from spdf_jax.config.run import RunConfig
 from spdf_jax.data import (
     Batch,
+    Mixture,
     TokenData,
     document_end,
     document_ids,
@@ -19,6 +20,7 @@ from spdf_jax.data import (
     holds_tokenizer,
     load_task,
     load_tokenizer,
+    parts_of,
     prepare,
     task_batches,
     task_validation_batches,
@@ -128,6 +130,19 @@ def load_data(
     return tokens, tokenizer
 
 
+def sources_read(plans: Sequence[PhasePlan], tokens: TokenData | None) -> dict[str, dict[str, float]]:
+    """Of a mixture: each source's share of the examples, and how many epochs of it the phases that model text have."""
+    if tokens is None or not isinstance(mixture := tokens.train, Mixture):
+        return {}
+    text = [plan for plan in plans if not plan.config.task.name]
+    passes = [mixture.epochs(plan.seq_len, plan.config.batch_size * (plan.end - plan.start)) for plan in text]
+    total = sum(mixture.shares.values())
+    return {
+        name: {"share": share / total, "epochs": sum(epochs[name] for epochs in passes)}
+        for name, share in mixture.shares.items()
+    }
+
+
 def check_there(config: RunConfig) -> None:
     """Refuses a run whose text, tokenizer or task cannot be read where the config says, as far as that costs no time.
 
@@ -137,8 +152,8 @@ def check_there(config: RunConfig) -> None:
     for phase in config.phases.values():
         if phase.task.name:
             load_task(phase.task)
-    for key in ("path", "tokenizer"):
-        place = getattr(config.data, key)
+    places = [("mixture" if name else "path", part.path) for name, part in parts_of(config.data).items()]
+    for key, place in (*places, ("tokenizer", config.data.tokenizer)):
         if place and not Path(place).exists():
             raise InputError(f"config.data.{key}: {place!r} is not there")
 

@@ -19,19 +19,21 @@ from spdf_jax.huggingface import load_model
 from spdf_jax.model.config import GPTConfig
 from spdf_jax.model.gpt import GPT
 from spdf_jax.sharding import make_mesh, parameter_shardings
-from spdf_jax.sparsity.masks import dense_masks
+from spdf_jax.sparsity.mask_files import MASK_FILE, load_masks
+from spdf_jax.sparsity.masks import apply_masks, dense_masks
 from spdf_jax.training.checkpoint import Checkpoints, DamagedCheckpointError
 from spdf_jax.training.phases import Begin, PhasePlan, make_plan
+from spdf_jax.training.pruning import Pruner, as_it_is
 from spdf_jax.training.state import TrainState, abstract_state, as_masks, init_state, start_phase, state_shardings
 from spdf_jax.training.stored_state import fingerprint
 from spdf_jax.workdir import BEST, CHECKPOINTS, CONFIG_FILE, SUMMARY_FILE, read_json
 
 #: What of a config may change between restarts and after the end: how the run reports, where and how it is computed, what is
 #: made of it; and where that lies which it reads. That the same lies there, fingerprints tell.
-_FREE = re.compile(r"(loop|mesh|decode|evaluation)\.|(variants|model\.remat|data\.cache_dir)$")
+_FREE = re.compile(r"(loop|mesh|decode|evaluation)\.|(variants|model\.remat|data\.(cache_dir|processes))$")
 #: What a run is called: the same settings under another name are the same run.
 _NAMES = re.compile(r"(experiment|variant)$")
-_PLACES = re.compile(r"(init_from|data\.(path|tokenizer)|[^.]+\.task\.path)$")
+_PLACES = re.compile(r"(init_from|data\.(path|mixture|tokenizer)|[^.]+\.task\.path)$")
 
 #: What a ``summary.json`` says of the run, where another goes on from it.
 _COSTS = ("train_flops", "dense_flops", "tokens", "wall_seconds", "val_loss")
@@ -201,7 +203,9 @@ def source_folder(config: RunConfig, workdir: Path | None) -> Path | None:
     return located(config.init_from) if config.init_from else None
 
 
-def first_state(config: RunConfig, plan: PhasePlan, mesh: Mesh, source: Path | None) -> TrainState:
+def first_state(
+    config: RunConfig, plan: PhasePlan, mesh: Mesh, source: Path | None, prune: Pruner = as_it_is
+) -> TrainState:
     """The state before the first step of a run: drawn, or that of `source`, see `source_folder`.
 
     Raises:
@@ -209,10 +213,10 @@ def first_state(config: RunConfig, plan: PhasePlan, mesh: Mesh, source: Path | N
     """
     if source is None:
         return init_state(GPT(config.model), plan.tx, plan.config.sparsity, plan.filter, config.seed, mesh)
-    return initial_from(source, config, plan, mesh)
+    return initial_from(source, config, plan, mesh, prune)
 
 
-def initial_from(folder: Path, config: RunConfig, plan: PhasePlan, mesh: Mesh) -> TrainState:
+def initial_from(folder: Path, config: RunConfig, plan: PhasePlan, mesh: Mesh, prune: Pruner = as_it_is) -> TrainState:
     """The first state of a run that goes on from another, as the phase wants it: dense, as sparse as there, or between.
 
     Raises:
@@ -230,9 +234,15 @@ def initial_from(folder: Path, config: RunConfig, plan: PhasePlan, mesh: Mesh) -
         check_same_model(folder, model_config, config.model)
         if not phase.reset_optimizer:
             raise InputError(f"config.{plan.name}.reset_optimizer: {folder} holds no optimiser state; set it to True")
-        params = jax.device_put(params, parameter_shardings(mesh, params))
-        state = TrainState(jnp.zeros((), jnp.int32), params, dense_masks(params), plan.tx.init(params), key)
-    return enter_phase(state, plan, mesh)
+        masks = load_masks(folder / MASK_FILE, params) if (folder / MASK_FILE).exists() else dense_masks(params)
+        params, masks = (jax.device_put(x, parameter_shardings(mesh, x)) for x in (apply_masks(params, masks), masks))
+        if phase.sparsity.topology_rule.choose_masks and any(mask.ndim for mask in jax.tree.leaves(masks)):
+            raise InputError(
+                f"config.{plan.name}.sparsity.rule: {phase.sparsity.rule!r} ranks all weights, and {folder} has masks, outside "
+                f"which they are 0; go on from a dense model"
+            )
+        state = TrainState(jnp.zeros((), jnp.int32), params, masks, plan.tx.init(params), key)
+    return enter_phase(state, plan, mesh, prune)
 
 
 def holds_run(folder: Path) -> bool:
@@ -275,10 +285,13 @@ def read_summary(workdir: Path) -> dict[str, Any] | None:
     return summary
 
 
-def enter_phase(state: TrainState, plan: PhasePlan, mesh: Mesh) -> TrainState:
-    """`start_phase` as the plan says: from the result of the phase before, or, with its optimiser, from its parameters."""
+def enter_phase(state: TrainState, plan: PhasePlan, mesh: Mesh, prune: Pruner = as_it_is) -> TrainState:
+    """`start_phase` as the plan says: from the result of the phase before, or, with its optimiser, from its parameters.
+
+    Before it, `prune` (`spdf_jax.training.pruning.pruner`), where there is anything to prune.
+    """
     phase = plan.config
-    return start_phase(state, plan.tx, phase.sparsity, plan.filter, mesh, reset_optimizer=phase.reset_optimizer)
+    return start_phase(prune(state), plan.tx, phase.sparsity, plan.filter, mesh, reset_optimizer=phase.reset_optimizer)
 
 
 def check_same_model(folder: Path, there: GPTConfig, here: GPTConfig) -> None:

@@ -297,6 +297,6 @@ def _masks(key: jax.Array, params: Any, config: SparsityConfig, filter: Filter) 
         sparsity=config.curve(0.0),
         distribution=config.distribution,
         filter=filter,
-        method=config.init,
+        method="random" if config.init == "random" else "magnitude",
         pattern=config.pattern,
     )

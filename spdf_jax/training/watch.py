@@ -14,6 +14,7 @@ from spdf_jax.training.branch import branch, check_same_order
 from spdf_jax.training.feed import Feed, load_data, make_feed
 from spdf_jax.training.loop import evaluate, make_phase_steps, starts_anew, take_steps
 from spdf_jax.training.phases import PhasePlan, make_plan
+from spdf_jax.training.pruning import pruner
 from spdf_jax.training.restore import enter_phase, first_state, source_folder
 from spdf_jax.training.state import TrainState
 
@@ -54,7 +55,8 @@ def watch_training(config: RunConfig) -> Iterator[tuple[TrainState, dict[str, An
     if parent:
         check_same_order(parent, feeds[0].fingerprint)
     with jax.set_mesh(mesh):
-        state = parent.state if parent else first_state(config, plans[0], mesh, source_folder(config, None))
+        prune = pruner(config.model, plans[0], feeds[0].train, mesh)
+        state = parent.state if parent else first_state(config, plans[0], mesh, source_folder(config, None), prune)
     parent = None  # whose state the first step may be the last to use
     yield state, {}
     for plan in plans:
@@ -74,7 +76,8 @@ def _watch_phase(
         return loss
 
     with jax.set_mesh(mesh):
-        state = enter_phase(state, plan, mesh) if plan.index else state
+        if plan.index:
+            state = enter_phase(state, plan, mesh, pruner(model.config, plan, feed.train, mesh))
         steps = make_phase_steps(model, plan, mesh, state)
         if plan.config.patience_evaluations and starts_anew(feeds, plan):
             measure(state, plan.start)
