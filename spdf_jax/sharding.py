@@ -21,7 +21,7 @@ from spdf_jax.tree import along_state, map_named
 
 #: Leaf name -> logical axes, first match wins; leaves matched by nothing are replicated.
 PARAMETER_AXES: Sequence[tuple[str, tuple[str, ...]]] = (
-    (r"^blocks/(attn_[qkv]|mlp_up)/kernel$", ("layers", "embed", "wide")),
+    (r"^blocks/(attn_[qkv]|mlp_up|mlp_gate)/kernel$", ("layers", "embed", "wide")),
     (r"^blocks/(attn_o|mlp_down)/kernel$", ("layers", "wide", "embed")),
     # As live blocks, [layers, output block, which of its blocks, row, column] (`spdf_jax.sparsity.blocks`).
     (r"^blocks/(attn|mlp)_.*/kernel$", ("layers", "wide", "block", "embed", "block")),

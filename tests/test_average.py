@@ -14,7 +14,7 @@ from twice import killed_at, short_run
 
 import spdf_jax as spdf
 from spdf_jax.errors import InputError
-from spdf_jax.huggingface import load_gpt2
+from spdf_jax.huggingface import load_model
 from spdf_jax.jobs import train as jobs
 from spdf_jax.jobs.evaluate import evaluate_checkpoint
 from spdf_jax.jobs.export import export
@@ -190,7 +190,7 @@ def test_a_run_is_judged_and_exported_by_its_average_and_resumes_to_the_same_bit
     assert differing > 1000
     assert evaluate_checkpoint(c, tmp_path / "whole")["val_loss"] == summary["val_loss"]
     export(c, tmp_path / "whole")
-    _, exported = load_gpt2(tmp_path / "whole" / "huggingface")
+    _, exported = load_model(tmp_path / "whole" / "huggingface")
     for (name, ours), (_, theirs) in zip(named_leaves(saved.result.params), named_leaves(exported), strict=True):
         np.testing.assert_array_equal(ours, theirs, err_msg=name)
     assert sorted(int(p.name) for p in (tmp_path / "whole" / "checkpoints").iterdir()) == [6, 12]

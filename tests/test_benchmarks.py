@@ -16,6 +16,7 @@ SMALLEST = {
     "compile_time": ["--layers", "1", "2", "--width", "64", "--context", "32", "--repeats", "1"],
     "encode_text": ["--megabytes", "1", "--format", "parquet"],
     "gpu": ["--dry_run"],
+    "llama_step": ["--shapes", "2x64", "--repeats", "1"],
     "mask_overhead": ["--sizes", "mini", "--repeats", "1"],
     "pods": ["--only", "experiments/gpt2_static.py:124m --job plan --plan_topology v6e"],
     "prune_once": ["--inputs", "128", "--outputs", "64", "--sequences", "2", "--length", "32", "--repeats", "1"],

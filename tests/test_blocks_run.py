@@ -10,7 +10,7 @@ from tiny import rows_without_clock, set_sparsity, tiny_config, write_text
 
 import spdf_jax as spdf
 from spdf_jax.data import Batch
-from spdf_jax.huggingface import load_gpt2
+from spdf_jax.huggingface import load_model
 from spdf_jax.jobs import train as jobs
 from spdf_jax.jobs.export import export
 from spdf_jax.sharding import MeshConfig, make_mesh
@@ -267,7 +267,7 @@ def test_a_run_resumes_to_the_same_bits_and_exports_the_weights_it_computes_with
     assert report.sparsity == 0.75
     assert {(row.dead_rows, row.dead_columns) for row in report.rows} == {(0, 0)}
     export(config, cut)
-    _, exported = load_gpt2(cut / "huggingface")
+    _, exported = load_model(cut / "huggingface")
     np.testing.assert_array_equal(
         exported["blocks"]["mlp_up"]["kernel"], stopped.state.params["blocks"]["mlp_up"]["kernel"]
     )

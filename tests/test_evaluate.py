@@ -138,7 +138,7 @@ def test_a_run_is_used_with_the_attention_of_its_last_step(trained):
     assert text == tokenizer.decode(continuation[: [*continuation, 0].index(0)])
 
     with pytest.raises(
-        spdf.InputError, match=r"ends in 'local' attention of width 4, which GPT-2 cannot express; train a"
+        spdf.InputError, match=r"ends in 'local' attention of width 4, which no exported model has; train a"
     ):
         export(spdf.resolve(config), workdir)
     assert not (workdir / "huggingface").exists()

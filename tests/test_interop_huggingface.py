@@ -11,7 +11,7 @@ from tokenizers import normalizers, pre_tokenizers
 
 import spdf_jax as spdf
 from spdf_jax.data.tokenizer import train_tokenizer
-from spdf_jax.huggingface import gpt2, load_gpt2, save_gpt2
+from spdf_jax.huggingface import gpt2, load_model, save_model
 from spdf_jax.model import gpt as model_module
 
 pytestmark = pytest.mark.slow
@@ -88,7 +88,7 @@ def test_transformers_computes_our_logits(tmp_path, torch, transformers, changes
     config = dataclasses.replace(CONFIG, **changes)
     params = random_params(config)
     masks = spdf.init_masks(jax.random.key(1), params, sparsity=sparsity) if sparsity else None
-    save_gpt2(tmp_path / "gpt2", config, params, masks=masks)
+    save_model(tmp_path / "gpt2", config, params, masks=masks)
     assert_same_logits(config, params, opened(transformers, tmp_path / "gpt2"), torch, masks)
 
 
@@ -110,14 +110,14 @@ def test_we_compute_transformers_logits(tmp_path, torch, transformers, changes, 
     model = their_model(transformers, torch, **changes)
     model.save_pretrained(tmp_path, **options)
     assert (tmp_path / "model.safetensors").exists() != bool(options)
-    assert_same_logits(*load_gpt2(tmp_path), model, torch)
+    assert_same_logits(*load_model(tmp_path), model, torch)
 
 
 @pytest.mark.parametrize("name", [name for names in gpt2.ACTIVATIONS.values() for name in names])
 def test_every_activation_that_is_read_is_theirs(tmp_path, torch, transformers, name):
     model = their_model(transformers, torch, activation_function=name, n_layer=1, embd_pdrop=0.2)
     model.save_pretrained(tmp_path)
-    config, params = load_gpt2(tmp_path)
+    config, params = load_model(tmp_path)
     assert config.activation == ("gelu_exact" if name in ("gelu", "gelu_python") else "gelu")
     assert_same_logits(config, params, model, torch)
     # The two forms are 5e-4 apart at most, which logits may hide.
@@ -130,29 +130,29 @@ def test_every_activation_that_is_read_is_theirs(tmp_path, torch, transformers, 
 def test_we_read_their_half_precision(tmp_path, torch, transformers, dtype):
     model = their_model(transformers, torch).to(getattr(torch, dtype))
     model.save_pretrained(tmp_path)
-    assert_same_logits(*load_gpt2(tmp_path), model.float(), torch)
+    assert_same_logits(*load_model(tmp_path), model.float(), torch)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_they_read_our_half_precision(tmp_path, torch, transformers, dtype):
-    save_gpt2(tmp_path / "gpt2", CONFIG, random_params(CONFIG), dtype=dtype)
+    save_model(tmp_path / "gpt2", CONFIG, random_params(CONFIG), dtype=dtype)
     model = opened(transformers, tmp_path / "gpt2", dtype="auto")
     assert model.dtype == getattr(torch, dtype)
-    assert_same_logits(*load_gpt2(tmp_path / "gpt2"), model.float(), torch)
+    assert_same_logits(*load_model(tmp_path / "gpt2"), model.float(), torch)
 
 
 def test_a_model_saved_without_its_head_has_no_prefix_and_loads(tmp_path, torch, transformers):
     model = their_model(transformers, torch)
     model.transformer.save_pretrained(tmp_path)
-    assert_same_logits(*load_gpt2(tmp_path), model, torch)
+    assert_same_logits(*load_model(tmp_path), model, torch)
 
 
 def test_their_config_comes_back_from_ours(tmp_path, torch, transformers):
-    save_gpt2(tmp_path / "ours", CONFIG, random_params(CONFIG), end_of_text_id=7)
+    save_model(tmp_path / "ours", CONFIG, random_params(CONFIG), end_of_text_id=7)
     model = opened(transformers, tmp_path / "ours")
     assert model.generation_config.eos_token_id == model.config.eos_token_id == 7
     model.save_pretrained(tmp_path / "theirs")
-    config, params = load_gpt2(tmp_path / "theirs")
+    config, params = load_model(tmp_path / "theirs")
     assert config == CONFIG
     jax.tree.map(np.testing.assert_array_equal, params, random_params(CONFIG))
 
@@ -164,7 +164,7 @@ def test_auto_tokenizer_encodes_the_same_ids(tmp_path, transformers, of_its_own)
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     elif of_its_own == "normalizer":
         tokenizer.normalizer = normalizers.Lowercase()
-    save_gpt2(tmp_path / "gpt2", CONFIG, random_params(CONFIG), tokenizer=tokenizer)
+    save_model(tmp_path / "gpt2", CONFIG, random_params(CONFIG), tokenizer=tokenizer)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "gpt2")
     for text in [*TEXTS, "one<|endoftext|>two"]:
         ids = tokenizer.encode(text).ids
@@ -177,7 +177,7 @@ def test_auto_tokenizer_encodes_the_same_ids(tmp_path, transformers, of_its_own)
 def test_transformers_generates_what_our_model_says(tmp_path, torch, transformers):
     tokenizer = train_tokenizer(TEXTS * 4, vocab_size=290, progress=False)
     params = random_params(CONFIG)
-    save_gpt2(tmp_path / "gpt2", CONFIG, params, tokenizer=tokenizer)
+    save_model(tmp_path / "gpt2", CONFIG, params, tokenizer=tokenizer)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "gpt2")
     prompt = theirs("masks", return_tensors="pt")
     assert set(prompt) == {"input_ids", "attention_mask"}

@@ -30,7 +30,7 @@ from spdf_jax import main
 from spdf_jax.config.run import RunConfig
 from spdf_jax.data import load_tokenizer, prepare
 from spdf_jax.errors import Restart
-from spdf_jax.huggingface import load_gpt2, save_gpt2
+from spdf_jax.huggingface import load_model, save_model
 from spdf_jax.jobs import train as jobs
 from spdf_jax.processes import RESTART_CODE
 from spdf_jax.report.records import read_run
@@ -320,7 +320,7 @@ def gpt2(text, tmp_path_factory):
         config = spdf.GPTConfig(n_layer=1, n_head=2, d_model=8, vocab_size=300, context=8)
         params = drawn_params(config, seed)
         folder = tmp_path_factory.mktemp("gpt2") / str(seed)
-        save_gpt2(folder, config, params, tokenizer=data.tokenizer)
+        save_model(folder, config, params, tokenizer=data.tokenizer)
         folders.append(folder)
     return folders
 
@@ -334,7 +334,9 @@ def test_files_of_a_hugging_face_folder_are_read_or_refused(name, gpt2, tmp_path
         shutil.copytree(ours, folder)
         harm(folder / name, how, (other / name).read_bytes())
         read = (
-            (lambda f=folder: load_tokenizer(f / name)) if name == "tokenizer.json" else (lambda f=folder: load_gpt2(f))
+            (lambda f=folder: load_tokenizer(f / name))
+            if name == "tokenizer.json"
+            else (lambda f=folder: load_model(f))
         )
         before = contents(folder)
         outcome(read, folder, f"{name} {how}")
@@ -348,7 +350,7 @@ def test_weights_that_are_not_finite_are_named(bad, gpt2, tmp_path):
     tensors["transformer.h.0.mlp.c_fc.weight"] = np.full_like(tensors["transformer.h.0.mlp.c_fc.weight"], bad)
     save_file(tensors, tmp_path / "f" / "model.safetensors")
     with pytest.raises(spdf.InputError, match=r"h\.0\.mlp\.c_fc\.weight holds numbers that are not finite"):
-        load_gpt2(tmp_path / "f")
+        load_model(tmp_path / "f")
 
 
 def changed_tokenizer(gpt2: list[Path], file: Path, path: str, value: Any) -> Path:

@@ -12,7 +12,7 @@ from test_model import in_steps
 from tiny import drawn_params
 
 import spdf_jax as spdf
-from spdf_jax.huggingface import save_gpt2
+from spdf_jax.huggingface import save_model
 from spdf_jax.model.decoding import DecodeConfig, empty_cache
 from spdf_jax.model.flops import parameter_count, step_flops
 from spdf_jax.model.generate import generate
@@ -298,7 +298,7 @@ def test_bfloat16_computes_in_it_and_keeps_float32_taps():
 def test_gpt2_cannot_express_any_part_of_primer(changes, message, tmp_path):
     config = dataclasses.replace(PLAIN, **changes)
     with pytest.raises(spdf.InputError, match=message):
-        save_gpt2(tmp_path / "out", config, abstract_params(spdf.GPT(config)))
+        save_model(tmp_path / "out", config, abstract_params(spdf.GPT(config)))
     assert not (tmp_path / "out").exists()
 
 

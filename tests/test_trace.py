@@ -64,11 +64,12 @@ def traces():
     return found
 
 
-# Measured 2026-11-30; 65a3a6c entered 19 files of 3,310 lines and 23 files of 4,181 lines.
+# Measured 2026-11-30; 65a3a6c entered 19 files of 3,310 lines and 23 files of 4,181 lines. Functions are 15 and 18 lines longer
+# than before the model had Llama's options: GPT-2 passes the branches to norms, biases, heads and positions in other files.
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("step", "most_files", "most_file_lines", "most_function_lines"),
-    [("train", 15, 2440, 495), ("topology", 18, 3195, 575)],
+    [("train", 15, 2440, 510), ("topology", 18, 3195, 593)],
 )
 def test_a_step_goes_through_few_files(traces, step, most_files, most_file_lines, most_function_lines):
     files, codes = traces[step]

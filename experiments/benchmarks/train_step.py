@@ -44,7 +44,8 @@ from safetensors.numpy import load_file
 
 import spdf_jax as spdf
 from spdf_jax.data import Batch
-from spdf_jax.huggingface import save_gpt2
+from spdf_jax.huggingface import save_model
+from spdf_jax.model.flops import linear_size
 from spdf_jax.optim import OptimizerConfig, make_optimizer
 from spdf_jax.training.programs import make_steps
 
@@ -55,7 +56,7 @@ SHAPES = {
 LEARNING_RATE = 6e-4
 #: Environment variables that move the ratios.
 TUNABLES = ("GLIBC_TUNABLES", "XLA_FLAGS", "OMP_NUM_THREADS")
-RATIOS = {"times_faster": "x nanoGPT", "of_pairs": "of pairs", "of_fastest": "of the fastest", "processor": "processor"}
+RATIOS = {"times_faster": "x {}", "of_pairs": "of pairs", "of_fastest": "of the fastest", "processor": "processor"}
 EAGER, COMPILED, PRODUCTS = "nanoGPT, eager", "nanoGPT, compiled", "products alone"
 SIDE = 2048  # of the product that is timed alone
 
@@ -63,6 +64,8 @@ SIDE = 2048  # of the product that is timed alone
 ALLOWED = {"float32": 1e-4, "bfloat16": 2e-3}
 
 Step = Callable[[], float]  # makes one step and returns its loss
+#: From a config, parameters and tokens another's step, and how many parameters its model has.
+Rival = Callable[[spdf.GPTConfig, Any, np.ndarray], tuple[Step, int]]
 
 
 def ours(config: spdf.GPTConfig, params: Any, tokens: np.ndarray) -> Step:
@@ -81,7 +84,7 @@ def ours(config: spdf.GPTConfig, params: Any, tokens: np.ndarray) -> Step:
     return run
 
 
-def nanogpt(path: str, config: spdf.GPTConfig, params: Any, tokens: np.ndarray, compiled: bool) -> tuple[Step, int]:
+def nanogpt(path: str, compiled: bool, config: spdf.GPTConfig, params: Any, tokens: np.ndarray) -> tuple[Step, int]:
     """nanoGPT's step, and how many parameters its model has."""
     import torch
 
@@ -104,7 +107,7 @@ def nanogpt(path: str, config: spdf.GPTConfig, params: Any, tokens: np.ndarray, 
         )
     ).to(device)
     with tempfile.TemporaryDirectory() as folder:
-        save_gpt2(folder, config, params)
+        save_model(folder, config, params)
         tensors = load_file(pathlib.Path(folder) / "model.safetensors")
     for name, tensor in model.state_dict().items():
         if name != "lm_head.weight":  # is the embedding
@@ -130,22 +133,22 @@ def nanogpt(path: str, config: spdf.GPTConfig, params: Any, tokens: np.ndarray, 
 
 def step_flops(config: spdf.GPTConfig, batch_size: int) -> float:
     """Of the products of one training step."""
-    linear = 12 * config.n_layer * config.d_model**2 + config.vocab_size * config.d_model
-    attention = config.n_layer * config.d_model * config.context  # scores and values, half of them
+    linear = linear_size(config) + config.vocab_size * config.d_model
+    attention = config.n_layer * config.attention_width * config.context  # scores and values, half of them
     return 6.0 * (linear + attention) * batch_size * config.context
 
 
-def measure(name: str, config: spdf.GPTConfig, batch_size: int, args: argparse.Namespace) -> dict[str, Any]:
-    """Checks and times one shape, and prints its rows."""
+def measure(
+    name: str, config: spdf.GPTConfig, batch_size: int, args: argparse.Namespace, others: str, rivals: dict[str, Rival]
+) -> dict[str, Any]:
+    """Checks and times one shape beside others' steps of it, and prints its rows."""
     config = dataclasses.replace(config, dtype=args.dtype)
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (batch_size, config.context + 1), np.int64)
     params = jax.jit(spdf.GPT(config).init)(jax.random.key(0), jnp.zeros((1, 1), int))["params"]
     sizes = {"ours": sum(p.size for p in jax.tree.leaves(params))}
     steps: dict[str, Step] = {}
-    if args.nanogpt:
-        build = functools.partial(nanogpt, args.nanogpt, config, params, tokens)
-        steps[EAGER], sizes[EAGER] = build(compiled=False)
-        steps[COMPILED], sizes[COMPILED] = build(compiled=True)
+    for side, build in rivals.items():
+        steps[side], sizes[side] = build(config, params, tokens)
     steps["ours"] = ours(config, params, tokens)
     losses = {side: [step(), step()] for side, step in steps.items()}
     for side, (first, second) in losses.items():
@@ -163,7 +166,12 @@ def measure(name: str, config: spdf.GPTConfig, batch_size: int, args: argparse.N
     )
     fastest = min(steps.keys() - {"ours"} or steps, key=lambda side: statistics.median(timings[side].wall))
     rows = [{"name": side} | times_faster(timings[side], timings[fastest]) for side in timings]
-    print_head(f"{name}, {batch_size} x {config.context} tokens", "ms", "tokens / s", *RATIOS.values())
+    print_head(
+        f"{name}, {batch_size} x {config.context} tokens",
+        "ms",
+        "tokens / s",
+        *(head.format(others) for head in RATIOS.values()),
+    )
     for row in rows:
         row["tokens_per_second"] = tokens[:, 1:].size / row["ms"] * 1e3
         ratios = (f"{row[ratio]:.2f}" for ratio in RATIOS)
@@ -185,9 +193,10 @@ def main() -> None:
     tunables = {name: os.environ[name] for name in TUNABLES if name in os.environ}
     text = "; ".join(f"{name} {value}" for name, value in (versions | tunables).items())
     announce(f"{text or 'ours alone'}; {args.dtype}; medians of {args.repeats} interleaved training steps")
-    write_json(
-        args, shapes=[measure(name, *SHAPES[name], args) for name in args.shapes], environment=versions | tunables
-    )
+    sides = {EAGER: False, COMPILED: True} if args.nanogpt else {}
+    rivals: dict[str, Rival] = {side: functools.partial(nanogpt, args.nanogpt, how) for side, how in sides.items()}
+    shapes = [measure(name, *SHAPES[name], args, "nanoGPT", rivals) for name in args.shapes]
+    write_json(args, shapes=shapes, environment=versions | tunables)
 
 
 if __name__ == "__main__":

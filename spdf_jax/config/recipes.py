@@ -10,7 +10,7 @@ from typing import NoReturn
 from ml_collections import ConfigDict
 
 from spdf_jax.config.read import model_section
-from spdf_jax.model.config import GPT_SIZES
+from spdf_jax.model.sizes import GPT_SIZES
 
 
 def how_to_run(file: str) -> NoReturn:
@@ -52,6 +52,34 @@ def gpt2_pretraining(c: ConfigDict) -> None:
     c.data.source, c.data.path = "token_files", "data/openwebtext"
     c.data.separate_documents = False  # one stream, as in the papers
     phase.steps, phase.batch_size, phase.optimizer.warmup_steps = 600_000, 480, 2000
+    c.loop.log_every_steps, c.loop.eval_every_steps, c.loop.checkpoint_every_steps = 100, 2000, 2000
+
+
+def llama_pretraining(c: ConfigDict) -> None:
+    """Model, data and phase ``pretrain`` of the experiments of Llama's shape.
+
+    Variants ``mini``, ``mini_...``: 4 layers x 256 with two heads of keys and values for four of queries, 400 steps x 16 x 256
+    = 1.6M tokens of the embedded corpus. ``130m``, ``350m``, ``1b``: GaLore's shapes and token counts (arXiv 2403.03507), 512
+    sequences x 256 a step, on C4 as token files of a vocabulary of 32,000.
+
+    Args:
+      c: a config with a phase ``pretrain``; changed in place.
+
+    >>> import spdf_jax as spdf
+    >>> c = spdf.default_config("mine", "130m", variants=("mini", "130m"))
+    >>> llama_pretraining(c)
+    >>> c.model.norm, c.model.d_ff, c.pretrain.steps
+    ('rms_norm', 2048, 20000)
+    """
+    phase, size = c.pretrain, c.variant.split("_")[0]
+    c.model = model_section(GPT_SIZES[f"llama_{size}"])
+    if size == "mini":
+        phase.steps = 400
+        phase.optimizer.peak_learning_rate, phase.optimizer.warmup_steps = 3e-3, 50
+        return
+    c.data.source, c.data.path = "token_files", "data/c4"
+    phase.steps = {"130m": 20_000, "350m": 60_000, "1b": 100_000}[size]
+    phase.batch_size, phase.seq_len, phase.optimizer.warmup_steps = 512, 256, phase.steps // 10
     c.loop.log_every_steps, c.loop.eval_every_steps, c.loop.checkpoint_every_steps = 100, 2000, 2000
 
 

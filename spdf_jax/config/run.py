@@ -125,8 +125,8 @@ class RunConfig:
       variant: name of these settings, one of `variants`; chosen as ``--config FILE:VARIANT``.
       variants: names of all settings that the file has.
       seed: of everything drawn.
-      init_from: where the parameters (and masks) come from: the workdir of another run, a folder of a Hugging Face GPT-2, or
-        ``cell:NAME``, the workdir NAME beside this run's; "" draws them.
+      init_from: where the parameters (and masks) come from: the workdir of another run, a folder of Hugging Face's (GPT-2,
+        Llama, Qwen), or ``cell:NAME``, the workdir NAME beside this run's; "" draws them.
       init_what: ``parameters``: those and the masks, at step 0; ``state``: all of that run, optimiser state (whatever
         `reset_optimizer` of the first phase says), random state and count of steps too, and its data goes on where it was.
       init_step: of which checkpoint the ``state``; 0: the newest.

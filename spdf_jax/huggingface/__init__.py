@@ -1,22 +1,26 @@
-"""GPT-2 folders of Hugging Face `transformers`: write one that it opens as it is, read one that it wrote.
+"""Folders of Hugging Face `transformers`: write one that it opens as it is, read one that it wrote.
 
-What is GPT-2's own, its names, layout and config, is in `gpt2`; files are written and read by `folder`, whatever the model.
+What is a family's own, its names, layout and config, is in `gpt2` and `llama`, a mapping and a config each; files are written
+and read by `folder`, whatever the model.
 """
 
-from functools import partial
+import functools
+import math
+from collections.abc import Callable, Iterator
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from tokenizers import Tokenizer
 
 from spdf_jax.errors import InputError
-from spdf_jax.huggingface import gpt2
+from spdf_jax.huggingface import gpt2, llama
 from spdf_jax.huggingface.folder import (
     DTYPES,
-    cast,
+    Place,
     check_end_of_text,
     check_shapes,
     check_stored,
@@ -29,12 +33,15 @@ from spdf_jax.huggingface.folder import (
     tokenizer_files,
     write_folder,
 )
-from spdf_jax.model.config import GPTConfig
+from spdf_jax.model.config import GPTConfig, mup_scales
 from spdf_jax.model.gpt import GPT
-from spdf_jax.sparsity.masks import apply_masks
+from spdf_jax.sparsity.masks import check_masks
+from spdf_jax.tree import map_named
+
+_FAMILIES = {kind: family for family in (gpt2, llama) for kind in family.TYPES}
 
 
-def save_gpt2(
+def save_model(
     folder: str | PathLike[str],
     config: GPTConfig,
     params: Any,
@@ -47,9 +54,10 @@ def save_gpt2(
     """Writes a model as a folder that transformers' ``AutoModelForCausalLM`` and ``AutoTokenizer`` open.
 
     The folder holds ``model.safetensors``, ``config.json``, ``generation_config.json`` and, with a tokenizer,
-    ``tokenizer.json`` and ``tokenizer_config.json``. It appears whole or not at all. The model there computes the same logits
-    under causal attention, the only pattern that GPT-2 has: masked weights are exact zeros, missing biases are zeros, and
-    S-muPar's factors on queries and logits are multiplied into ``attn_q`` and ``ln_f``.
+    ``tokenizer.json`` and ``tokenizer_config.json``. It appears whole or not at all. It is GPT-2's, or with `norm` ``rms_norm``
+    that of Llama, Qwen2 or Qwen3. The model there computes the same logits under causal attention, the only pattern that these
+    have: masked weights are exact zeros, missing biases of GPT-2 are zeros, and S-muPar's factors on queries and logits are
+    multiplied into ``attn_q``, or its norm, and ``ln_f``. Tensors are made one at a time: a model takes no second room.
 
     Args:
       folder: must not exist yet, or be empty.
@@ -61,50 +69,74 @@ def save_gpt2(
       dtype: of the weights in the file: ``float32`` | ``float16`` | ``bfloat16``.
 
     Raises:
-      InputError: the folder holds something or cannot be written; parameters or masks of another model, or a model that GPT-2
-        cannot express; a weight that is not finite in `dtype`; a tokenizer that does not fit.
+      InputError: the folder holds something or cannot be written; parameters or masks of another model, or a model that no
+        such family can express; a weight that is not finite in `dtype`; a tokenizer that does not fit.
 
     >>> import jax, spdf_jax as spdf
     >>> config = spdf.GPTConfig(n_layer=2, n_head=2, d_model=8, vocab_size=11, context=4)
     >>> params = spdf.GPT(config).init(jax.random.key(0), jax.numpy.zeros((1, 4), int))["params"]
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     save_gpt2(folder, config, params)
-    ...     loaded_config, loaded = load_gpt2(folder)
+    ...     save_model(folder, config, params)
+    ...     loaded_config, loaded = load_model(folder)
     >>> loaded_config == config, bool((loaded["wte"]["embedding"] == params["wte"]["embedding"]).all())
     (True, True)
     """
     folder = Path(folder).resolve()
     if dtype not in DTYPES.values():
         raise InputError(f"export dtype: {dtype!r} is not one of {', '.join(DTYPES.values())}")
-    gpt2.check_expressible(config)
+    family = llama if config.norm == "rms_norm" else gpt2
+    family.check_expressible(config)
     check_vacant(folder)
     end = check_end_of_text(config.vocab_size, tokenizer, end_of_text_id)
     tokens_BT = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     wanted = jax.eval_shape(GPT(config).init, jax.random.key(0), tokens_BT)["params"]
     check_shapes("export: params do not fit the model's config", shapes(params), shapes(wanted))
     if masks is not None:
-        params = apply_masks(params, masks)
+        check_masks(masks, params)
     ends = {"bos_token_id": end, "eos_token_id": end}
-    jsons = {"config.json": gpt2.config_json(config, dtype) | ends, "generation_config.json": ends}
+    jsons = {"config.json": family.config_json(config, dtype) | ends, "generation_config.json": ends}
     texts = {name: json_text(content) for name, content in jsons.items()}
     if tokenizer is not None:
         assert end is not None, "check_end_of_text sees to it"
         texts |= tokenizer_files(tokenizer, end, config.context)
-    tensors = {name: cast(name, tensor, dtype) for name, tensor in gpt2.to_tensors(config, params).items()}
-    write_folder(folder, texts, {gpt2.stored_name(name): tensor for name, tensor in tensors.items()})
+    places = family.places(config)
+    stored = {name if name.startswith("lm_head.") else family.PREFIX + name: name for name in places}
+    tensors = {name: places[ours].shape for name, ours in stored.items()}
+    write_folder(folder, texts, tensors, dtype, lambda name: _tensor(config, params, masks, places[stored[name]]))
 
 
-def load_gpt2(folder: str | PathLike[str]) -> tuple[GPTConfig, Any]:
-    """Reads a GPT-2 that transformers, or `save_gpt2`, wrote.
+def _tensor(config: GPTConfig, params: Any, masks: Any, place: Place) -> np.ndarray:
+    """What a place holds, masked, S-muPar's factors multiplied in; zeros where ours has no such bias."""
+    scales, layer = mup_scales(config), place.layer
+    factors = {"blocks/q_norm/" if config.qk_norm else "blocks/attn_q/": scales.query, "ln_f/": scales.logits}
+    parts = []
+    for name in place.leaves:
+        *modules, leaf = name.split("/")
+        found, mask = (
+            functools.reduce(lambda tree, key: tree[key], modules, tree) for tree in (params, masks or params)
+        )
+        if leaf not in found:
+            return np.zeros(place.shape, np.float32)
+        part = np.asarray(found[leaf] if layer is None else found[leaf][layer])
+        if masks is not None and np.ndim(mask[leaf]):
+            part = np.where(np.asarray(mask[leaf] if layer is None else mask[leaf][layer]), part, 0)
+        factor = next((factor for start, factor in factors.items() if name.startswith(start)), 1.0)
+        parts.append(part if factor == 1 else part * np.float32(factor))
+    whole = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
+    return whole.T if place.transposed else whole
+
+
+def load_model(folder: str | PathLike[str]) -> tuple[GPTConfig, Any]:
+    """Reads a GPT-2, Llama, Qwen2 or Qwen3 that transformers, or `save_model`, wrote.
 
     Args:
       folder: with ``config.json`` and ``model.safetensors``, or the parts that ``model.safetensors.index.json`` names.
-        Weights may be float32, float16 or bfloat16, their names with or without ``transformer.``. Its tokenizer is read by
-        `spdf_jax.data.load_tokenizer`.
+        Weights may be float32, float16 or bfloat16, their names with or without the family's prefix, ``transformer.`` or
+        ``model.``. Its tokenizer is read by `spdf_jax.data.load_tokenizer`.
 
     Returns:
-      The config, with biases, float32 compute and the rate of GPT-2's residual dropout (ours has none on attention
+      The config, with float32 compute, of GPT-2 with biases and the rate of its residual dropout (ours has none on attention
       probabilities, and no rate of its own on the embedding), and float32 parameters as `spdf_jax.GPT` has them, on JAX's
       default device. To read a model that is larger than it, call this under ``jax.default_device(jax.devices("cpu")[0])``.
 
@@ -112,27 +144,64 @@ def load_gpt2(folder: str | PathLike[str]) -> tuple[GPTConfig, Any]:
       InputError: a file is missing, damaged or a pickle; the config is of another model or asks for what our GPT does not
         compute; a tensor is missing, unknown, of another shape or type (all are named).
 
-    >>> load_gpt2("absent")
+    >>> load_model("absent")
     Traceback (most recent call last):
-    spdf_jax.errors.InputError: absent/config.json: no such file; give a GPT-2 folder as transformers' save_pretrained writes it
+    spdf_jax.errors.InputError: absent/config.json: no such file; give a folder as transformers' save_pretrained writes it
     """
     folder = Path(folder)
     path = folder / "config.json"
-    config = gpt2.read_config(path, read_json_file(path))
-    with stored_tensors(folder, gpt2.PREFIX, gpt2.CAUSAL_MASKS) as tensors:
+    content = read_json_file(path)
+    kind = content.get("model_type")
+    if not isinstance(kind, str) or kind not in _FAMILIES:
+        raise InputError(f"{path}: model_type is {kind!r}; only {', '.join(_FAMILIES)} can be read, give such a model")
+    family = _FAMILIES[kind]
+    config: GPTConfig = family.read_config(path, content)
+    stored = functools.partial(stored_tensors, folder, family.PREFIX, family.LEFT_OUT)
+    with stored() as tensors:
         if config.n_layer > len(tensors):  # said before a list of names is made as long as the file demands
             raise InputError(
                 f"{folder}: config.json says {config.n_layer} layers for {len(tensors)} tensors; get both again"
             )
-        wanted = gpt2.tensor_shapes(config)
+        places = family.places(config)
+        embedding = next(name for name, place in places.items() if place.leaves == ("wte/embedding",))
+        wanted = {name: place.shape for name, place in places.items()}
         head_twice = config.tied_head and "lm_head.weight" in tensors
         if head_twice:
-            wanted["lm_head.weight"] = wanted["wte.weight"]
+            wanted["lm_head.weight"] = wanted[embedding]
         check_stored(folder, tensors, wanted)
-        read = partial(read_tensor, folder, tensors)
-        if head_twice and (read("lm_head.weight") != read("wte.weight")).any():
+        if head_twice and any(
+            (
+                read_tensor(folder, tensors, "lm_head.weight", part) != read_tensor(folder, tensors, embedding, part)
+            ).any()
+            for part in _columns(config.d_model)
+        ):
             raise InputError(
-                f"{folder}: lm_head.weight differs from wte.weight, which tie_word_embeddings in config.json says are one; "
+                f"{folder}: lm_head.weight differs from {embedding}, which tie_word_embeddings in config.json says are one; "
                 f"set it to false to keep both"
             )
-        return config, gpt2.to_params(config, read)
+    return config, _read_params(config, places, folder, stored)
+
+
+def _columns(width: int) -> Iterator[slice]:
+    """In few parts, so that comparing two embeddings takes little memory."""
+    return (slice(at, min(at + 128, width)) for at in range(0, width, 128))
+
+
+def _read_params(config: GPTConfig, places: dict[str, Place], folder: Path, stored: Callable) -> Any:
+    """Our parameters, the largest first, so that none is in memory twice when nearly all are there."""
+    tokens_BT = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    wanted = jax.eval_shape(GPT(config).init, jax.random.key(0), tokens_BT)["params"]
+    ours, found = shapes(wanted), {}
+    for leaf in sorted(ours, key=lambda leaf: -math.prod(ours[leaf])):
+        array = np.empty(ours[leaf], np.float32)
+        with (
+            stored() as tensors
+        ):  # opened anew, since what was read of a mapped file stays in memory until it is closed
+            for name, place in places.items():
+                if leaf in place.leaves:
+                    at = place.leaves.index(leaf) * ours[leaf][-1]
+                    part = slice(None) if len(place.leaves) == 1 else slice(at, at + ours[leaf][-1])
+                    tensor = read_tensor(folder, tensors, name, part)
+                    array[... if place.layer is None else place.layer] = tensor.T if place.transposed else tensor
+        found[leaf] = jnp.asarray(array)
+    return map_named(lambda name, _: found[name], wanted)

@@ -1,17 +1,16 @@
 """Folders of Hugging Face `transformers`, whatever the model: written whole or not at all; read as data, a pickle never."""
 
 import json
+import math
 import re
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors import safe_open
 from tokenizers import Tokenizer
 
 from spdf_jax.data.tokenizer import END_OF_TEXT, vocabulary_size
@@ -23,31 +22,73 @@ from spdf_jax.workdir import make_durable, read_json, temporary_beside
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
+class Place(NamedTuple):
+    """A tensor of a file, and where it is among our parameters.
+
+    Attributes:
+      shape: as it is stored.
+      leaves: names of ours that stand side by side in it, along their last axis; GPT-2 has queries, keys and values so.
+      layer: which of the layers that are stacked in ours, None where none are.
+      transposed: stored (out, in), as `torch.nn.Linear` has it.
+    """
+
+    shape: tuple[int, ...]
+    leaves: tuple[str, ...]
+    layer: int | None = None
+    transposed: bool = False
+
+
 def check_vacant(folder: Path) -> None:
     """Raises `InputError` where something is in the way."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"export to {folder}: it holds something already; choose a folder that is new or empty")
 
 
-def write_folder(folder: Path, texts: Mapping[str, str], tensors: Mapping[str, np.ndarray]) -> None:
-    """Writes ``config.json`` and other texts and ``model.safetensors``: all of it beside the folder, then one rename."""
+def write_folder(
+    folder: Path, texts: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]], dtype: str, read: Callable
+) -> None:
+    """Writes ``config.json`` and other texts and ``model.safetensors``: all of it beside the folder, then one rename.
+
+    Args:
+      folder: what to make.
+      texts: of files, by name.
+      shapes: of the tensors, by name.
+      dtype: of the tensors.
+      read: makes a tensor, by name. One at a time, so that a model needs no second room in memory.
+    """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with temporary_beside(folder) as staged:
             staged.mkdir()
             for name, text in texts.items():
                 (staged / name).write_text(text, encoding="utf-8")
-            save_file(dict(tensors), staged / "model.safetensors", metadata={"format": "pt"})
-            shutil.copymode(staged / "config.json", staged / "model.safetensors")  # safetensors too leaves it private
+            _write_tensors(staged / "model.safetensors", shapes, dtype, read)
             for file in staged.iterdir():
                 make_durable(file)
             make_durable(staged)
             staged.rename(folder)
             make_durable(folder.parent)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise InputError(
             f"export to {folder}: cannot be written ({error}); make room, or choose another folder"
         ) from error
+
+
+def _write_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str, read: Callable) -> None:
+    """A safetensors file: the length of a header, the header, the tensors (``README.md`` of ``huggingface/safetensors``)."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    kind, end = next(theirs for theirs, ours in DTYPES.items() if ours == dtype), 0
+    for name, shape in shapes.items():
+        start, end = end, end + math.prod(shape) * jnp.dtype(dtype).itemsize
+        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, shape in shapes.items():
+            tensor = cast(name, read(name), dtype)
+            assert tensor.shape == shape, f"{name}: {tensor.shape}, not {shape}"
+            file.write(tensor.data if dtype == "float32" else tensor.tobytes())
 
 
 def check_end_of_text(vocab_size: int, tokenizer: Tokenizer | None, given: int | None) -> int | None:
@@ -117,7 +158,7 @@ def cast(name: str, tensor: np.ndarray, dtype: str) -> np.ndarray:
 def read_json_file(path: Path) -> dict[str, Any]:
     """The JSON object in a file."""
     if not path.exists():
-        raise InputError(f"{path}: no such file; give a GPT-2 folder as transformers' save_pretrained writes it")
+        raise InputError(f"{path}: no such file; give a folder as transformers' save_pretrained writes it")
     return read_json(path, "get the file again")
 
 
@@ -137,9 +178,9 @@ def _weight_paths(folder: Path) -> list[Path]:
     if any(folder.glob("pytorch_model*.bin")):
         raise InputError(
             f"{folder}: has its weights in pytorch_model.bin only, a pickle, which can run code and is never opened; where you "
-            f"trust it, write safetensors with transformers: GPT2LMHeadModel.from_pretrained(...).save_pretrained(...)"
+            f"trust it, write safetensors with transformers: AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)"
         )
-    raise InputError(f"{whole}: no such file; give a GPT-2 folder as transformers' save_pretrained writes it")
+    raise InputError(f"{whole}: no such file; give a folder as transformers' save_pretrained writes it")
 
 
 @contextmanager
@@ -177,10 +218,10 @@ def check_stored(folder: Path, tensors: Mapping[str, Any], wanted: Mapping[str, 
         raise InputError(f"{folder}: stored as no float: {', '.join(odd)}; save them as {', '.join(DTYPES.values())}")
 
 
-def read_tensor(folder: Path, tensors: Mapping[str, Any], name: str) -> np.ndarray:
-    """One of them in float32."""
+def read_tensor(folder: Path, tensors: Mapping[str, Any], name: str, part: slice = slice(None)) -> np.ndarray:
+    """One of them, or a part of its last axis, in float32."""
     with reading(f"{folder}: {name} cannot be read", "get the file again"):
-        array: np.ndarray = tensors[name][:].astype(np.float32)
+        array: np.ndarray = tensors[name][..., part].astype(np.float32)
     if not np.isfinite(array).all():
         raise InputError(f"{folder}: {name} holds numbers that are not finite; get the files again")
     return array

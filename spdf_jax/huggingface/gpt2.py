@@ -5,17 +5,13 @@ ours; only an untied head is (out, in).
 """
 
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
 from spdf_jax.errors import InputError
-from spdf_jax.model.config import GPTConfig, mup_scales
-from spdf_jax.tree import named_leaves
+from spdf_jax.huggingface.configs import check_computed, check_expressible_as, count, described, rate, truth
+from spdf_jax.huggingface.folder import Place
+from spdf_jax.model.config import GPTConfig
 
 #: Modules of one GPT-2 layer, and ours whose outputs stand side by side in them.
 _MODULES = {
@@ -64,18 +60,17 @@ _COMPUTED = {
 
 #: Of every name but the head's, in a file; a file without it is read too.
 PREFIX = "transformer."
+TYPES = ("gpt2",)
 #: Constants that older transformers saved among the weights.
-CAUSAL_MASKS = re.compile(r"^h\.\d+\.attn\.(bias|masked_bias)$")
+LEFT_OUT = re.compile(r"^h\.\d+\.attn\.(bias|masked_bias)$")
 
 
 def check_expressible(config: GPTConfig) -> None:
     """Raises `InputError` for a model that GPT-2 cannot be."""
-    plain = GPTConfig()
-    other = [n for n in ("dconv", "shared_qk", "mlp_norm") if getattr(config, n) != getattr(plain, n)]
-    other += ["activation"] if config.activation not in ACTIVATIONS else []
-    if other:
-        found, needed = (", ".join(f"model.{n} {getattr(c, n)!r}" for n in other) for c in (config, plain))
-        raise InputError(f"export: {found} cannot be said in a GPT-2 folder, only {needed}; export a model trained so")
+    c, plain = config, GPTConfig()
+    same = ("dconv", "shared_qk", "mlp_norm", "norm", "positions", "qk_norm", "gated")
+    needed = {name: (getattr(plain, name),) for name in same} | {"activation": tuple(ACTIVATIONS)}
+    check_expressible_as("GPT-2", c, needed | {"n_kv_head": (0, c.n_head), "d_head": (0, c.d_model / c.n_head)})
 
 
 def _leaf(module: str, kind: str) -> str:
@@ -85,44 +80,21 @@ def _leaf(module: str, kind: str) -> str:
     return "scale" if module.startswith("ln_") else "kernel"
 
 
-def tensor_shapes(c: GPTConfig) -> dict[str, tuple[int, ...]]:
+def places(c: GPTConfig) -> dict[str, Place]:
     """Every tensor of the GPT-2 that `c` describes."""
     d, f = c.d_model, c.mlp_width
     weights = dict(zip(_MODULES, [(d,), (d, 3 * d), (d, d), (d,), (d, f), (f, d)], strict=True))
-    shapes: dict[str, tuple[int, ...]] = {"wte.weight": (c.vocab_size, d), "wpe.weight": (c.context, d)}
+    found = {
+        f"{n}.weight": Place((rows, d), (f"{n}/embedding",)) for n, rows in (("wte", c.vocab_size), ("wpe", c.context))
+    }
     for i in range(c.n_layer):
-        for module, shape in weights.items():
-            shapes |= {f"h.{i}.{module}.weight": shape, f"h.{i}.{module}.bias": shape[-1:]}
-    shapes |= {"ln_f.weight": (d,), "ln_f.bias": (d,)}
-    return shapes if c.tied_head else shapes | {"lm_head.weight": (c.vocab_size, d)}
-
-
-def stored_name(name: str) -> str:
-    """Of a tensor, in a file as transformers writes it."""
-    return name if name.startswith("lm_head.") else PREFIX + name
-
-
-def to_tensors(config: GPTConfig, params: Any) -> dict[str, np.ndarray]:
-    """Our parameters by GPT-2's names."""
-    leaves = {name: np.asarray(leaf) for name, leaf in named_leaves(jax.device_get(params))}
-    scales = mup_scales(config)
-    for prefix, factor in (("blocks/attn_q/", scales.query), ("ln_f/", scales.logits)):
-        leaves |= {name: leaf * np.float32(factor) for name, leaf in leaves.items() if name.startswith(prefix)}
-    shapes, tensors = tensor_shapes(config), {}
-    for name, leaf in (("wte", "wte/embedding"), ("wpe", "wpe/embedding"), ("ln_f", "ln_f/scale")):
-        tensors[f"{name}.weight"] = leaves[leaf]
-    tensors["ln_f.bias"] = leaves.get("ln_f/bias", np.zeros(config.d_model, np.float32))
-    if not config.tied_head:
-        tensors["lm_head.weight"] = leaves["head/kernel"].T
-    for module, ours in _MODULES.items():
-        for kind in _KINDS:
-            names = [f"blocks/{name}/{_leaf(module, kind)}" for name in ours]
-            if names[0] in leaves:
-                stacked = np.concatenate([leaves[n] for n in names], axis=-1)
-            else:
-                stacked = np.zeros((config.n_layer, *shapes[f"h.0.{module}.bias"]), np.float32)
-            tensors |= {f"h.{i}.{module}.{kind}": stacked[i] for i in range(config.n_layer)}
-    return tensors
+        for module, ours in _MODULES.items():
+            for kind, shape in zip(_KINDS, (weights[module], weights[module][-1:]), strict=True):
+                leaves = tuple(f"blocks/{name}/{_leaf(module, kind)}" for name in ours)
+                found[f"h.{i}.{module}.{kind}"] = Place(shape, leaves, i)
+    found |= {f"ln_f.{kind}": Place((d,), (f"ln_f/{_leaf('ln_f', kind)}",)) for kind in _KINDS}
+    head = {"lm_head.weight": Place((c.vocab_size, d), ("head/kernel",), transposed=True)}
+    return found if c.tied_head else found | head
 
 
 def config_json(config: GPTConfig, dtype: str) -> dict[str, Any]:
@@ -140,48 +112,14 @@ def config_json(config: GPTConfig, dtype: str) -> dict[str, Any]:
 def read_config(path: Path, content: dict[str, Any]) -> GPTConfig:
     """The model that `content` of the config.json at `path` describes, if our GPT is one."""
     content = _DEFAULTS | _COMPUTED | content
-    for key, needed in ({"model_type": "gpt2"} | _COMPUTED).items():
-        if content.get(key) != needed:
-            raise InputError(f"{path}: {key} is {content.get(key)!r}; only {needed!r} can be read, give such a model")
-    fields: dict[str, Any] = {field: _count(path, key, content.get(key)) for field, key in _COUNTS.items()}
-    fields |= {field: _rate(path, key, content[key]) for field, key in _RATES.items()}
+    check_computed(path, content, _COMPUTED)
+    fields: dict[str, Any] = {field: count(path, key, content.get(key)) for field, key in _COUNTS.items()}
+    fields |= {field: rate(path, key, content[key]) for field, key in _RATES.items()}
     ours = {theirs: name for name, names in ACTIVATIONS.items() for theirs in names}
     activation = content["activation_function"]
     if not isinstance(activation, str) or activation not in ours:
         raise InputError(f"{path}: activation_function is {activation!r}; give a model with one of {', '.join(ours)}")
     fields["activation"] = ours[activation]
-    if not isinstance(content["tie_word_embeddings"], bool):
-        raise InputError(f"{path}: tie_word_embeddings is {content['tie_word_embeddings']!r}; it must be true or false")
-    fields["tied_head"] = content["tie_word_embeddings"]
-    fields["d_ff"] = 0 if content["n_inner"] is None else _count(path, "n_inner", content["n_inner"])
-    try:
-        return GPTConfig(**fields)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
-
-
-def _count(path: Path, key: str, value: Any) -> int:
-    if type(value) is not int or value < 1:  # a bool is an int too
-        raise InputError(f"{path}: {key} is {value!r}; it must be a whole number of at least 1")
-    return value
-
-
-def _rate(path: Path, key: str, value: Any) -> float:
-    if type(value) not in (int, float) or not 0 <= value <= 1:
-        raise InputError(f"{path}: {key} is {value!r}; it must be a number from 0 to 1")
-    return float(value)
-
-
-def to_params(config: GPTConfig, read: Callable[[str], np.ndarray]) -> dict[str, Any]:
-    """Our parameters from a reader of GPT-2's tensors."""
-    params: dict[str, Any] = {name: {"embedding": jnp.asarray(read(f"{name}.weight"))} for name in ("wte", "wpe")}
-    params["ln_f"] = {_leaf("ln_f", kind): jnp.asarray(read(f"ln_f.{kind}")) for kind in _KINDS}
-    params["blocks"] = {name: {} for ours in _MODULES.values() for name in ours}
-    for module, ours in _MODULES.items():
-        for kind in _KINDS:
-            stacked = np.stack([read(f"h.{i}.{module}.{kind}") for i in range(config.n_layer)])
-            for name, part in zip(ours, np.split(stacked, len(ours), axis=-1), strict=True):
-                params["blocks"][name][_leaf(module, kind)] = jnp.asarray(part)
-    if not config.tied_head:
-        params["head"] = {"kernel": jnp.asarray(read("lm_head.weight").T)}
-    return params
+    fields["tied_head"] = truth(path, "tie_word_embeddings", content["tie_word_embeddings"])
+    fields["d_ff"] = 0 if content["n_inner"] is None else count(path, "n_inner", content["n_inner"])
+    return described(path, fields)

@@ -9,7 +9,7 @@ import jax
 from spdf_jax.config.run import RunConfig
 from spdf_jax.data.tokenizer import Tokenizer
 from spdf_jax.errors import InputError
-from spdf_jax.huggingface import save_gpt2
+from spdf_jax.huggingface import save_model
 from spdf_jax.jobs import Request
 from spdf_jax.model.config import GPTConfig
 from spdf_jax.sharding import make_mesh
@@ -29,7 +29,7 @@ def run(config: RunConfig, request: Request) -> None:
 
 
 def export(config: RunConfig, workdir: Path, output: Path | None = None) -> Path:
-    """Writes a GPT-2 folder for ``transformers``, masks folded in and in a file beside, and prints its path.
+    """Writes a folder for ``transformers``, masks folded in and in a file beside, and prints its path.
 
     Args:
       config: the run's own, but for what may change after it.
@@ -41,7 +41,7 @@ def export(config: RunConfig, workdir: Path, output: Path | None = None) -> Path
 
     Raises:
       InputError: no checkpoint there, a run of another config, a folder that cannot be written or is there and is not an export
-        as it was made, or what GPT-2 cannot express.
+        as it was made, or what no exported model can express.
     """
     sweep(workdir)
     folder = output or workdir / "huggingface"
@@ -50,8 +50,9 @@ def export(config: RunConfig, workdir: Path, output: Path | None = None) -> Path
     check_writable(folder.parent)
     if saved.model.pattern != "causal":
         raise InputError(
-            f"--job export: the run ends in {saved.model.pattern!r} attention of width {saved.model.width}, which GPT-2 cannot "
-            f"express; train a further phase, or a run with init_from={f'{workdir}'!r}, whose attention is causal at its end"
+            f"--job export: the run ends in {saved.model.pattern!r} attention of width {saved.model.width}, which no "
+            f"exported model has; train a further phase, or a run with init_from={f'{workdir}'!r}, whose attention is causal "
+            f"at its end"
         )
     tokenizer = run_tokenizer(config, workdir)
     write_export(folder, config.model, saved.result, tokenizer)
@@ -67,9 +68,9 @@ def check_replaceable(folder: Path) -> None:
 
 
 def write_export(folder: Path, model: GPTConfig, state: TrainState, tokenizer: Tokenizer | None) -> None:
-    """Writes a GPT-2 folder, with the masks in a file of their own where there are any, and prints its path."""
+    """Writes a folder, with the masks in a file of their own where there are any, and prints its path."""
     with temporary_beside(folder) as staged:
-        save_gpt2(staged, model, state.params, masks=state.masks, tokenizer=tokenizer)
+        save_model(staged, model, state.params, masks=state.masks, tokenizer=tokenizer)
         if any(mask.ndim for mask in jax.tree.leaves(state.masks)):
             save_masks(staged / MASK_FILE, state.masks)
         write_json(staged / _RECORD, {"step": int(state.step), "files": _checksums(staged)})

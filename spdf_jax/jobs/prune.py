@@ -38,7 +38,7 @@ def prune(config: RunConfig, workdir: Path, output: Path | None = None) -> Path:
 
     Raises:
       InputError: nothing to prune, or no word of how; what a run would be refused for; a folder that is there already and not
-        as it was exported; what GPT-2 cannot express.
+        as it was exported; what no exported model can be.
     """
     name, phase = next(iter(config.phases.items()))
     source = source_folder(config, workdir)

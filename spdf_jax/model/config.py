@@ -1,12 +1,15 @@
-"""What a GPT is: its architecture as data, and the published sizes."""
+"""What a GPT is: its architecture as data."""
 
 from dataclasses import dataclass
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, NamedTuple
 
 from spdf_jax.errors import InputError
-from spdf_jax.fields import Count, CountOrZero, OneOf, Range, Used, check_fields
+from spdf_jax.fields import Count, CountOrZero, OneOf, Range, Used, check_fields, used_with
 
 MUP = Used(lambda model: model.mup_base_width > 0, "a mup_base_width above 0")
+ROTARY = used_with("positions", "rotary")
+BIASED = {"none": "", "qkv": "qkv", "all": "qkvo"}
+STRETCHED = Used(lambda model: model.rotary_factor > 1, "a rotary_factor above 1")
 
 
 @dataclass(frozen=True)
@@ -15,14 +18,26 @@ class GPTConfig:
 
     Attributes:
       n_layer: depth: how many layers, each attention and an MLP.
-      n_head: attention heads of a layer; they share `d_model` evenly.
+      n_head: attention heads of a layer; they share `d_model` evenly, unless `d_head` says otherwise.
+      n_kv_head: heads of keys and values, each shared by as many heads of queries (arXiv 2305.13245); 0 means `n_head`.
+      d_head: width of a head; 0 means ``d_model / n_head``.
       d_model: width: features of a token between layers.
       d_ff: MLP width; 0 means ``4 * d_model``.
       vocab_size: rows of the embedding; ids must stay below.
-      context: longest sequence (learned positions).
+      context: longest sequence, in tokens.
+      positions: ``learned``, added to the embedding, or ``rotary``: queries and keys turned, see `spdf_jax.model.rotary`.
+      rotary_theta: base of its frequencies.
+      rotary_factor: Llama 3's stretch of them: by this the lowest are divided; 1 for none.
+      rotary_low_factor: those with fewer periods than this in `rotary_context` count as lowest.
+      rotary_high_factor: those with more periods stay as they are; between, some of both.
+      rotary_context: positions that the model was trained for before the stretch.
       tied_head: output head shares the embedding.
-      use_bias: biases in linear layers and norms.
-      activation: of the MLP, ``gelu`` (GPT-2's tanh approximation), ``gelu_exact`` (Cerebras-GPT) or ``squared_relu``.
+      use_bias: biases in linear layers and in layer norms.
+      attention_bias: biases where `use_bias` gives none: ``none``, ``qkv`` (Qwen2) or ``all`` of attention's matrices.
+      norm: ``layer_norm``, or ``rms_norm`` (`spdf_jax.model.rms_norm`).
+      qk_norm: an RMS norm on each head's queries and keys (Qwen3).
+      activation: of the MLP, ``gelu`` (GPT-2's tanh approximation), ``gelu_exact`` (Cerebras-GPT), ``squared_relu``, ``silu``.
+      gated: the MLP's hidden layer is ``activation(gate(x)) * up(x)``, with a third matrix (arXiv 2002.05202).
       dconv: convolve queries, keys and values over three positions, see `spdf_jax.model.primer`; with squared ReLU, Primer-EZ.
       shared_qk: queries are a projection of the (convolved) keys instead of the input. With all of these, Primer.
       mlp_norm: ``pre``: x + mlp(norm(x)); ``post``: x + norm(mlp(x)), as in Primer.
@@ -39,7 +54,7 @@ class GPTConfig:
       mup_alpha: S-muPar: factor on the logits, tuned at the base width.
 
     Raises:
-      InputError: a value out of its range, or a width that the heads do not divide.
+      InputError: a value out of its range, a width that the heads do not divide, or options that exclude each other.
 
     >>> GPTConfig(n_layer=2, n_head=4, d_model=64).mlp_width
     256
@@ -47,13 +62,25 @@ class GPTConfig:
 
     n_layer: Count = 4
     n_head: Count = 4
+    n_kv_head: CountOrZero = 0
+    d_head: CountOrZero = 0
     d_model: Count = 256
     d_ff: CountOrZero = 0
     vocab_size: Count = 4096
     context: Count = 256
+    positions: Annotated[str, OneOf(("learned", "rotary"))] = "learned"
+    rotary_theta: Annotated[float, Range(above=0), ROTARY] = 10000.0
+    rotary_factor: Annotated[float, Range(least=1), ROTARY] = 1.0
+    rotary_low_factor: Annotated[float, Range(above=0), STRETCHED] = 1.0
+    rotary_high_factor: Annotated[float, Range(above=0), STRETCHED] = 4.0
+    rotary_context: Annotated[Count, STRETCHED] = 8192
     tied_head: bool = True
     use_bias: bool = True
-    activation: Annotated[str, OneOf(("gelu", "gelu_exact", "squared_relu"))] = "gelu"
+    attention_bias: Annotated[str, OneOf(BIASED), Used(lambda model: not model.use_bias, "use_bias False")] = "none"
+    norm: Annotated[str, OneOf(("layer_norm", "rms_norm"))] = "layer_norm"
+    qk_norm: bool = False
+    activation: Annotated[str, OneOf(("gelu", "gelu_exact", "squared_relu", "silu"))] = "gelu"
+    gated: bool = False
     dconv: bool = False
     shared_qk: bool = False
     mlp_norm: Annotated[str, OneOf(("pre", "post"))] = "pre"
@@ -68,8 +95,16 @@ class GPTConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, "model")
-        if self.d_model % self.n_head:
+        if not self.d_head and self.d_model % self.n_head:
             raise InputError(f"model.d_model: {self.d_model} is not divisible by model.n_head {self.n_head}")
+        if self.n_head % self.kv_heads:
+            raise InputError(f"model.n_kv_head: {self.n_kv_head} does not divide model.n_head {self.n_head}")
+        if self.positions == "rotary" and self.head_width % 2:
+            raise InputError(f"model.positions: 'rotary' turns pairs, and heads are {self.head_width} wide; set d_head")
+        if self.rotary_factor > 1 and self.rotary_low_factor >= self.rotary_high_factor:
+            raise InputError(f"model.rotary_low_factor: {self.rotary_low_factor} must be below rotary_high_factor")
+        if (self.dconv or self.shared_qk) and not self.kv_heads * self.head_width == self.d_model:
+            raise InputError("model.dconv, shared_qk: for keys as wide as the model; leave n_kv_head, d_head at 0")
 
     @property
     def mlp_width(self) -> int:
@@ -77,28 +112,28 @@ class GPTConfig:
         return self.d_ff or 4 * self.d_model
 
     @property
+    def head_width(self) -> int:
+        """K."""
+        return self.d_head or self.d_model // self.n_head
+
+    @property
+    def attention_width(self) -> int:
+        """H K, over all heads."""
+        return self.n_head * self.head_width
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads of keys and values."""
+        return self.n_kv_head or self.n_head
+
+    def has_bias(self, name: str) -> bool:
+        """Whether a linear layer, such as ``attn_q``, has one."""
+        return self.use_bias or name in [f"attn_{x}" for x in BIASED[self.attention_bias]]
+
+    @property
     def convolved(self) -> str:
         """Which of q, k, v are."""
         return ("kv" if self.shared_qk else "qkv") if self.dconv else ""
-
-
-def _size(n_layer: int, n_head: int, d_model: int, **more: Any) -> GPTConfig:
-    remat = "block" if n_layer > 12 else "none"
-    defaults: dict[str, Any] = {"vocab_size": 50257, "context": 2048, "dtype": "bfloat16", "remat": remat}
-    return GPTConfig(n_layer=n_layer, n_head=n_head, d_model=d_model, **(defaults | more))
-
-
-#: Published sizes. GPT-2: Radford et al. 2019 (context 1024); GPT-3: Brown et al. 2020, table 2.1; 125m, 1.3b: SPDF.
-GPT_SIZES = {
-    "mini": GPTConfig(),
-    "124m": _size(12, 12, 768, context=1024),
-    "125m": _size(12, 12, 768),
-    "350m": _size(24, 16, 1024, context=1024),
-    "774m": _size(36, 20, 1280, context=1024),
-    "1.3b": _size(24, 16, 2048),
-    "1.5b": _size(48, 25, 1600, context=1024),
-    "6.7b": _size(32, 32, 4096),
-}
 
 
 class MuParScales(NamedTuple):
@@ -135,5 +170,4 @@ def mup_scales(config: GPTConfig) -> MuParScales:
         return MuParScales()
     width = config.d_model / config.mup_base_width
     fan_in = width * config.mup_density
-    head_width = config.d_model // config.n_head
-    return MuParScales(fan_in**-0.5, head_width**-0.5, config.mup_alpha / width, 1 / fan_in)
+    return MuParScales(fan_in**-0.5, config.head_width**-0.5, config.mup_alpha / width, 1 / fan_in)

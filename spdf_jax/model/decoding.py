@@ -64,13 +64,13 @@ def empty_cache(config: GPTConfig, batch_size: int, length: int) -> dict[str, An
       length: S, positions that a sequence may reach, prompt included.
 
     Returns:
-      Zeros in the compute dtype: keys and values [L, B, S, H, K], and of each convolution the last two inputs [L, B, 2, D].
+      Zeros in the compute dtype: keys and values [L, B, S, kv_heads, K], of each convolution the last two inputs [L, B, 2, D].
 
     >>> jax.tree.map(jnp.shape, empty_cache(GPTConfig(), 8, 64))
     {'blocks': {'kv': ((4, 8, 64, 4, 64), (4, 8, 64, 4, 64))}}
     """
     c = config
-    shape = (c.n_layer, batch_size, length, c.n_head, c.d_model // c.n_head)
+    shape = (c.n_layer, batch_size, length, c.kv_heads, c.head_width)
     cache: dict[str, Any] = {"kv": (jnp.zeros(shape, c.dtype), jnp.zeros(shape, c.dtype))}
     for name in c.convolved:
         cache[f"dconv_{name}"] = {"last": jnp.zeros((c.n_layer, batch_size, TAPS - 1, c.d_model), c.dtype)}

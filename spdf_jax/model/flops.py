@@ -15,9 +15,17 @@ from spdf_jax.model.primer import TAPS
 from spdf_jax.ops.attention_patterns import causal_share
 
 
+def matrix_outputs(config: GPTConfig) -> dict[str, int]:
+    """Of every matrix of a layer, by name, how wide it is at its other side than ``d_model``."""
+    q, kv = config.attention_width, config.kv_heads * config.head_width
+    attention = {"attn_q": q, "attn_k": kv, "attn_v": kv, "attn_o": q}
+    names = ("mlp_up", "mlp_down", "mlp_gate")[: 3 if config.gated else 2]
+    return attention | dict.fromkeys(names, config.mlp_width)
+
+
 def linear_size(config: GPTConfig) -> int:
-    """Weights of the matrices in all layers: ``L (4 D^2 + 2 D F)``, 12 L D^2 for F = 4 D."""
-    return config.n_layer * (4 * config.d_model**2 + 2 * config.d_model * config.mlp_width)
+    """Weights of the matrices in all layers: of GPT-2 ``L (4 D^2 + 2 D F)``, 12 L D^2 for F = 4 D."""
+    return config.n_layer * config.d_model * sum(matrix_outputs(config).values())
 
 
 def taps_size(config: GPTConfig) -> int:
@@ -32,10 +40,12 @@ def head_size(config: GPTConfig) -> int:
 
 def parameter_count(config: GPTConfig) -> int:
     """All parameters."""
-    d = config.d_model
-    norms = (2 * config.n_layer + 1) * d * (2 if config.use_bias else 1)
-    biases = config.n_layer * (5 * d + config.mlp_width) if config.use_bias else 0
-    embeddings = (config.vocab_size + config.context) * d
+    c, d = config, config.d_model
+    norms = (2 * c.n_layer + 1) * d * (2 if c.use_bias and c.norm == "layer_norm" else 1)
+    norms += 2 * c.n_layer * c.head_width if c.qk_norm else 0
+    outputs = matrix_outputs(c) | {"attn_o": d, "mlp_down": d}
+    biases = c.n_layer * sum(width for name, width in outputs.items() if c.has_bias(name))
+    embeddings = (c.vocab_size + (c.context if c.positions == "learned" else 0)) * d
     head = 0 if config.tied_head else head_size(config)
     return linear_size(config) + taps_size(config) + norms + biases + embeddings + head
 
@@ -72,7 +82,7 @@ def train_flops(
     if not (0 <= sparsity <= 1 and 0 <= head_sparsity <= 1 and 0 <= attention_share <= 1):
         raise InputError("train_flops: sparsity, head_sparsity and attention_share must lie in [0, 1]")
     s = seq_len or config.context
-    attention = 4 * s * config.d_model * config.n_layer * attention_share
+    attention = 4 * s * config.attention_width * config.n_layer * attention_share
     head = 2 * head_size(config) * (1 - head_sparsity) if include_head else 0.0
     return 3 * s * (2 * linear_size(config) * (1 - sparsity) + 2 * taps_size(config) + attention + head)
 
@@ -104,7 +114,7 @@ def step_flops(
     """
     nnz = _active_weights(config, active)
     weights = 2 * (2 * nnz + (nnz if gradient is None else _active_weights(config, gradient)))
-    attention = round(3 * 4 * seq_len * config.d_model * config.n_layer * causal_share(pattern, seq_len, width))
+    attention = round(3 * 4 * seq_len * config.attention_width * config.n_layer * causal_share(pattern, seq_len, width))
     return sequences * seq_len * (weights + attention)
 
 
@@ -116,7 +126,7 @@ def _active_weights(config: GPTConfig, active: Mapping[str, int]) -> int:
 
 
 def _leaf_size(config: GPTConfig, name: str) -> int:
-    if not name.startswith("blocks/"):
+    width = matrix_outputs(config).get(name.removeprefix("blocks/").removesuffix("/kernel"))
+    if width is None:
         raise InputError(f"step_flops: leaf {name!r} is no linear layer of this model")
-    mlp = name.startswith("blocks/mlp")
-    return config.n_layer * config.d_model * (config.mlp_width if mlp else config.d_model)
+    return config.n_layer * config.d_model * width

@@ -1,4 +1,4 @@
-"""GPT-2, GPT-3 and Primer as one functional Flax (Linen) model.
+"""GPT-2, GPT-3, Primer, Llama and Qwen as one functional Flax (Linen) model.
 
 Shape legend, used in every name: B batch, T tokens, S cached positions, V vocabulary, D d_model, F d_ff, H heads, K head width,
 L layers. Parameters of all layers are stacked on a leading axis (`nn.scan`), so compile time does not grow with depth.
@@ -15,9 +15,12 @@ from jax.ad_checkpoint import checkpoint_name
 
 from spdf_jax.errors import InputError
 from spdf_jax.model.config import GPTConfig, mup_scales
+from spdf_jax.model.gated import gated, silu
 from spdf_jax.model.layer_norm import LayerNorm
 from spdf_jax.model.linear import Linear, dense_linear
 from spdf_jax.model.primer import DConv, squared_relu
+from spdf_jax.model.rms_norm import RMSNorm
+from spdf_jax.model.rotary import turned
 from spdf_jax.ops.attention import attention
 from spdf_jax.ops.attention_backends import SPLASH_OUTPUT
 from spdf_jax.ops.attention_cached import cached_attention
@@ -37,6 +40,7 @@ _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": partial(_gelu, True),
     "gelu_exact": partial(_gelu, False),
     "squared_relu": squared_relu,
+    "silu": silu,
 }
 _policies = jax.checkpoint_policies
 # What the backward pass finds stored of a layer, by `GPTConfig.remat`.
@@ -60,21 +64,23 @@ class Layer(nn.Module):
     @nn.compact
     def __call__(self, x_BTD: jax.Array, *places_BT: jax.Array | None) -> tuple[jax.Array, None]:
         c = self.config
-        norm = c.layer_norm_eps, c.use_bias, c.dtype
-        x_BTD = x_BTD + self._dropout(self._attention(LayerNorm(*norm, name="ln_1")(x_BTD), *places_BT))
-        ln_2 = LayerNorm(*norm, name="ln_2")
-        h_BTF = _linear(c, c.mlp_width, "mlp_up")(ln_2(x_BTD) if c.mlp_norm == "pre" else x_BTD)
-        h_BTF = checkpoint_name(h_BTF, "mlp_hidden")
-        h_BTD = _linear(c, c.d_model, "mlp_down", residual=True)(_ACTIVATIONS[c.activation](h_BTF))
+        x_BTD = x_BTD + self._dropout(self._attention(_norm(c, "ln_1")(x_BTD), *places_BT))
+        ln_2, activation = _norm(c, "ln_2"), _ACTIVATIONS[c.activation]
+        h_BTD = ln_2(x_BTD) if c.mlp_norm == "pre" else x_BTD
+        h_BTF = checkpoint_name(_linear(c, c.mlp_width, "mlp_up")(h_BTD), "mlp_hidden")
+        if c.gated:
+            gate_BTF = checkpoint_name(_linear(c, c.mlp_width, "mlp_gate")(h_BTD), "mlp_hidden")
+            activation = partial(gated, activation, gate_BTF)
+        h_BTD = _linear(c, c.d_model, "mlp_down", residual=True)(activation(h_BTF))
         return x_BTD + self._dropout(ln_2(h_BTD) if c.mlp_norm == "post" else h_BTD), None
 
     def _attention(self, x_BTD: jax.Array, *places_BT: jax.Array | None) -> jax.Array:
         c, (positions_BT, segments_BT) = self.config, places_BT
 
         def project(name: str, x_BTD: jax.Array) -> jax.Array:
-            y_BTD = _linear(c, c.d_model, f"attn_{name}")(x_BTD)
+            y_BTD = _linear(c, (c.n_head if name == "q" else c.kv_heads) * c.head_width, f"attn_{name}")(x_BTD)
             y_BTD = DConv(c.dtype, name=f"dconv_{name}")(y_BTD, *places_BT) if name in c.convolved else y_BTD
-            return y_BTD.reshape(*x_BTD.shape[:2], c.n_head, c.d_model // c.n_head)
+            return y_BTD.reshape(*x_BTD.shape[:2], -1, c.head_width)
 
         if c.shared_qk:
             k_BTHK = project("k", x_BTD)
@@ -82,6 +88,10 @@ class Layer(nn.Module):
         else:
             q_BTHK, k_BTHK = project("q", x_BTD), project("k", x_BTD)
         v_BTHK = project("v", x_BTD)
+        if c.qk_norm:
+            q_BTHK, k_BTHK = _norm(c, "q_norm")(q_BTHK), _norm(c, "k_norm")(k_BTHK)
+        if c.positions == "rotary":
+            q_BTHK, k_BTHK = turned(c, q_BTHK, positions_BT), turned(c, k_BTHK, positions_BT)
         q_BTHK = q_BTHK * mup_scales(c).query
         how: Any = {"pattern": self.pattern, "width": self.width}
         if positions_BT is None:
@@ -91,7 +101,7 @@ class Layer(nn.Module):
                 q_BTHK, k_BTHK, v_BTHK, self.get_variable("cache", "kv"), positions_BT, **how
             )
             self.put_variable("cache", "kv", cache)
-        return _linear(c, c.d_model, "attn_o", residual=True)(y_BTHK.reshape(x_BTD.shape))
+        return _linear(c, c.d_model, "attn_o", residual=True)(y_BTHK.reshape(*x_BTD.shape[:2], -1))
 
     def _dropout(self, x_BTD: jax.Array) -> jax.Array:
         return nn.Dropout(self.config.dropout, deterministic=self.deterministic)(x_BTD)
@@ -102,7 +112,8 @@ class GPT(nn.Module):
 
     Parameters: ``wte/embedding [V, D]``, ``wpe/embedding [context, D]``, ``blocks/{attn_q, attn_k, attn_v, attn_o, mlp_up,
     mlp_down}/kernel [L, in, out]`` with biases, ``blocks/{ln_1, ln_2}``, ``ln_f``, ``head/kernel [D, V]`` when untied, and
-    with `dconv` ``blocks/dconv_{q, k, v}/taps [L, 3, D]``, but no ``dconv_q`` with `shared_qk`.
+    with `dconv` ``blocks/dconv_{q, k, v}/taps [L, 3, D]``, but no ``dconv_q`` with `shared_qk`. Rotary positions have no
+    ``wpe``; a gated MLP has ``mlp_gate``, and `qk_norm` ``blocks/{q_norm, k_norm}/scale [L, K]``.
 
     With ``positions_BT``, the place of each token in its sequence, the tokens continue those of earlier calls: their keys and
     values go into the ``cache`` collection (`spdf_jax.model.decoding.empty_cache`, ``mutable=["cache"]``), and each sees all
@@ -149,9 +160,10 @@ class GPT(nn.Module):
         # Rounded after the look-up, so that a frequent token's gradient is summed in float32, as every sum over tokens is.
         normal = nn.initializers.normal(c.init_std)
         embed = nn.Embed(c.vocab_size, c.d_model, embedding_init=normal, name="wte")
-        positions = nn.Embed(c.context, c.d_model, embedding_init=normal, name="wpe")
         x_BTD = embed(tokens_BT)
-        x_BTD += positions(jnp.arange(tokens_BT.shape[1]))[None] if positions_BT is None else positions(positions_BT)
+        if c.positions == "learned":
+            wpe = nn.Embed(c.context, c.d_model, embedding_init=normal, name="wpe")
+            x_BTD += wpe(jnp.arange(tokens_BT.shape[1]))[None] if positions_BT is None else wpe(positions_BT)
         x_BTD = nn.Dropout(c.dropout, deterministic=deterministic)(x_BTD.astype(c.dtype))
         layer = Layer if c.remat == "none" else nn.remat(Layer, prevent_cse=False, policy=_STORED[c.remat])
         lift: Any = {
@@ -160,7 +172,7 @@ class GPT(nn.Module):
         }
         layers = nn.scan(layer, **lift, in_axes=nn.broadcast, length=c.n_layer)
         x_BTD, _ = layers(c, pattern, width, deterministic, name="blocks")(x_BTD, positions_BT, segments_BT)
-        x_BTD = LayerNorm(c.layer_norm_eps, c.use_bias, c.dtype, name="ln_f")(x_BTD) * mup_scales(c).logits
+        x_BTD = _norm(c, "ln_f")(x_BTD) * mup_scales(c).logits
         if c.tied_head:
             return split_wide(dense_linear(x_BTD, embed.embedding, transposed=True))
         head = Linear(c.vocab_size, use_bias=False, dtype=c.dtype, kernel_init=normal, name="head")
@@ -195,4 +207,10 @@ def forward(model: nn.Module, params: Any, tokens_BT: jax.Array, *, masks: Any, 
 
 def _linear(c: GPTConfig, features: int, name: str, *, residual: bool = False) -> Linear:
     std = c.init_std * mup_scales(c).init / ((2 * c.n_layer) ** 0.5 if residual else 1)
-    return Linear(features, use_bias=c.use_bias, dtype=c.dtype, kernel_init=nn.initializers.normal(std), name=name)
+    return Linear(features, c.has_bias(name), c.dtype, nn.initializers.normal(std), name=name)
+
+
+def _norm(c: GPTConfig, name: str) -> nn.Module:
+    if c.norm == "rms_norm" or name in ("q_norm", "k_norm"):
+        return RMSNorm(c.layer_norm_eps, c.dtype, name=name)
+    return LayerNorm(c.layer_norm_eps, c.use_bias, c.dtype, name=name)

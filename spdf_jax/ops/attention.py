@@ -22,6 +22,7 @@ from jax import lax
 
 from spdf_jax.errors import InputError
 from spdf_jax.ops.attention_backends import choose_backend
+from spdf_jax.ops.attention_groups import for_each_head
 from spdf_jax.ops.attention_kernels import cudnn_attention, splash_attention
 from spdf_jax.ops.attention_patterns import Band, bands, check_pattern
 from spdf_jax.sharding import target_platform
@@ -56,7 +57,7 @@ def attention(
 
     Args:
       q_BTHD: queries, floats.
-      k_BTHD, v_BTHD: keys and values, same shape and dtype.
+      k_BTHD, v_BTHD: keys and values, same shape and dtype; or of fewer heads, each for as many of q's that follow each other.
       pattern: one of `spdf_jax.ops.attention_patterns.PATTERNS`.
       width: the pattern's width in positions; ``causal`` has none and ignores it.
       segments_BT: integer ids of the documents packed into each sequence: positions attend within equal ids only.
@@ -79,13 +80,15 @@ def attention(
         return cudnn_attention(q_BTHD, k_BTHD, v_BTHD, segments_BT, pattern=pattern, width=width)
     if backend == "splash":
         return splash_attention(q_BTHD, k_BTHD, v_BTHD, segments_BT, pattern=pattern, width=width)
+    if k_BTHD.shape != q_BTHD.shape:
+        k_BTHD, v_BTHD = for_each_head(k_BTHD, v_BTHD, q_BTHD.shape[2])
     return _attention(q_BTHD, k_BTHD, v_BTHD, segments_BT, pattern, width)
 
 
 def _check(q_BTHD: jax.Array, k_BTHD: jax.Array, v_BTHD: jax.Array, segments_BT: jax.Array | None) -> None:
-    shapes = q_BTHD.shape, k_BTHD.shape, v_BTHD.shape
-    if q_BTHD.ndim != 4 or len(set(shapes)) > 1 or not q_BTHD.size:
-        raise InputError(f"q, k, v have shapes {shapes}: give all three the same [B, T, H, D], none of them 0")
+    q, k, v = shapes = q_BTHD.shape, k_BTHD.shape, v_BTHD.shape
+    if len(q) != 4 or not k == v == (*q[:2], *k[2:3], q[3]) or 0 in (*q, *k) or q[2] % k[2]:
+        raise InputError(f"q, k, v have shapes {shapes}: give all three [B, T, H, D], none 0; k, v may share heads")
     if not (q_BTHD.dtype == k_BTHD.dtype == v_BTHD.dtype and jnp.issubdtype(q_BTHD.dtype, jnp.floating)):
         raise InputError(f"q, k, v are {q_BTHD.dtype}, {k_BTHD.dtype}, {v_BTHD.dtype}: give one floating-point dtype")
     s, shape = segments_BT, q_BTHD.shape[:2]

@@ -22,8 +22,8 @@ def cached_attention(
     """Writes keys and values to their positions, and lets every query see all positions up to its own.
 
     Args:
-      q_BTHK, k_BTHK, v_BTHK: of the new tokens.
-      cache: (keys, values), BSHK each.
+      q_BTHK, k_BTHK, v_BTHK: of the new tokens; keys and values may have fewer heads, as for `attention`.
+      cache: (keys, values), BSHK each, of the heads that these have.
       positions_BT: of the new tokens, below S; -1 is nowhere: such keys and values are not kept, and such outputs mean nothing.
       pattern, width: as `spdf_jax.ops.attention.attention` takes them.
 

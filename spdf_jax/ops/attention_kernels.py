@@ -12,6 +12,7 @@ import jax
 from jax.sharding import PartitionSpec
 
 from spdf_jax.ops.attention_backends import _LANES, _SPLASH_BLOCKS, SPLASH_OUTPUT
+from spdf_jax.ops.attention_groups import for_each_device
 from spdf_jax.ops.attention_patterns import pattern_mask
 from spdf_jax.sharding import split_over_mesh, target_platform
 
@@ -29,8 +30,8 @@ def cudnn_attention(
 
     Args:
       q_BTHD: queries.
-      k_BTHD: keys, same shape and dtype.
-      v_BTHD: values, same shape and dtype.
+      k_BTHD: keys, same shape and dtype, or fewer heads.
+      v_BTHD: values, as the keys.
       segments_BT: document ids; positions attend within equal ids only. For ``causal``.
       pattern: ``causal`` or ``local``.
       width: positions that ``local`` sees, its own included.
@@ -51,7 +52,8 @@ def cudnn_attention(
 
     # By itself, the compiler would not split the mask, which all heads share, as it does the queries; and where weights are
     # split, too, not even the batch: every device would compute all of it.
-    batch_axes, head_axis = split_over_mesh(jax.sharding.get_abstract_mesh(), *q_BTHD.shape[::2])
+    k_BTHD, v_BTHD = for_each_device(k_BTHD, v_BTHD, q_BTHD.shape[2])
+    batch_axes, head_axis = split_over_mesh(jax.sharding.get_abstract_mesh(), *k_BTHD.shape[::2])
     spec = PartitionSpec(batch_axes or None, None, head_axis)
     args = [q_BTHD, k_BTHD, v_BTHD] + ([] if segments_BT is None else [segments_BT])
     return _split(within, spec, segments=segments_BT is not None)(*args)
@@ -72,8 +74,8 @@ def splash_attention(
 
     Args:
       q_BTHD: queries; T is a multiple of 128.
-      k_BTHD: keys, same shape and dtype.
-      v_BTHD: values, same shape and dtype.
+      k_BTHD: keys, same shape and dtype, or fewer heads.
+      v_BTHD: values, as the keys.
       segments_BT: document ids; positions attend within equal ids only.
       pattern: one of `spdf_jax.ops.attention_patterns.PATTERNS`.
       width: the pattern's width in positions.
@@ -87,7 +89,8 @@ def splash_attention(
     """
     _, length, heads, head_size = q_BTHD.shape
     mesh = jax.sharding.get_abstract_mesh()
-    batch_axes, head_axis = split_over_mesh(mesh, *q_BTHD.shape[::2])
+    k_BTHD, v_BTHD = for_each_device(k_BTHD, v_BTHD, heads)
+    batch_axes, head_axis = split_over_mesh(mesh, *k_BTHD.shape[::2])
     heads_here = heads // (mesh.shape[head_axis] if head_axis else 1)
     kernel = _splash_kernel(pattern, length, width, heads_here, target_platform() != "tpu")
     args = [x_BTHD.swapaxes(1, 2) for x_BTHD in (q_BTHD * head_size**-0.5, k_BTHD, v_BTHD)]

@@ -92,7 +92,7 @@ def _describe_phase(plan: PhasePlan, model: GPTConfig, segments: bool) -> list[s
     backend = partial(
         attention_backend,
         dtype=model.dtype,
-        head_size=model.d_model // model.n_head,
+        head_size=model.head_width,
         length=plan.seq_len,
         segments=segments,
     )

@@ -277,7 +277,7 @@ def dense_flops(config: RunConfig, plan: PhasePlan) -> tuple[int, int]:
     """FLOPs of a step of the dense model, all of attention's square counted, and half of it: what causal attention takes."""
     sequences, length = plan.config.batch_size, plan.seq_len
     dense = step_flops(config.model, seq_len=length, sequences=sequences, active={})
-    return dense, dense - 6 * sequences * length**2 * config.model.d_model * config.model.n_layer
+    return dense, dense - 6 * sequences * length**2 * config.model.attention_width * config.model.n_layer
 
 
 def _describe_times(t: Times, config: RunConfig, plan: PhasePlan, pod: Pod, multiplies: bool) -> list[str]:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from spdf_jax.errors import InputError
 from spdf_jax.model.config import GPTConfig
+from spdf_jax.model.flops import linear_size
 from spdf_jax.tree import LINEAR_KERNELS, Filter
 
 #: The MLP matrices of `spdf_jax.GPT` alone; attention, embeddings, norms, biases and head stay dense.
@@ -63,16 +64,20 @@ def widen(config: GPTConfig, sparsity: float, how: str = "d_model") -> Widening:
     if how not in ("d_model", "d_ff"):
         raise InputError(f"widen: how {how!r} is not 'd_model' or 'd_ff'")
     density = 1 - sparsity
-    d, f = config.d_model, config.mlp_width
-    original = 4 * d**2 + 2 * d * f
+    if how == "d_model" and config.d_head:
+        raise InputError("widen: model.d_head fixes what d_model is to widen; set it to 0, or widen 'd_ff'")
+    d, f, mlps = config.d_model, config.mlp_width, 3 if config.gated else 2
+    # Attention's matrices, in units of one of d_model x d_model.
+    shares = 2 + 2 * config.kv_heads / config.n_head
+    original = linear_size(config) / config.n_layer
     if how == "d_ff":
         wide = dataclasses.replace(config, d_ff=_multiple(f / density, 8))
-        active = 4 * d**2 + 2 * d * wide.mlp_width * density
+        active = original - mlps * d * f + mlps * d * wide.mlp_width * density
         return Widening(wide, MLP_KERNELS, active / original)
     d_wide = _multiple(d / math.sqrt(density), 8 * config.n_head)
-    f_wide = _multiple((original / density - 4 * d_wide**2) / (2 * d_wide), 8)
+    f_wide = _multiple((original / density - shares * d_wide**2) / (mlps * d_wide), 8)
     wide = dataclasses.replace(config, d_model=d_wide, d_ff=f_wide)
-    return Widening(wide, LINEAR_KERNELS, density * (4 * d_wide**2 + 2 * d_wide * f_wide) / original)
+    return Widening(wide, LINEAR_KERNELS, density * (linear_size(wide) / wide.n_layer) / original)
 
 
 def _multiple(value: float, of: int) -> int:

@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from spdf_jax.errors import InputError
 from spdf_jax.sparsity.patterns import parse_pattern
@@ -17,6 +18,7 @@ from spdf_jax.sparsity.patterns import parse_pattern
 DISTRIBUTIONS = ("uniform", "er", "erk", "er_qkv")
 # Kernels that lie side by side in GPT-2's ``c_attn``.
 _QKV = re.compile(r"(^|/)attn_[qkv]/kernel$")
+_beside = partial(_QKV.sub, r"\1attn_qkv/kernel")
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ def _erdos_renyi(groups: Mapping[str, MatrixGroup], density: float, distribution
         shape = groups[name].shape
         ends = shape if distribution == "erk" or len(shape) < 2 else shape[-2:]
         if distribution == "er_qkv" and _QKV.search(name):
-            ends = (ends[0], 3 * ends[1])
+            ends = (ends[0], sum(g.shape[-1] for other, g in groups.items() if _beside(other) == _beside(name)))
         return sum(ends) / math.prod(ends)
 
     dense: set[str] = set()

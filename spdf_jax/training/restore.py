@@ -15,7 +15,7 @@ from spdf_jax.config.checks import check_transition
 from spdf_jax.config.read import load_config
 from spdf_jax.config.run import RunConfig, flat
 from spdf_jax.errors import InputError, reading
-from spdf_jax.huggingface import load_gpt2
+from spdf_jax.huggingface import load_model
 from spdf_jax.model.config import GPTConfig
 from spdf_jax.model.gpt import GPT
 from spdf_jax.sharding import make_mesh, parameter_shardings
@@ -230,7 +230,7 @@ def initial_from(folder: Path, config: RunConfig, plan: PhasePlan, mesh: Mesh, p
         check_transition(source.plan.config, plan.name, phase)
         state = source.state.replace(step=jnp.zeros((), jnp.int32), key=key)
     else:
-        model_config, params = load_gpt2(folder)
+        model_config, params = load_model(folder)
         check_same_model(folder, model_config, config.model)
         if not phase.reset_optimizer:
             raise InputError(f"config.{plan.name}.reset_optimizer: {folder} holds no optimiser state; set it to True")
@@ -246,7 +246,7 @@ def initial_from(folder: Path, config: RunConfig, plan: PhasePlan, mesh: Mesh, p
 
 
 def holds_run(folder: Path) -> bool:
-    """Whether `folder`, from which a run is to go on, is the workdir of another; else it is a Hugging Face GPT-2's.
+    """Whether `folder`, from which a run is to go on, is the workdir of another; else it is a Hugging Face folder.
 
     Raises:
       InputError: it is neither.
@@ -255,7 +255,7 @@ def holds_run(folder: Path) -> bool:
         return True
     if not (folder / CONFIG_FILE).is_file():
         raise InputError(
-            f"config.init_from: {f'{folder}'!r} is neither a run's workdir nor a Hugging Face GPT-2 folder; train one first"
+            f"config.init_from: {f'{folder}'!r} is neither a run's workdir nor a Hugging Face folder; train one first"
         )
     return False
 
@@ -297,7 +297,11 @@ def enter_phase(state: TrainState, plan: PhasePlan, mesh: Mesh, prune: Pruner = 
 def check_same_model(folder: Path, there: GPTConfig, here: GPTConfig) -> None:
     """Refuses another model; fields that change neither a parameter nor what it means may differ."""
     free = {"dropout", "dtype", "remat", "init_std", "mup_density"}
-    theirs, ours = (dataclasses.asdict(dataclasses.replace(c, d_ff=c.mlp_width)) for c in (there, here))
+    free |= {"context"} if here.positions == "rotary" else set()
+    theirs, ours = (
+        dataclasses.asdict(dataclasses.replace(c, d_ff=c.mlp_width, n_kv_head=c.kv_heads, d_head=c.head_width))
+        for c in (there, here)
+    )
     differing = [
         f"{name} {theirs[name]} there, {ours[name]} here"
         for name in ours
