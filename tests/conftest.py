@@ -23,6 +23,9 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+collect_ignore = ["recorded"]  # how its files were made, by others' code that no test needs
+
+
 def pytest_collection_finish():
     """Tracing makes objects by the million: the collector need not walk through JAX and all tests again for each lot."""
     gc.freeze()

@@ -23,6 +23,7 @@ SMALLEST = {
     "topology": ["--layers", "2", "--width", "64", "--repeats", "1"],
     "train_step": ["--shapes", "4x256", "--repeats", "1"],
 }
+NIGHTLY = ("gpu", "pods")  # minutes: what they print is tested where it is made
 NEEDED = {"pods": [needs_libtpu]}
 
 
@@ -33,7 +34,9 @@ def test_all_are_here():
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=[pytest.mark.nightly if name == "gpu" else pytest.mark.slow, *NEEDED.get(name, [])])
+        pytest.param(
+            name, marks=[getattr(pytest.mark, "nightly" if name in NIGHTLY else "slow"), *NEEDED.get(name, [])]
+        )
         for name in SMALLEST
     ],
 )

@@ -6,12 +6,12 @@ import random
 import jax
 import numpy as np
 import pytest
+from test_interop_huggingface import assert_same_logits, opened, random_params
 
 import spdf_jax as spdf
 from spdf_jax.huggingface import load_model, save_model
 from spdf_jax.model.decoding import DecodeConfig
 from spdf_jax.model.generate import generate
-from tests.test_interop_huggingface import assert_same_logits, opened, random_params
 
 pytestmark = [
     pytest.mark.slow,
@@ -97,7 +97,7 @@ def test_every_option_is_drawn():
     assert any(o.get("head_dim", 0) * o["num_attention_heads"] > o["hidden_size"] for _, o in draws)
 
 
-@pytest.mark.parametrize("seed", DRAWN)
+@pytest.mark.parametrize("seed", [pytest.param(n, marks=[pytest.mark.nightly] * (n > 7)) for n in DRAWN])
 def test_we_compute_their_logits_and_they_ours(tmp_path, torch, transformers, seed):
     model = their_model(transformers, torch, seed)
     model.save_pretrained(tmp_path / "theirs", **({"max_shard_size": "20KB"} if seed % 2 else {}))
@@ -126,7 +126,7 @@ def test_mupar_is_multiplied_in(tmp_path, torch, transformers, changes):
     assert_same_logits(config, params, opened(transformers, tmp_path / "ours"), torch)
 
 
-@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("seed", [1, *[pytest.param(n, marks=pytest.mark.nightly) for n in (2, 3)]])
 @pytest.mark.parametrize(
     ("settings", "options"),
     [

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from test_attention import documents, inputs, reference, value_and_grads, within_documents
+from test_blocks_run import as_masks, assert_close, batches, blocks_config, copied, first_state, steps_of
 
 import spdf_jax as spdf
 from spdf_jax.huggingface import load_model, save_model
@@ -24,8 +26,6 @@ from spdf_jax.sparsity.distributions import MatrixGroup, target_counts
 from spdf_jax.training.invariants import check_invariants
 from spdf_jax.training.restore import check_same_model
 from spdf_jax.tree import named_leaves
-from tests.test_attention import documents, inputs, reference, value_and_grads, within_documents
-from tests.test_blocks_run import as_masks, assert_close, batches, blocks_config, copied, first_state, steps_of
 
 SLOW = pytest.mark.slow
 LLAMA = {"norm": "rms_norm", "positions": "rotary", "activation": "silu", "gated": True, "use_bias": False}

@@ -16,7 +16,7 @@ import numpy as np
 import optax
 import pytest
 from optax import contrib
-from tiny import NO_WINDOW, die_at, few_matrices, rows_without_clock, set_sparsity, slow_but, tiny_config, write_text
+from tiny import NO_WINDOW, die_at, few_matrices, rows_without_clock, set_sparsity, tiny_config, write_text
 
 import spdf_jax as spdf
 from spdf_jax.jobs import train as jobs
@@ -223,7 +223,9 @@ def made(config, sizes=(1, 1, 1)):
     return plan, mesh, state
 
 
-@pytest.mark.parametrize("name", slow_but(["muon", "adafactor"], RATES))
+@pytest.mark.parametrize(
+    "name", [n if n in ("muon", "adafactor") else pytest.param(n, marks=pytest.mark.nightly) for n in RATES]
+)
 def test_planned_bytes_are_real_ones_on_one_device_and_on_eight_and_come_back_from_a_checkpoint(name, tmp_path):
     config = spdf.resolve(run_config(name, width=128))
     plan, mesh, state = made(config, (2, 2, 2))

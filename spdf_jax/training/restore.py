@@ -305,7 +305,7 @@ def check_same_model(folder: Path, there: GPTConfig, here: GPTConfig) -> None:
     differing = [
         f"{name} {theirs[name]} there, {ours[name]} here"
         for name in ours
-        if name not in free and theirs[name] != ours[name]
+        if name not in free and theirs[name] != ours[name] and getattr(there, name) != getattr(here, name)
     ]
     if differing:
         raise InputError(
