@@ -15,8 +15,8 @@ class RMSNorm(nn.Module):
       epsilon: added to the mean square.
       dtype: of the result; parameters are float32.
 
-    >>> RMSNorm().init_with_output(jax.random.key(0), jnp.array([[[3.0, 4.0]]]))[0].round(3).tolist()
-    [[[0.8489999771118164, 1.1309999227523804]]]
+    >>> RMSNorm().init_with_output(jax.random.key(0), jnp.array([[[-3.0, 3.0]]]))[0].round(3).tolist()
+    [[[-1.0, 1.0]]]
     """
 
     epsilon: float = 1e-5
