@@ -251,7 +251,7 @@ def test_refused_exports_leave_nothing(tmp_path, tokenizer):
         ((TINY, params), {"masks": small_masks}, r"has a mask of shape \(2, 6, 8\), its weight shape \(2, 12, 8\)"),
         ((TINY, params | {"wpe": {}, "more": jnp.ones(3)}), {}, "missing: wpe/embedding; not expected: more"),
         ((wide, params), {}, r"of another shape: wte/embedding \(11, 8\) instead of \(300, 8\)"),
-        ((TINY, infinite), {"dtype": "float16"}, "export: wpe.weight is not finite in float16"),
+        ((TINY, infinite), {"dtype": "float16"}, "export: transformer.wpe.weight is not finite in float16"),
         ((TINY, params), {"end_of_text_id": 11}, r"end_of_text_id 11 is outside \[0, model.vocab_size 11\)"),
         ((TINY, params), {"tokenizer": tokenizer}, "ids end at 269, over model.vocab_size 11"),
         ((wide, wide_params), {"tokenizer": tokenizer, "end_of_text_id": 280}, "no token of end_of_text_id 280"),
