@@ -166,7 +166,7 @@ def alone(text, tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sizes", [pytest.param(s, marks=[pytest.mark.nightly] * (s[1] == 1)) for s in MESHES])
+@pytest.mark.parametrize("sizes", [pytest.param(s, marks=[pytest.mark.nightly] * (1 in s)) for s in MESHES])
 def test_a_run_through_all_phases_is_the_same_on_every_mesh(sizes, text, alone, tmp_path):
     run = config(text, sizes)
     jobs.train(run, tmp_path, progress=False)

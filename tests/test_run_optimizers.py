@@ -457,11 +457,9 @@ def arrays(workdir: Path):
     return dict(named_leaves(jax.device_get(state.replace(key=jax.random.key_data(state.key)))))
 
 
+@pytest.mark.nightly
 @pytest.mark.usefixtures("few_matrices")  # as in the program
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(n, marks=pytest.mark.slow if n == FREE else pytest.mark.nightly) for n in (*RATES, "mine")],
-)
+@pytest.mark.parametrize("name", [*RATES, "mine"])
 def test_kill_9_and_resume_with_a_moving_topology_change_no_bit(name, text, tmp_path, capsys):
     try:
         config, steps = whole_run(text, name), []
