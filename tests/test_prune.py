@@ -105,6 +105,33 @@ def test_the_masks_of_a_run_from_a_pruned_folder_are_the_folders(text, dense, tm
 
 
 @pytest.mark.slow
+def test_a_model_of_llama_s_shape_is_pruned_into_its_family_s_folder_and_goes_on(text, tmp_path):
+    shape = {
+        "norm": "rms_norm",
+        "positions": "rotary",
+        "gated": True,
+        "activation": "silu",
+        "use_bias": False,
+        "n_kv_head": 1,
+    }
+
+    def llama(c):
+        c.model.update(shape)
+        return spdf.resolve(c)
+
+    jobs.train(llama(one_phase(text)), tmp_path / "dense", progress=False)
+    folder = prune.prune(llama(from_dense(text, tmp_path / "dense")), tmp_path / "run")
+    assert json.loads((folder / "config.json").read_text())["model_type"] == "llama"
+    jobs.train(
+        llama(from_dense(text, folder, init="random", calibration_sequences=128)), tmp_path / "sparse", progress=False
+    )
+    state = saved_run(tmp_path / "sparse").state
+    for name in (UP, UP.replace("up", "gate")):
+        assert leaf(state.masks, name).mean() == 0.5
+        assert not leaf(state.params, name)[~leaf(state.masks, name)].any()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["static", "rigl"])
 def test_masks_are_held_or_move_and_are_exported_with_the_weights(text, dense, tmp_path, rule):
     config = from_dense(text, dense, init="wanda", rule=rule, pattern="2:4")

@@ -85,8 +85,8 @@ def save_model(
     folder = Path(folder).resolve()
     if dtype not in DTYPES.values():
         raise InputError(f"export dtype: {dtype!r} is not one of {', '.join(DTYPES.values())}")
-    family = llama if config.norm == "rms_norm" else gpt2
-    family.check_expressible(config)
+    check_expressible(config)
+    family = _family(config)
     check_vacant(folder)
     end = check_end_of_text(config.vocab_size, tokenizer, end_of_text_id)
     tokens_BT = jax.ShapeDtypeStruct((1, 1), jnp.int32)
@@ -104,6 +104,15 @@ def save_model(
     stored = {name if name.startswith("lm_head.") else family.PREFIX + name: name for name in places}
     tensors = {name: places[ours].shape for name, ours in stored.items()}
     write_folder(folder, texts, tensors, dtype, lambda name: _tensor(config, params, masks, places[stored[name]]))
+
+
+def _family(config: GPTConfig) -> Any:
+    return llama if config.norm == "rms_norm" else gpt2
+
+
+def check_expressible(config: GPTConfig) -> None:
+    """Raises `InputError` for a model that no family of transformers can be."""
+    _family(config).check_expressible(config)
 
 
 def _tensor(config: GPTConfig, params: Any, masks: Any, place: Place) -> np.ndarray:

@@ -7,7 +7,7 @@ import jax
 from spdf_jax.config.checks import check_devices
 from spdf_jax.config.run import RunConfig
 from spdf_jax.errors import InputError
-from spdf_jax.huggingface.gpt2 import check_expressible
+from spdf_jax.huggingface import check_expressible
 from spdf_jax.jobs import Request, keep_compiled
 from spdf_jax.jobs.export import check_replaceable, write_export
 from spdf_jax.sharding import batch_devices, make_mesh
