@@ -33,11 +33,7 @@ def get_config(variant="mini"):
         c.pretrain.sparsity.pattern, c.pretrain.sparsity.sparse_compute = "block64", "blocks"
     if mini:
         recipes.gpt2_pretraining(c)
-        c.pretrain.steps, c.finetune.steps = 320, 80
-        c.finetune.optimizer.peak_learning_rate = 1e-3
-        c.finetune.optimizer.schedule = "linear"
-        c.finetune.optimizer.final_fraction = 0.0
-        c.finetune.optimizer.warmup_steps = 10
+        recipes.mini_dense_end(c)
         return c
     c.model = spdf.model_section(spdf.GPT_SIZES["125m"])
     c.data.source, c.data.path = "token_files", "data/pile"

@@ -32,11 +32,7 @@ def get_config(variant="mini"):
     if variant == "mini_blocks":
         c.pretrain.sparsity.pattern, c.pretrain.sparsity.sparse_compute = "block32", "blocks"
     if mini:
-        c.pretrain.steps, c.finetune.steps = 320, 80
-        c.finetune.optimizer.peak_learning_rate = 1e-3
-        c.finetune.optimizer.schedule = "linear"
-        c.finetune.optimizer.final_fraction = 0.0
-        c.finetune.optimizer.warmup_steps = 10
+        recipes.mini_dense_end(c)
     return c
 
 

@@ -32,6 +32,16 @@ def pytest_collection_finish():
     gc.set_threshold(100_000, 20, 100)
 
 
+@pytest.fixture
+def torch():
+    return pytest.importorskip("torch")
+
+
+@pytest.fixture
+def transformers(torch):
+    return pytest.importorskip("transformers")
+
+
 @pytest.fixture(scope="module")
 def no_figures():
     """Reports of tiny runs whose figures are empty: drawing them takes longer than such a run."""

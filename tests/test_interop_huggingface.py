@@ -33,16 +33,6 @@ def no_network(monkeypatch):
     monkeypatch.setattr(socket.socket, "connect", refuse)
 
 
-@pytest.fixture
-def torch():
-    return pytest.importorskip("torch")
-
-
-@pytest.fixture
-def transformers(torch):
-    return pytest.importorskip("transformers")
-
-
 def random_params(config, seed=0):
     rng = np.random.default_rng(seed)
     tokens_BT = jax.ShapeDtypeStruct((1, 1), jnp.int32)

@@ -22,16 +22,6 @@ pytestmark = [
 DRAWN = range(20)
 
 
-@pytest.fixture
-def torch():
-    return pytest.importorskip("torch")
-
-
-@pytest.fixture
-def transformers(torch):
-    return pytest.importorskip("transformers")
-
-
 def drawn(seed):
     """A family and its options as transformers names them: every option takes each of its values in some of the draws."""
     draw = random.Random(seed)

@@ -45,8 +45,7 @@ def gpt2_pretraining(c: ConfigDict) -> None:
     """
     phase = c.pretrain
     if c.variant.startswith("mini"):
-        phase.steps = 400
-        phase.optimizer.peak_learning_rate, phase.optimizer.warmup_steps = 3e-3, 50
+        _mini_phase(phase)
         return
     c.model = model_section(dataclasses.replace(GPT_SIZES["124m"], vocab_size=50304, use_bias=False))
     c.data.source, c.data.path = "token_files", "data/openwebtext"
@@ -74,13 +73,35 @@ def llama_pretraining(c: ConfigDict) -> None:
     phase, size = c.pretrain, c.variant.split("_")[0]
     c.model = model_section(GPT_SIZES[f"llama_{size}"])
     if size == "mini":
-        phase.steps = 400
-        phase.optimizer.peak_learning_rate, phase.optimizer.warmup_steps = 3e-3, 50
+        _mini_phase(phase)
         return
     c.data.source, c.data.path = "token_files", "data/c4"
     phase.steps = {"130m": 20_000, "350m": 60_000, "1b": 100_000}[size]
     phase.batch_size, phase.seq_len, phase.optimizer.warmup_steps = 512, 256, phase.steps // 10
     c.loop.log_every_steps, c.loop.eval_every_steps, c.loop.checkpoint_every_steps = 100, 2000, 2000
+
+
+def mini_dense_end(c: ConfigDict) -> None:
+    """SPDF's two phases within the 400 steps of a mini run: ``pretrain`` for 320, ``finetune`` for 80, from a third of its rate.
+
+    Args:
+      c: a config with both phases, after `gpt2_pretraining` or `llama_pretraining`; changed in place.
+
+    >>> import spdf_jax as spdf
+    >>> c = spdf.default_config("mine", "mini", variants=("mini",), phases=("pretrain", "finetune"))
+    >>> mini_dense_end(c)
+    >>> c.pretrain.steps, c.finetune.steps
+    (320, 80)
+    """
+    c.pretrain.steps, c.finetune.steps = 320, 80
+    finetune = c.finetune.optimizer
+    finetune.peak_learning_rate, finetune.warmup_steps = 1e-3, 10
+    finetune.schedule, finetune.final_fraction = "linear", 0.0
+
+
+def _mini_phase(phase: ConfigDict) -> None:
+    phase.steps = 400
+    phase.optimizer.peak_learning_rate, phase.optimizer.warmup_steps = 3e-3, 50
 
 
 def spdf_finetuning(c: ConfigDict, task: str, path: str = "") -> None:
