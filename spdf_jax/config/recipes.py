@@ -82,7 +82,7 @@ def llama_pretraining(c: ConfigDict) -> None:
 
 
 def mini_dense_end(c: ConfigDict) -> None:
-    """SPDF's two phases within the 400 steps of a mini run: ``pretrain`` for 320, ``finetune`` for 80, from a third of its rate.
+    """SPDF's two phases in a mini run of 400 steps: ``pretrain`` for 320, ``finetune`` for 80.
 
     Args:
       c: a config with both phases, after `gpt2_pretraining` or `llama_pretraining`; changed in place.
