@@ -1,10 +1,11 @@
-"""Where documents come from: the embedded corpus, text files, TensorFlow Datasets. Nothing here downloads.
+"""Where documents come from: the embedded corpus, pinned libraries, text files, TensorFlow Datasets. Nothing here downloads.
 
 A document belongs to one split, by where it lies or a stable hash of itself, so adding a document never moves another one.
 """
 
 import dataclasses
 import hashlib
+import importlib.metadata
 import json
 import re
 import sysconfig
@@ -18,6 +19,16 @@ from spdf_jax.data.text_files import file_documents
 from spdf_jax.errors import InputError, reading
 
 _NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
+#: Libraries whose source is text to train on: version, as in `requirements.lock` for every Python, and the start of a hash of
+#: that text.
+LIBRARIES = {
+    "matplotlib": ("3.11.2", "5f7c66aa06491583"),
+    "fonttools": ("4.68.0", "2d2e553f54fe6c3c"),
+    "tensorflow-datasets": ("4.9.10", "8ddce17bf32969ff"),
+    "orbax-checkpoint": ("0.12.8", "6bbd099f392dcec9"),
+    "optax": ("0.2.8", "1dece061c5ca403c"),
+    "rich": ("15.0.0", "65c82dae588b6bd8"),
+}
 
 
 class Document(NamedTuple):
@@ -81,6 +92,48 @@ def embedded_corpus(validation_fraction: float) -> Corpus:
                 yield Document(name, text, split_of(name, validation_fraction))
 
     return _scanned(f"the standard library's source in {root} (data.source='embedded')", documents)
+
+
+def library_corpus(validation_fraction: float) -> Corpus:
+    """The Python source of `LIBRARIES`, which come with this package: the same text for every Python and machine.
+
+    A document is a file, outside of the libraries' tests, and is split by its text. Documents come in an order of hashes, so
+    that the first of them are a sample of all (`data.unique_tokens`).
+
+    Args:
+      validation_fraction: Share of the files, by hash of their text, that validates.
+
+    Returns:
+      The corpus.
+
+    Raises:
+      InputError: A library is not there, in another version, or not as it was released.
+    """
+    found = [document for name, pin in LIBRARIES.items() for document in _library(name, *pin, validation_fraction)]
+    found.sort(key=lambda document: hashlib.sha256(document.name.encode()).digest())
+    return _scanned("the source of libraries (data.source='libraries')", lambda _: iter(found))
+
+
+def _library(name: str, version: str, pinned: str, validation_fraction: float) -> list[Document]:
+    fix = f"pip install --force-reinstall --no-deps {name}=={version}, or choose another data.source"
+    try:
+        there = importlib.metadata.distribution(name)
+    except importlib.metadata.PackageNotFoundError:
+        raise InputError(f"data.source='libraries': {name} is not installed; {fix}") from None
+    if there.version != version:
+        raise InputError(f"data.source='libraries': {name} is {there.version}, and its text is {version}'s; {fix}")
+    files = [file for file in there.files or () if file.suffix == ".py" and not _NOT_LIBRARY & set(file.parts)]
+    documents, digest = [], hashlib.sha256()
+    for file in sorted(files, key=lambda file: file.as_posix()):
+        try:
+            text = Path(str(file.locate())).read_bytes().decode()
+        except (UnicodeDecodeError, OSError):
+            continue  # of which the hash tells
+        documents.append(Document(f"{name}/{file.as_posix()}", text, split_of(text, validation_fraction)))
+        digest.update(f"{documents[-1].name}\0{text}\0".encode())
+    if not digest.hexdigest().startswith(pinned):
+        raise InputError(f"data.source='libraries': {name} {version} here is not as it was released; {fix}")
+    return documents
 
 
 def text_corpus(

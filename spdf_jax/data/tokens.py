@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 from tokenizers import Tokenizer
 
-from spdf_jax.data.corpus import Corpus, embedded_corpus, text_corpus, tfds_corpus
+from spdf_jax.data.corpus import Corpus, embedded_corpus, library_corpus, text_corpus, tfds_corpus
 from spdf_jax.data.mixture import mixed, read_shares
 from spdf_jax.data.token_cache import build, keeping, kept_tokenizer, open_cached, turn_to_build
 from spdf_jax.data.token_files import TOKEN_DTYPES, TokenData, open_token_files
@@ -26,9 +26,9 @@ from spdf_jax.fields import LARGEST, CountOrZero, FilePath, Line, OneOf, Range, 
 
 _FORMAT_VERSION = 1  # raise it when the same documents and tokenizer give other files
 _GPT2_END_OF_TEXT = 50256
-_SOURCES = ("embedded", "text", "token_files", "tfds")
+_SOURCES = ("embedded", "libraries", "text", "token_files", "tfds")
 _PLACE = Used(
-    lambda c: c.source != "embedded" and (not c.mixture or c.source == "tfds"), "a source of files, not a mixture"
+    lambda c: c.source not in ("embedded", "libraries") and (not c.mixture or c.source == "tfds"), "a source of files, not a mixture"
 )
 _STREAM = Used(lambda c: c.source == "token_files" and c.separate_documents, "token files kept apart by document")
 
@@ -38,7 +38,8 @@ class DataConfig:
     """What to train on.
 
     Attributes:
-      source: `embedded` (the Python standard library's text), `text`, `token_files` or `tfds`.
+      source: `embedded` (the Python standard library's text), `libraries` (that of installed libraries, of pinned versions:
+        `spdf_jax.data.corpus.LIBRARIES`), `text`, `token_files` or `tfds`.
       path: text: a file or a folder of files; token_files: a folder of `train.bin` and `val.bin`, see there;
         tfds: the data folder, "" for the TFDS default.
       tfds_name: The dataset, as `name/config:version`.
@@ -56,6 +57,7 @@ class DataConfig:
         that of `init_from`, or trains a byte-level BPE on the training documents.
       tokenizer_vocab_size: Ids of the tokenizer to train, where none is given.
       validation_fraction: Share of the documents held out where the source has no validation split of its own.
+      unique_tokens: How many of the training tokens are there, the first ones; a longer run passes over them again. 0: all.
       token_dtype: token_files: of ids in files that do not say it themselves; "" is uint16.
       separate_documents: Whether nothing passes between documents that share a sequence; False, as most papers have it,
         makes them one stream, in which a document sees those before it.
@@ -79,9 +81,10 @@ class DataConfig:
     token_dtype: Annotated[str, OneOf(("", *TOKEN_DTYPES)), used_with("source", "token_files")] = ""
     tokenizer: FilePath = ""
     tokenizer_vocab_size: Annotated[int, Range(least=SMALLEST_VOCAB, most=LARGEST)] = 4096
-    validation_fraction: Annotated[float, Range(above=0, below=1), used_with("source", "embedded", "text", "tfds")] = (
+    validation_fraction: Annotated[float, Range(above=0, below=1), used_with("source", "embedded", "libraries", "text", "tfds")] = (
         0.02
     )
+    unique_tokens: Annotated[CountOrZero, Used(lambda c: not c.mixture, "one source, not a mixture")] = 0
     separate_documents: bool = True
     end_of_text_id: Annotated[int, Range(least=-1, most=LARGEST), _STREAM] = -1
     cache_dir: FilePath = ""
@@ -117,7 +120,19 @@ def prepare(config: DataConfig, *, progress: bool = True) -> TokenData:
         if config.mixture and tokenizer is None:
             tokenizer = _tokenizer_of_all(config, list(corpora.values()), bars)
         data = {name: _encoded(config, corpus, tokenizer, bars) for name, corpus in corpora.items()}
-    return mixed(data, read_shares(config.mixture)) if config.mixture else data[""]
+    return mixed(data, read_shares(config.mixture)) if config.mixture else _first(data[""], config.unique_tokens)
+
+
+def _first(data: TokenData, count: int) -> TokenData:
+    """The same with the first `count` training tokens alone, see `DataConfig.unique_tokens`."""
+    if not count:
+        return data
+    if count > len(data.train):
+        raise InputError(
+            f"data.unique_tokens={count}: there are {len(data.train)} training tokens; give fewer, or 0 for all"
+        )
+    cut = hashlib.sha256(f"{data.fingerprint} {count}".encode()).hexdigest()
+    return data._replace(train=data.train[:count], fingerprint=cut)
 
 
 def parts_of(config: DataConfig) -> dict[str, DataConfig]:
@@ -168,7 +183,7 @@ def _key(identity: str, recipe: str | int) -> str:
 
 
 def _check(config: DataConfig) -> None:
-    if config.mixture and config.source == "embedded":
+    if config.mixture and config.source in ("embedded", "libraries"):
         raise InputError(
             f"data.mixture={config.mixture!r}: is of sources by their paths; set data.source to 'text' or 'token_files'"
         )
@@ -195,6 +210,8 @@ def _corpus(config: DataConfig) -> Corpus:
     held_out = config.validation_fraction
     if config.source == "embedded":
         return embedded_corpus(held_out)
+    if config.source == "libraries":
+        return library_corpus(held_out)
     how: dict[str, Any] = {"text_key": config.text_key, "validation_fraction": held_out, "split_by": config.split_by}
     if config.source == "text":
         return text_corpus(config.path, train_files=config.train_files, validation_files=config.validation_files, **how)
