@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from spdf_jax.config.read import resolve
+from spdf_jax.config.read import build_section, resolve
 from spdf_jax.config.run import RunConfig
 from spdf_jax.errors import InputError, nearest
 
@@ -16,10 +16,17 @@ CURVE_COLUMNS = ("step", "tokens", "train_flops", "dense_flops", "val_loss", "se
 
 
 class Row(NamedTuple):
-    """A row of a sweep's table: its label and ``(choice, cell)`` pairs; cells of one choice differ in their seed."""
+    """A row of a sweep's table: its label and ``(choice, cell)`` pairs; cells of one choice differ in their seed.
+
+    The rest is a study's: `decided_by`, the pairs whose validation loss decides between the choices, by default those
+    themselves; the `method` of the row; and its `group`, within which rows are compared.
+    """
 
     label: str
     choices: tuple[tuple[str, str], ...]
+    decided_by: tuple[tuple[str, str], ...] = ()
+    method: str = ""
+    group: str = ""
 
 
 class Column(NamedTuple):
@@ -42,6 +49,33 @@ class Column(NamedTuple):
 
 
 @dataclass(frozen=True)
+class StudyConfig:
+    """What makes a sweep a study, see `spdf_jax.jobs.study`: its cells are of one seed, on which choices are made, and what was
+    chosen is measured on others.
+
+    Attributes:
+      seeds: to measure on.
+      measure: what: the key of a column.
+      unit: of it, with what it is: "nats/token".
+      reference: the method that others are compared with.
+      answers: ``(row, budget)``: whose differences from the reference answer the question, at equal ``tokens``, ``flops`` or
+        ``seconds``, the most important first.
+      cells_folder: of all studies, beside the workdir.
+      record: the file, kept with the experiment, of what a finished study measured; "" for none.
+      only: the name of one cell to run again, by itself; "" for all.
+    """
+
+    seeds: tuple[int, ...]
+    measure: str
+    unit: str
+    reference: str
+    answers: tuple[tuple[str, str], ...]
+    cells_folder: str
+    record: str
+    only: str
+
+
+@dataclass(frozen=True)
 class SweepConfig:
     """Runs and the table that compares them, see `spdf_jax.jobs.sweep`."""
 
@@ -53,6 +87,7 @@ class SweepConfig:
     cells: Mapping[str, RunConfig]
     rows: tuple[Row, ...]
     columns: tuple[Column, ...]
+    study: StudyConfig | None = None
 
 
 def sweep_config(
@@ -62,9 +97,10 @@ def sweep_config(
     variants: tuple[str, ...],
     title: str,
     cells: Mapping[str, ConfigDict],
-    rows: Sequence[tuple[str, Sequence[tuple[str, str]]]],
-    columns: Sequence[tuple[Any, ...]],
+    rows: Sequence[tuple[Any, ...]],
+    columns: Sequence[tuple[Any, ...]] = (),
     remark: str = "",
+    study: Mapping[str, Any] | None = None,
 ) -> ConfigDict:
     """A sweep for an experiment file to return, see `spdf_jax.jobs.sweep`.
 
@@ -72,9 +108,11 @@ def sweep_config(
       experiment, variant, variants: as in `default_config`.
       title: of the table.
       cells: names to the configs of the runs, in the order in which they run.
-      rows: ``(label, ((choice, cell), ...))``: among the choices the best by validation loss is shown, over its seeds.
+      rows: ``(label, ((choice, cell), ...))``: among the choices the best by validation loss is shown, over its seeds. Of a
+        study more, see `spdf_jax.config.sweep.Row`.
       columns: ``(header, key, format, relative, choice)``, the last three optional, see `spdf_jax.config.Column`.
       remark: what to keep in mind with the table; stands below it.
+      study: what makes it a study, see `spdf_jax.config.sweep.StudyConfig`; its page takes the place of columns.
 
     Returns:
       A ConfigDict; ``--config.cells.NAME.section.key=value`` overrides a value of one cell.
@@ -95,6 +133,8 @@ def sweep_config(
         raise InputError(f"--config: {experiment} has no variant {variant!r}{nearest(variant, list(variants))}")
     names = {"experiment": experiment, "variant": variant, "variants": variants, "title": title, "remark": remark}
     order = tuple(cells)  # a ConfigDict sorts its keys
+    if study is not None:
+        names["study"] = {"cells_folder": f"{experiment}-cells", "record": "", "only": "", **study}
     return ConfigDict({**names, "order": order, "cells": dict(cells), "rows": tuple(rows), "columns": tuple(columns)})
 
 
@@ -113,16 +153,56 @@ def resolve_sweep(config: ConfigDict) -> SweepConfig:
         source = cells[name].init_from.removeprefix("cell:")
         if source != cells[name].init_from and source not in list(cells)[:-1]:
             raise InputError(f"config.cells.{name}.init_from: no cell {source!r} before this one")
-    rows = tuple(Row(label, tuple((choice, cell) for choice, cell in choices)) for label, choices in config.rows)
+    rows = tuple(
+        Row(label, _pairs(choices), *map(_pairs, more[:1]), *more[1:]) for label, choices, *more in config.rows
+    )
     for row in rows:
-        for _, cell in row.choices:
+        for _, cell in (*row.choices, *row.decided_by):
             if cell not in cells:
                 raise InputError(f"config.rows: row {row.label!r} names cell {cell!r}{nearest(cell, list(cells))}")
     columns = tuple(Column(*column) for column in config.columns)
     for column in columns:
         _check_column(column, rows)
     names = config.experiment, config.variant, tuple(config.variants), config.title, config.remark
-    return SweepConfig(*names, cells, rows, columns)
+    study = None
+    if "study" in config:
+        study = _study(build_section("config.study", StudyConfig, config.study.to_dict()), rows, cells)
+    return SweepConfig(*names, cells, rows, columns, study)
+
+
+def _pairs(choices: Sequence[Sequence[str]]) -> tuple[tuple[str, str], ...]:
+    return tuple((choice, cell) for choice, cell in choices)
+
+
+#: What two methods can have been given alike, see `StudyConfig.answers`.
+BUDGETS = ("tokens", "flops", "seconds")
+
+
+def _study(study: StudyConfig, rows: Sequence[Row], cells: Mapping[str, RunConfig]) -> StudyConfig:
+    """The same, where it can be made.
+
+    Raises:
+      InputError: seeds that are none, or rows and budgets that are not there.
+    """
+    if len(set(study.seeds)) < max(len(study.seeds), 2) or min(study.seeds) < 0:
+        raise InputError(f"config.study.seeds: {study.seeds} must be two different seeds or more, none below 0")
+    if both := sorted({cell.seed for cell in cells.values()} & set(study.seeds)):
+        raise InputError(
+            f"config.study.seeds: on {both[0]} choices are made; measure on others, as that loss is the best of several"
+        )
+    if study.measure not in _KEYS:
+        raise InputError(f"config.study.measure: {study.measure!r}, which no run leaves{_nearest_key(study.measure)}")
+    if study.reference not in (methods := [row.method for row in rows]):
+        raise InputError(
+            f"config.study.reference: no row is of {study.reference!r}{nearest(study.reference, [*dict.fromkeys(methods)])}"
+        )
+    for label, budget in study.answers:
+        if label not in (labels := [row.label for row in rows]) or budget not in BUDGETS:
+            raise InputError(
+                f"config.study.answers: {label!r} at equal {budget!r} is none of the rows at equal {', '.join(BUDGETS)}"
+                f"{nearest(label, labels)}"
+            )
+    return study
 
 
 #: What a column's key can be: a number of ``summary.json`` or ``evaluation.json``, there also of a part (``seen``).

@@ -28,7 +28,8 @@ _FORMAT_VERSION = 1  # raise it when the same documents and tokenizer give other
 _GPT2_END_OF_TEXT = 50256
 _SOURCES = ("embedded", "libraries", "text", "token_files", "tfds")
 _PLACE = Used(
-    lambda c: c.source not in ("embedded", "libraries") and (not c.mixture or c.source == "tfds"), "a source of files, not a mixture"
+    lambda c: c.source not in ("embedded", "libraries") and (not c.mixture or c.source == "tfds"),
+    "a source of files, not a mixture",
 )
 _STREAM = Used(lambda c: c.source == "token_files" and c.separate_documents, "token files kept apart by document")
 
@@ -81,9 +82,9 @@ class DataConfig:
     token_dtype: Annotated[str, OneOf(("", *TOKEN_DTYPES)), used_with("source", "token_files")] = ""
     tokenizer: FilePath = ""
     tokenizer_vocab_size: Annotated[int, Range(least=SMALLEST_VOCAB, most=LARGEST)] = 4096
-    validation_fraction: Annotated[float, Range(above=0, below=1), used_with("source", "embedded", "libraries", "text", "tfds")] = (
-        0.02
-    )
+    validation_fraction: Annotated[
+        float, Range(above=0, below=1), used_with("source", "embedded", "libraries", "text", "tfds")
+    ] = 0.02
     unique_tokens: Annotated[CountOrZero, Used(lambda c: not c.mixture, "one source, not a mixture")] = 0
     separate_documents: bool = True
     end_of_text_id: Annotated[int, Range(least=-1, most=LARGEST), _STREAM] = -1

@@ -26,6 +26,7 @@ from spdf_jax.errors import InputError
 from spdf_jax.jobs import Request, keep_compiled
 from spdf_jax.jobs.evaluate import evaluate_checkpoint
 from spdf_jax.jobs.pages import sweep_page
+from spdf_jax.jobs.study import run_study
 from spdf_jax.jobs.train import train_with
 from spdf_jax.processes import wait_for_first
 from spdf_jax.report import write_sweep_report
@@ -47,7 +48,10 @@ class Value(NamedTuple):
 
 
 def run_sweep(config: SweepConfig, request: Request) -> None:
-    """`train_cells`."""
+    """`train_cells`, or a study."""
+    if config.study:
+        run_study(config, config.study, request)
+        return
     with request.training(config):
         keep_compiled(next(iter(config.cells.values())).data)
         processes.guard()
