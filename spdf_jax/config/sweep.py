@@ -131,7 +131,8 @@ def sweep_config(
     """
     if variant not in variants:
         raise InputError(f"--config: {experiment} has no variant {variant!r}{nearest(variant, list(variants))}")
-    names = {"experiment": experiment, "variant": variant, "variants": variants, "title": title, "remark": remark}
+    names: dict[str, Any] = {"experiment": experiment, "variant": variant, "variants": variants}
+    names |= {"title": title, "remark": remark}
     order = tuple(cells)  # a ConfigDict sorts its keys
     if study is not None:
         names["study"] = {"cells_folder": f"{experiment}-cells", "record": "", "only": "", **study}
@@ -153,9 +154,7 @@ def resolve_sweep(config: ConfigDict) -> SweepConfig:
         source = cells[name].init_from.removeprefix("cell:")
         if source != cells[name].init_from and source not in list(cells)[:-1]:
             raise InputError(f"config.cells.{name}.init_from: no cell {source!r} before this one")
-    rows = tuple(
-        Row(label, _pairs(choices), *map(_pairs, more[:1]), *more[1:]) for label, choices, *more in config.rows
-    )
+    rows = tuple(_row(*row) for row in config.rows)
     for row in rows:
         for _, cell in (*row.choices, *row.decided_by):
             if cell not in cells:
@@ -168,6 +167,16 @@ def resolve_sweep(config: ConfigDict) -> SweepConfig:
     if "study" in config:
         study = _study(build_section("config.study", StudyConfig, config.study.to_dict()), rows, cells)
     return SweepConfig(*names, cells, rows, columns, study)
+
+
+def _row(
+    label: str,
+    choices: Sequence[Sequence[str]],
+    decided_by: Sequence[Sequence[str]] = (),
+    method: str = "",
+    group: str = "",
+) -> Row:
+    return Row(label, _pairs(choices), _pairs(decided_by), method, group)
 
 
 def _pairs(choices: Sequence[Sequence[str]]) -> tuple[tuple[str, str], ...]:

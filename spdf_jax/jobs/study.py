@@ -6,6 +6,7 @@ every one is resumable by itself, and so is the study. The first measured cell i
 and seconds differ by what this machine's noise is. What came out is ``study.json``, of which page and table are made.
 """
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,7 @@ def measure(config: SweepConfig, study: StudyConfig, request: Request) -> dict[s
     folder = workdir.parent / study.cells_folder
     run = _Running(config, study, request, folder, rows)
     with made_workdir(workdir), lock(workdir):
-        page = LivePage(lambda: write_page(workdir, workdir), lambda text: print(text, flush=True))
+        page = LivePage(lambda: write_page(workdir, figures=False), lambda text: print(text, flush=True))
         said = {"rows": [], "cells": {}, "left_out": left_out, "command": request.command}
         for row in rows:
             run.choose(row)
@@ -66,15 +67,15 @@ def measure(config: SweepConfig, study: StudyConfig, request: Request) -> dict[s
                 page.update()
         record = run.record() | said | run.results(study.seeds) | {"repeated": run.repeat()}
         write_json(workdir / RECORD, record)
-        print(f"\n{write_page(workdir, workdir)}", flush=True)
+        print(f"\n{write_page(workdir)}", flush=True)
     return record
 
 
-def write_page(source: Path, folder: Path) -> str:
-    """Writes a study's page and table into a folder, of its record or of the folder with it; what to print of them."""
+def write_page(workdir: Path, *, figures: bool = True) -> str:
+    """Writes a study's page and table; what to print of them."""
     from spdf_jax.report.study import write_study_report  # brings matplotlib, see `spdf_jax.jobs.pages`
 
-    return write_study_report(source, folder)
+    return write_study_report(workdir, workdir, figures=figures)
 
 
 def _possible(config: SweepConfig) -> tuple[list[Row], dict[str, str]]:
@@ -150,7 +151,7 @@ class _Running:
 
     def _progress(self) -> tuple[int, int, str]:
         """Cells done and in all, and how long the others take if they are as fast for their FLOPs as those."""
-        planned = {}
+        planned = dict[str, str]()
         for row in self._rows:
             pairs = [(c, key) for c, key in row.decided_by or row.choices if not self._starts_elsewhere(key)]
             chosen = dict(row.choices)[self._choice.get(row.label, pairs[0][0])]
@@ -159,7 +160,7 @@ class _Running:
                 (chosen, self._study.seeds),
             ):
                 planned |= {c.name: c.key for seed in seeds for c in self._cells.chain(key, seed)}
-        left = sum(self._work[key] for name, key in planned.items() if name not in self._done)
+        left = math.fsum(self._work[key] for name, key in planned.items() if name not in self._done)
         seconds = left * self._spent_seconds / self._worked if self._worked else 0.0
         return (
             len(self._done),

@@ -22,12 +22,13 @@ _NAMES = {"tokens": "equal tokens", "flops": "equal FLOPs", "seconds": "equal se
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 
-def write_study_report(source: Path, folder: Path) -> str:
+def write_study_report(source: Path, folder: Path, *, figures: bool = True) -> str:
     """Writes `report.html`, `table.md` and `figures/`, each atomically, from a study's record alone.
 
     Args:
       source: ``study.json`` or the folder with it.
       folder: to write into.
+      figures: whether to write `figures/`, see `spdf_jax.report.figures`.
 
     Returns:
       The table, and below it the path of the page.
@@ -39,7 +40,8 @@ def write_study_report(source: Path, folder: Path) -> str:
     text = table(study)
     with matplotlib.rc_context(STYLE):
         panels = [panel for make in _PANELS for panel in make(study)]
-        write_figures(folder, panels)
+        if figures:
+            write_figures(folder, panels)
     write_atomically(folder / "table.md", f"# {study.facts['title']}\n\n{verdict(study)}\n\n{text}\n".encode())
     page = write_page(
         folder / "report.html",
