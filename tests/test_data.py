@@ -1,6 +1,7 @@
 """Data: what reaches the model is all of the text, in an order that restarts and process counts cannot change."""
 
 import contextlib
+import dataclasses
 import email
 import itertools
 import json
@@ -32,7 +33,7 @@ from spdf_jax.data import (
     validation_batches,
 )
 from spdf_jax.data import corpus as corpora
-from spdf_jax.data.corpus import embedded_corpus, split_of, text_corpus
+from spdf_jax.data.corpus import LIBRARIES, embedded_corpus, library_corpus, split_of, text_corpus
 from spdf_jax.data.encoding import encode_parts, in_parts
 from spdf_jax.data.tokenizer import (
     _PIECE_CHARS,
@@ -117,6 +118,59 @@ def test_embedded_corpus_is_split_by_file_with_the_language_reference_in_train()
     assert split_of("pydoc_data/topics.py", 0.05) == "train"
     assert any("The standard type hierarchy" in text for text in train)
     assert not set(train) & set(validation)
+
+
+LOCK = Path(__file__).parent.parent / "requirements.lock"
+
+
+def test_libraries_are_pinned_to_the_versions_of_the_lock_file_for_every_python():
+    locked = {line.split(" ;")[0] for line in LOCK.read_text().splitlines()}
+    alone = [line for line in locked if line.partition("==")[0] in LIBRARIES]
+    assert sorted(alone) == sorted(f"{name}=={version}" for name, (version, _) in LIBRARIES.items())
+
+
+def test_the_text_of_libraries_is_their_release_s_in_an_order_of_hashes(monkeypatch):
+    monkeypatch.setattr(corpora, "LIBRARIES", {"optax": LIBRARIES["optax"]})
+    corpus = library_corpus(0.1)
+    train, validation = (list(corpus.read(split)) for split in ("train", "validation"))
+    assert 0.02 < len(validation) / len(train) < 0.3
+    assert not set(train) & set(validation), "a text is in one split, however often it is there"
+    assert any("def adamw(" in text for text in train + validation)
+    assert corpus.identity == library_corpus(0.1).identity != library_corpus(0.2).identity
+
+
+@pytest.mark.parametrize(
+    ("pin", "message"),
+    [
+        ({"no-such-thing": ("1.0", "")}, "no-such-thing is not installed; pip install .* no-such-thing==1.0"),
+        ({"optax": ("0.0.1", "")}, r"optax is 0\.2\.8, and its text is 0\.0\.1's; pip install .* optax==0.0.1"),
+        ({"optax": (LIBRARIES["optax"][0], "0" * 16)}, r"optax 0\.2\.8 here is not as it was released; pip install"),
+    ],
+)
+def test_other_libraries_than_the_pinned_ones_are_refused(pin, message, monkeypatch, tmp_path):
+    monkeypatch.setattr(corpora, "LIBRARIES", pin)
+    with pytest.raises(InputError, match=f"data.source='libraries': {message}"):
+        prepare(DataConfig(source="libraries", cache_dir=str(tmp_path / "cache")), progress=False)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_few_unique_tokens_are_the_first_and_are_seen_again(embedded, text_folder, tmp_path):
+    config = DataConfig(source="text", path=str(text_folder), cache_dir=str(tmp_path), tokenizer_vocab_size=VOCAB_SIZE)
+    config = dataclasses.replace(config, validation_fraction=0.5)
+    whole = prepare(config, progress=False)
+    few = prepare(dataclasses.replace(config, unique_tokens=33), progress=False)
+    np.testing.assert_array_equal(few.train, whole.train[:33])
+    np.testing.assert_array_equal(few.validation, whole.validation)
+    assert few.tokenizer.to_str() == whole.tokenizer.to_str()
+    assert few.fingerprint != whole.fingerprint
+    seen = [tuple(batch.tokens_BT[0]) for batch in take(8, few.train, seq_len=16, batch_size=1, seed=0)]
+    assert len(set(seen)) == 2
+    assert [seen.count(window) for window in set(seen)] == [4, 4], "four epochs of two windows"
+    most = len(whole.train)
+    with pytest.raises(
+        InputError, match=rf"data\.unique_tokens={most + 1}: there are {most} training tokens; give fewer"
+    ):
+        prepare(dataclasses.replace(config, unique_tokens=most + 1), progress=False)
 
 
 def test_embedded_tokens_decode_to_the_corpus(embedded):

@@ -137,7 +137,7 @@ def test_a_table_of_another_shape_is_refused():
             spdf.resolve(ConfigDict(c))
 
 
-USED_BY_DEFAULT = {"data.validation_fraction", "one.steps"} | {
+USED_BY_DEFAULT = {"data.validation_fraction", "data.unique_tokens", "one.steps"} | {
     f"one.optimizer.{name}" for name in ("final_fraction", "beta1", "beta2", "eps")
 }
 

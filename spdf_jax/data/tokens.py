@@ -26,7 +26,7 @@ from spdf_jax.fields import LARGEST, CountOrZero, FilePath, Line, OneOf, Range, 
 
 _FORMAT_VERSION = 1  # raise it when the same documents and tokenizer give other files
 _GPT2_END_OF_TEXT = 50256
-_SOURCES = ("embedded", "libraries", "text", "token_files", "tfds")
+_SOURCES = ("embedded", "text", "token_files", "tfds", "libraries")
 _PLACE = Used(
     lambda c: c.source not in ("embedded", "libraries") and (not c.mixture or c.source == "tfds"),
     "a source of files, not a mixture",
