@@ -34,6 +34,7 @@ from spdf_jax.huggingface import load_model, save_model
 from spdf_jax.jobs import train as jobs
 from spdf_jax.processes import RESTART_CODE
 from spdf_jax.report.records import read_run
+from spdf_jax.report.study_records import read_study
 from spdf_jax.report.sweep_records import read_sweep
 from spdf_jax.sparsity.mask_files import load_masks, save_masks
 from spdf_jax.sparsity.masks import init_masks
@@ -180,6 +181,26 @@ def test_a_table_is_read_right_or_refused(runs, tmp_path):
             continue
         harm(folder / "table.json", how, b"")
         assert_right_or_one_line(lambda folder=folder: repr(read_sweep(folder)), right, folder, f"table.json {how}")
+
+
+def test_the_record_of_a_study_is_read_right_or_refused(tmp_path):
+    row = {"row": "dense, 10 steps", "method": "dense", "group": "", "choice": "rate 1", "tried": {"rate 1": "a-0"}}
+    row |= {"cells": ["a-1", "a-2"], "weights": 9, "sparsity": 0.0}
+    cells = {
+        f"a-{seed}": {"val_loss": 4.0 + seed, "tokens": 100, "train_flops": 5, "seconds": 1.0} for seed in range(3)
+    }
+    facts = {"measure": "summary.val_loss", "reference": "dense", "unit": "nats/token", "title": "t", "answers": []}
+    right = None
+    for how in (None, *HARMS):
+        if how in ("gone", "another's"):
+            continue
+        file = tmp_path / f"{how}.json".replace(" ", "_")
+        write_json(file, facts | {"rows": [row], "cells": cells})
+        if how is None:
+            right = repr(read_study(file))
+            continue
+        harm(file, how, b"")
+        assert_right_or_one_line(lambda file=file: repr(read_study(file)), right, file, f"study.json {how}")
 
 
 def checkpoint_files(run: Path) -> list[Path]:

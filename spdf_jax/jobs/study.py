@@ -222,7 +222,7 @@ def best_choice(losses: Mapping[str, float]) -> str:
 
 def training_seconds(summary: Mapping[str, Any]) -> float:
     """Of steps alone: neither start nor compiling nor evaluation nor saving."""
-    return sum(summary["seconds"][part] for part in ("training", "topology", "data"))
+    return math.fsum(summary["seconds"].get(part, 0.0) for part in ("training", "topology", "data"))
 
 
 def _facts(summary: Mapping[str, Any], study: StudyConfig) -> dict[str, Any]:
