@@ -14,6 +14,7 @@ from typing import Any
 import jax
 
 from spdf_jax import processes
+from spdf_jax.cloud.spool import url
 from spdf_jax.config.study_cells import Cell, Cells, source_of
 from spdf_jax.config.sweep import Row, StudyConfig, SweepConfig
 from spdf_jax.errors import InputError, nearest
@@ -40,6 +41,8 @@ def run_study(config: SweepConfig, study: StudyConfig, request: Request) -> None
     """
     if jax.process_count() > 1:
         raise InputError("a study's cells are for one process each; start it without --distributed")
+    if url(request.workdir):
+        raise InputError(f"workdir {request.workdir}: a study needs a disk, on which studies share cells")
     with request.training(config):
         keep_compiled(next(iter(config.cells.values())).data)
         processes.guard()
@@ -84,11 +87,15 @@ def _possible(config: SweepConfig) -> tuple[list[Row], dict[str, str]]:
     Raises:
       InputError: there is none of the first row.
     """
-    rows, left_out = [], dict[str, str]()
+    rows, left_out, there = [], dict[str, str](), set[str]()
     for row in config.rows:
         try:
             for _, key in (*row.decided_by, *row.choices):
-                check_there(config.cells[key])
+                cell = config.cells[key]
+                read = repr((cell.data, [phase.task for phase in cell.phases.values()]))
+                if read not in there:  # released files are read whole
+                    check_there(cell)
+                there.add(read)
             rows.append(row)
         except InputError as error:
             if not rows:

@@ -5,7 +5,7 @@ no script: figures are inline SVG in the page's own colours, mask pictures are P
 
 `records` reads a folder, `words` writes numbers and names, `draw` makes figures, `page` puts panels on a page, `figures` into
 files. On these stand the panels of a run (`run`, `losses`, `masks`, `pictures`, `scores`), of a sweep (`sweep`, `sweep_table`,
-`sweep_curves`, `sweep_cells`) and of any runs (`compare`).
+`sweep_curves`, `sweep_cells`), of a study (`study`, from `study_records` and `intervals`) and of any runs (`compare`).
 """
 
 from spdf_jax.report.run import write_report
