@@ -154,6 +154,7 @@ def mst(study):
             study.row(method, steps, tuned, lambda rate, steps, how=how: pretrain(rate, steps, **how))
     for steps in lengths:
         study.row("static, 75 %", steps, tuned, lambda rate, steps: pretrain(rate, steps, rule="static", sparsity=0.75))
+    for steps in lengths:
         study.row("smaller dense", steps, tuned, lambda rate, steps: pretrain(rate, steps, small))
     answers = [(f"MST, {steps:,} steps", budget) for budget in ("tokens", "flops") for steps in reversed(lengths)]
     return "Does MST reach the quality of dense training?", LOSS | {"answers": tuple(answers)}, {}

@@ -72,6 +72,8 @@ def test_between_runs_of_other_costs_the_loss_is_on_the_line_over_their_logarith
     assert along(costs, losses, 4.0) == 4.0
     assert along(costs, losses, 4.002) == 4.0, "a run as long to within a step"
     assert along(costs, losses, 5.0) is None
+    assert along(costs, losses, 4.05, slack=0.02) == 4.0
+    assert along(costs, losses, 4.1, slack=0.02) is None
     assert along(costs, losses, 0.5) is None
 
 
@@ -285,7 +287,7 @@ def test_page_and_table_are_made_of_the_record_alone(trained, tmp_path, capsys):
         run_sweep(resolve_sweep(toy(record=str(tmp_path / "nothing.json"))), Request(workdir))
     run_sweep(resolve_sweep(toy(record=str(kept))), Request(workdir))
     assert ((workdir / "report.html").read_text(), (workdir / "table.md").read_text()) == (page, table)
-    first = "At equal tokens “static, 20 steps” ends 0.12 nats/token above dense (95 % interval +0.0952 to +0.145, 3 seeds)."
+    first = "At equal tokens “static, 20 steps” ends 0.120 nats/token above dense (95 % interval +0.095 to +0.145, 3 seeds)."
     assert first in page.replace("\N{NO-BREAK SPACE}", " ")
     assert table.startswith(f"# Is static worse?\n\n{first} At equal FLOPs")
     losses, spent = "| 4.640 ± 0.050 | +0.120 ± 0.025 | -0.248 ± 0.025 | +0.120 ± 0.025 |", "120 FLOP | 2.00k | 10 |"

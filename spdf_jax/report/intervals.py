@@ -54,15 +54,15 @@ def _quantile(share: float, seeds: int) -> float:
     return float(stdtrit(seeds - 1, share))
 
 
-def along(costs: Sequence[float], losses: Sequence[float], cost: float) -> float | None:
-    """The loss at a cost, between runs of other costs: on the line over the logarithm of cost; None outside of them.
+def along(costs: Sequence[float], losses: Sequence[float], cost: float, slack: float = 1e-3) -> float | None:
+    """The loss at a cost, between runs of others, on the line over its logarithm; None outside of them by more than `slack`.
 
     >>> round(along([1.0, 4.0], [5.0, 4.0], 2.0), 9), along([1.0, 4.0], [5.0, 4.0], 8.0)
     (4.5, None)
     """
     order = np.argsort(costs)
     xs, ys = np.log(np.asarray(costs, float)[order]), np.asarray(losses, float)[order]
-    x, slack = math.log(cost), 1e-3  # a tenth of a percent outside is the end itself
+    x = math.log(cost)
     if not xs[0] - slack <= x <= xs[-1] + slack:
         return None
     return float(np.interp(x, xs, ys))

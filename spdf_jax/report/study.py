@@ -7,7 +7,7 @@ from typing import Any
 
 import matplotlib
 from markupsafe import Markup
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from spdf_jax.planning.own_fit import measured_in, predictions, typical_error
 from spdf_jax.report.draw import DASHES, SERIES, SOFT_INK, STYLE, Plot, Table, new_figure
@@ -15,7 +15,7 @@ from spdf_jax.report.figures import write_figures
 from spdf_jax.report.intervals import Interval, detectable
 from spdf_jax.report.page import Panel, command_panel, plot_panel, template, write_page
 from spdf_jax.report.study_records import BUDGETS, Study, StudyRow, read_study
-from spdf_jax.report.words import COUNT_UNITS, FLOP_UNITS, duration, flops, quantity, unit
+from spdf_jax.report.words import COUNT_UNITS, FLOP_UNITS, count_tick, duration, flops, quantity, unit
 from spdf_jax.workdir import write_atomically
 
 _NAMES = {"tokens": "equal tokens", "flops": "equal FLOPs", "seconds": "equal seconds"}
@@ -74,7 +74,7 @@ def _sentence(study: Study, label: str, budget: str) -> str:
     found = study.difference(row, budget) if row else None
     if found is None or found.seeds < 2:
         return ""
-    amount, what, end = f"{abs(found.mean):.3g} {study.facts['unit']}", study.facts["reference"], _ends(found)
+    amount, what, end = f"{abs(found.mean):.3f} {study.facts['unit']}", study.facts["reference"], _ends(found)
     place = f"At {_NAMES[budget]} “{label}” ends"
     if found.low <= 0 <= found.high:
         least = detectable(found)
@@ -90,7 +90,7 @@ def _side(found: Interval) -> str:
 
 
 def _ends(found: Interval) -> str:
-    return f"95 % interval {found.low:+.3g} to {found.high:+.3g}, {found.seeds} seeds"
+    return f"95 % interval {found.low:+.3f} to {found.high:+.3f}, {found.seeds} seeds"
 
 
 def interval_text(found: Interval | None, sign: str = "") -> str:
@@ -213,6 +213,8 @@ def _over_cost(study: Study) -> list[Panel]:
             points += [(line, x * scale, one.mean, half) for (x, one), half in zip(shown, halves, strict=True)]
         axes.set(xscale="log", xlabel=label.format(name), ylabel=study.facts["unit"])
         axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(count_tick)
         figure.legend(loc="outside upper left", ncols=2, fontsize=7.5, borderpad=0)
         title = f"Over {'FLOPs' if budget == 'flops' else 'seconds'}"
         rows_ = Table(("line", budget, "mean", "half of 95 %"), points)

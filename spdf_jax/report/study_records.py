@@ -18,6 +18,8 @@ from spdf_jax.workdir import read_json
 RECORD = "study.json"
 #: What is given alike, as a cell's facts call it.
 BUDGETS = {"tokens": "tokens", "flops": "train_flops", "seconds": "seconds"}
+#: By how much a budget may be over the reference's last and count as that: within a step, or the noise of seconds.
+_SLACK = {"tokens": 1e-3, "flops": 1e-3, "seconds": 0.02}
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,8 @@ class Study:
         found = [
             ours[seed] - at
             for seed in (seeds if others else ())
-            if (at := along(costs, [values[seed] for values in theirs], self.cost(row, budget))) is not None
+            if (at := along(costs, [values[seed] for values in theirs], self.cost(row, budget), _SLACK[budget]))
+            is not None
         ]
         return interval(found)
 
