@@ -199,26 +199,28 @@ def _loop_forward(x_NP: jax.Array, data_JKbb: jax.Array, idx_JK: jax.Array) -> j
 def _loop_backward(
     x_NP: jax.Array, data_JKbb: jax.Array, idx_JK: jax.Array, dy_NQ: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Gradients of x_NP, in float32 or wider, and of data_JKbb."""
+    """Gradients of x_NP, summed in float32 or wider, and of data_JKbb."""
     J, K, b, _ = data_JKbb.shape
-    N, P = x_NP.shape
-    # A sum over tokens is twice as fast from features that lie in a row.
+    N = x_NP.shape[0]
+    # A sum over tokens is twice as fast from features that lie in a row; and what a block adds to dx lies in a row, too.
     x_IbN = copied_transpose(x_NP).reshape(-1, b, N)
+    dy_JbN = copied_transpose(dy_NQ).reshape(J, b, N)
     wide = jnp.promote_types(x_NP.dtype, jnp.float32)
 
-    def column(dx_NP: jax.Array, block: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
-        j, data_bR, idx_K = block
-        dy_Nb = _take(dy_NQ, j, b)
-        ddata_Rb = x_IbN[idx_K].reshape(K * b, N) @ dy_Nb
-        dx_NR = (dy_Nb @ data_bR).astype(wide)
+    def column(dx_IbN: jax.Array, block: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+        j, data_Kbb, idx_K, dy_bN = block
+        ddata_Rb = x_IbN[idx_K].reshape(K * b, N) @ _take(dy_NQ, j, b)
+        dx_KbN = (data_Kbb.reshape(K * b, b) @ dy_bN).reshape(K, b, N)
 
-        def add(k: jax.Array, dx_NP: jax.Array) -> jax.Array:
-            return _put(dx_NP, _take(dx_NP, idx_K[k], b) + _take(dx_NR, k, b), idx_K[k])
+        def add(k: jax.Array, dx_IbN: jax.Array) -> jax.Array:
+            sum_bN = lax.dynamic_index_in_dim(dx_IbN, idx_K[k], 0) + lax.dynamic_index_in_dim(dx_KbN, k, 0).astype(wide)
+            return lax.dynamic_update_index_in_dim(dx_IbN, sum_bN, idx_K[k], 0)
 
-        return lax.fori_loop(0, K, add, dx_NP), ddata_Rb.reshape(K, b, b)
+        return lax.fori_loop(0, K, add, dx_IbN), ddata_Rb.reshape(K, b, b)
 
-    dx_NP, ddata_JKbb = lax.scan(column, jnp.zeros((N, P), wide), (jnp.arange(J), _columns(data_JKbb), idx_JK))
-    return dx_NP, ddata_JKbb
+    dx_IbN = jnp.zeros(x_IbN.shape, wide)
+    dx_IbN, ddata_JKbb = lax.scan(column, dx_IbN, (jnp.arange(J), data_JKbb, idx_JK, dy_JbN))
+    return copied_transpose(dx_IbN.astype(x_NP.dtype).reshape(-1, N)), ddata_JKbb
 
 
 def copied_transpose(x_NP: jax.Array) -> jax.Array:
