@@ -8,8 +8,10 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from typing import NamedTuple
+from functools import cache
+from typing import Any, NamedTuple
 
+from spdf_jax.config.read import default_config
 from spdf_jax.config.run import RunConfig, flat
 
 #: What a run is called, where it lies or is computed, how it reports: its result is the same. The seed is beside the digest.
@@ -37,10 +39,12 @@ class Cells:
             self._digests[key] = self._digest(config)
 
     def _digest(self, config: RunConfig) -> str:
+        defaults = _defaults(tuple(config.phases))
         values = {
             key: value
             for key, value in flat(config.as_dict()).items()
-            if not _LEFT_OUT.match(key) or (key == _EVALUATES and _may_stop(config))
+            if key == "phases"
+            or (value != defaults[key] and (not _LEFT_OUT.match(key) or (key == _EVALUATES and _may_stop(config))))
         }
         if source := source_of(config):
             values["init_from"] = self._digests[source]
@@ -63,6 +67,13 @@ def source_of(config: RunConfig) -> str:
     """The key of the cell that a cell starts from; "" where it starts from none."""
     source = config.init_from.removeprefix("cell:")
     return source if source != config.init_from else ""
+
+
+@cache
+def _defaults(phases: tuple[str, ...]) -> dict[str, Any]:
+    """A setting at its default is not in the digest, so that one which comes to be changes no name."""
+    config = default_config("", "", variants=("",), phases=phases)
+    return flat(json.loads(json.dumps(config.to_dict())))
 
 
 def _may_stop(config: RunConfig) -> bool:

@@ -17,7 +17,7 @@ from spdf_jax import processes
 from spdf_jax.cloud.spool import url
 from spdf_jax.config.study_cells import Cell, Cells, source_of
 from spdf_jax.config.sweep import Row, StudyConfig, SweepConfig
-from spdf_jax.errors import InputError, nearest
+from spdf_jax.errors import InputError, closest
 from spdf_jax.jobs import Request, keep_compiled
 from spdf_jax.jobs.evaluate import evaluate_checkpoint
 from spdf_jax.jobs.pages import LivePage
@@ -281,7 +281,9 @@ def run_again(config: SweepConfig, study: StudyConfig, request: Request) -> None
     seeds = {key: (cell.seed, *study.seeds) for key, cell in config.cells.items()}
     chains = {cells.cell(key, seed).name: (key, seed) for key in seeds for seed in seeds[key]}
     if study.only not in chains:
-        raise InputError(f"config.study.only: no cell {study.only!r} in this study{nearest(study.only, list(chains))}")
+        near = closest(study.only, chains)
+        meant = f"; did you mean {near!r}?" if near else ""
+        raise InputError(f"config.study.only: no cell {study.only!r} in this study{meant or '; its page lists them'}")
     for cell in cells.chain(*chains[study.only]):
         code = read_code(cell.config, request.file)
         summary = _train(cell, request.workdir / "cells" / cell.name, code, request)
