@@ -421,6 +421,35 @@ def test_the_shortest_and_longest_dense_runs_enclose_what_is_compared_with_them(
             assert budget == "tokens" or min(ends) <= flops[label] <= max(ends), label
 
 
+def test_tasks_and_text_are_read_from_where_the_command_says(experiment):
+    config = experiment.get_config("spdf")
+    config.webnlg, config.e2e = "a", "b"
+    cells = resolve_sweep(config).cells.values()
+    found = {(c.phases["finetune"].task.name, c.phases["finetune"].task.path) for c in cells if "finetune" in c.phases}
+    assert found == {("restaurant", ""), ("webnlg", "a"), ("e2e", "b")}
+    config = experiment.get_config("wide_text")
+    config.text_path = "c.txt"
+    assert {(c.data.source, c.data.path) for c in resolve_sweep(config).cells.values()} == {("text", "c.txt")}
+
+
+def test_fine_tuning_goes_on_from_the_pretraining_of_its_seed_and_sparsity(experiment):
+    sweep = resolve_sweep(experiment.get_config("spdf"))
+    cells, seen = Cells(sweep.cells), 0
+    for row in sweep.rows:
+        for _, key in row.choices:
+            *before, own = cells.chain(key, 3)
+            if "finetune" in own.config.phases:
+                (source,), seen = before, seen + 1
+                sparsity = source.config.phases["pretrain"].sparsity.sparsity
+                assert row.label.startswith(f"{100 * sparsity:g} %")
+                assert own.config.phases["finetune"].sparsity.sparsity == (
+                    sparsity if "sparse fine" in row.label else 0.0
+                )
+                assert own.config.init_from == f"cell:{source.name}"
+                assert source.name.endswith("-3")
+    assert seen == 3 * 5 * 6
+
+
 # --- a real one ------------------------------------------------------------------------------------------------------------
 
 

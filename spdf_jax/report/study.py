@@ -137,9 +137,9 @@ def _results(study: Study) -> list[Panel]:
     head = [study.facts["unit"], *(f"difference at {name}" for name in _NAMES.values()), "FLOPs", "tokens", "seconds"]
     body = Markup(_TABLE.render(head=["choice", *head], rows=[(row.label, _texts(study, row)) for row in rows]))
     caption = (
-        f"Means over seeds on which nothing was chosen, ± half of their 95 % interval (Student's t). Differences are from "
-        f"{study.facts['reference']}, seed by seed; at equal FLOPs and seconds from its loss there, between its runs of "
-        f"different lengths. -: it has none there. Seconds are of steps alone."
+        f"Means over seeds on which nothing was chosen, ± half of their 95 % interval (Student's t; each by itself: of twenty, "
+        f"one misses). Differences are from {study.facts['reference']}, seed by seed; at equal FLOPs and seconds from its loss "
+        f"there, between its runs of different lengths. -: it has none there. Seconds are of steps alone."
     )
     return [Panel("Results", body, caption, wide=True, table=Table(header, numbers))]
 
