@@ -123,6 +123,7 @@ def made_up(config):
     return {
         "val_loss": loss, "steps": phase.steps, "tokens": 100 * phase.steps, "train_flops": flops,
         "dense_flops": 10.0 * phase.steps, "wall_seconds": phase.steps / 2 + 3, "seconds": seconds,
+        "made_with": ["JAX 0.12, on 2 cores"],
     }  # fmt: skip
 
 
@@ -289,6 +290,7 @@ def test_page_and_table_are_made_of_the_record_alone(trained, tmp_path, capsys):
     assert ((workdir / "report.html").read_text(), (workdir / "table.md").read_text()) == (page, table)
     first = "At equal tokens “static, 20 steps” ends 0.120 nats/token above dense (95 % interval +0.095 to +0.145, 3 seeds)."
     assert first in page.replace("\N{NO-BREAK SPACE}", " ")
+    assert "Made with JAX 0.12, on 2 cores." in page.replace("\N{NO-BREAK SPACE}", " ")
     assert table.startswith(f"# Is static worse?\n\n{first} At equal FLOPs")
     losses, spent = "| 4.640 ± 0.050 | +0.120 ± 0.025 | -0.248 ± 0.025 | +0.120 ± 0.025 |", "120 FLOP | 2.00k | 10 |"
     assert f"| static, 20 steps | rate 0.003 {losses} {spent}" in table
@@ -496,5 +498,6 @@ def test_a_study_that_is_killed_goes_on_and_ends_as_if_it_had_not_been(tmp_path,
         ends.append({n: {k: v for k, v in c.items() if k not in clock} for n, c in record["cells"].items()})
         assert [one["choice"] for one in record["rows"]]
     assert ends[0] == ends[1]
+    assert record["made_with"]
     assert len(ends[0]) == 4 + 6
     assert json.loads((tmp_path / "killed" / "toy-test" / "study.json").read_text())["repeated"]["val_loss"]

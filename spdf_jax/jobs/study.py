@@ -24,11 +24,11 @@ from spdf_jax.jobs.pages import LivePage
 from spdf_jax.jobs.train import train_with
 from spdf_jax.model.flops import linear_size
 from spdf_jax.report.study_records import RECORD, read_study
-from spdf_jax.report.words import duration
+from spdf_jax.report.words import duration, made_with
 from spdf_jax.training.feed import check_there
 from spdf_jax.training.phases import run_cost
 from spdf_jax.training.provenance import Source, read_code
-from spdf_jax.workdir import EVALUATION_FILE, SUMMARY_FILE, lock, made_workdir, read_json, write_json
+from spdf_jax.workdir import EVALUATION_FILE, PROVENANCE_FILE, SUMMARY_FILE, lock, made_workdir, read_json, write_json
 
 AGAIN = "again"  # after the name of the cell that is run twice
 
@@ -215,7 +215,9 @@ class _Running:
             tried = {choice: decided[choice] for choice in self._losses[row.label]}
             model = {"weights": linear_size(self._config.cells[key].model), "sparsity": _held(self._config, key)}
             rows.append(facts | model | {"tried": tried, "cells": [name for name in names if name in self._done]})
-        return {"rows": rows, "cells": {name: _facts(summary, self._study) for name, summary in self._done.items()}}
+        made = [said for summary in self._done.values() for said in summary["made_with"]]
+        found = {"rows": rows, "made_with": list(dict.fromkeys(made))}
+        return found | {"cells": {name: _facts(summary, self._study) for name, summary in self._done.items()}}
 
 
 def best_choice(losses: Mapping[str, float]) -> str:
@@ -268,7 +270,10 @@ def _work(config: SweepConfig, key: str) -> float:
 
 def _train(cell: Cell, folder: Path, code: Mapping[str, Source], request: Request) -> dict[str, Any]:
     train_with(cell.config, folder, code, command=request.command, progress=not request.quiet)
-    return read_json(folder / SUMMARY_FILE, "delete it, and the same command makes it again")
+    fix = "delete it, and the same command makes it again"
+    starts = read_json(folder / PROVENANCE_FILE, fix)["starts"]
+    made = list(dict.fromkeys(f"{made_with(start)}, on {start['device']}" for start in starts))
+    return read_json(folder / SUMMARY_FILE, fix) | {"made_with": made}
 
 
 def run_again(config: SweepConfig, study: StudyConfig, request: Request) -> None:

@@ -48,7 +48,7 @@ def write_study_report(source: Path, folder: Path, *, figures: bool = True) -> s
         title=study.facts["title"],
         status=f"{study.facts['experiment']}: {study.facts['variant']}, {_status(study)}",
         verdict=verdict(study),
-        note=" ".join(filter(None, [study.facts["remark"], *_left_out(study)])),
+        note=" ".join(filter(None, [study.facts["remark"], *_left_out(study), *_made_with(study)])),
         panels=panels,
     )
     return f"{text}\n\nReport: {page}"
@@ -61,6 +61,11 @@ def _status(study: Study) -> str:
 
 def _left_out(study: Study) -> list[str]:
     return [f"Left out: {label}: {why}." for label, why in study.facts.get("left_out", {}).items()]
+
+
+def _made_with(study: Study) -> list[str]:
+    made = study.facts.get("made_with", ())
+    return [f"Made with {'; '.join(made)}."] if made else []
 
 
 def verdict(study: Study) -> str:
