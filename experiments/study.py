@@ -24,7 +24,8 @@ wide    2 layers x 256 dense beside blocks of 64 at 50, 75 and 87.5 % with as ma
 moving  mst's model, 1,000 steps: static, SET, RigL and MST's growing at 75, 90 and 95 %, whose regrown weights' optimiser state
         is reset, kept or SMET's. Rates with reset. 212 cells, 90 minutes; those of dense and static at 75 % are mst's.
 
-Times are for two quiet cores (AMD EPYC), from FLOPs at the 100 GFLOP/s that such steps came to, and 7 seconds a cell besides.
+Times are estimates for two quiet cores (AMD EPYC): FLOPs at the 100 GFLOP/s that compare.py's dense run came to, and 7 seconds a
+cell besides; a study says itself, after its first cells, how long it will take.
 Not run yet.
 """
 
@@ -110,11 +111,7 @@ def pretrain(rate, steps, model=SMALL, batch=4, unique=0, **sparsity):
     c.seed, c.model = TUNED_ON, spdf.model_section(model)
     c.data.source, c.data.tokenizer_vocab_size, c.data.validation_fraction = "libraries", model.vocab_size, 0.004
     c.data.unique_tokens = unique
-    c.loop.log_every_steps, c.loop.eval_every_steps, c.loop.checkpoint_every_steps = (
-        50,
-        max(steps // 2, 1),
-        max(steps // 2, 1),
-    )
+    c.loop.log_every_steps, c.loop.eval_every_steps, c.loop.checkpoint_every_steps = 50, steps, max(steps // 2, 1)
     c.loop.keep_checkpoints = 1
     phase = c.pretrain
     phase.steps, phase.batch_size = steps, batch
