@@ -15,6 +15,7 @@ import jax
 
 from spdf_jax import processes
 from spdf_jax.cloud.spool import url
+from spdf_jax.config.run import RunConfig
 from spdf_jax.config.study_cells import Cell, Cells, source_of
 from spdf_jax.config.sweep import Row, StudyConfig, SweepConfig
 from spdf_jax.errors import InputError, closest
@@ -119,7 +120,7 @@ class _Running:
         self._losses: dict[str, dict[str, float]] = {}
         self._done: dict[str, dict[str, Any]] = {}
         self._work = {key: _work(config, key) for key in config.cells}
-        self._spent_seconds = self._worked = 0.0
+        self._spent: dict[str, tuple[float, float]] = {}  # seconds and work, by what it was on
 
     def choose(self, row: Row) -> None:
         """Runs the cells that decide, but for those that start from what was not chosen."""
@@ -139,7 +140,7 @@ class _Running:
         key = dict(row.choices)[self._choice[row.label]]
         summary = self._run(key, seed, row, self._choice[row.label])
         cell = self._cells.cell(key, seed)
-        if self._study.measure.startswith("evaluation.") and list(cell.config.phases.values())[-1].task.name:
+        if self._study.measure.startswith("evaluation.") and _task(cell.config):
             scores = self._folder / cell.name / EVALUATION_FILE
             if not scores.exists():
                 evaluate_checkpoint(cell.config, scores.parent)
@@ -152,8 +153,9 @@ class _Running:
                 done, total, left = self._progress()
                 print(f"[{done + 1}/{total}] {cell.name}: {row.label}, {choice}, seed {seed}{left}", flush=True)
                 self._done[cell.name] = _train(cell, self._folder / cell.name, self._code[cell.key], self._request)
-                self._spent_seconds += self._done[cell.name]["wall_seconds"]
-                self._worked += self._work[cell.key]
+                seconds, work = self._spent.get(_task(cell.config), (0.0, 0.0))
+                seconds += self._done[cell.name]["wall_seconds"]
+                self._spent[_task(cell.config)] = seconds, work + self._work[cell.key]
         return self._done[cell.name]
 
     def _progress(self) -> tuple[int, int, str]:
@@ -167,13 +169,19 @@ class _Running:
                 (chosen, self._study.seeds),
             ):
                 planned |= {c.name: c.key for seed in seeds for c in self._cells.chain(key, seed)}
-        left = math.fsum(self._work[key] for name, key in planned.items() if name not in self._done)
-        seconds = left * self._spent_seconds / self._worked if self._worked else 0.0
+        keys = [key for name, key in planned.items() if name not in self._done]
+        seconds = math.fsum(self._work[key] * self._rate(_task(self._config.cells[key])) for key in keys)
         return (
             len(self._done),
             max(len(planned), len(self._done) + 1),
             f"; about {duration(seconds)} left" if seconds else "",
         )
+
+    def _rate(self, task: str) -> float:
+        """Seconds a FLOP of what was on a task so far, or of all where nothing was: its batches are shorter than counted."""
+        spent = [self._spent[task]] if task in self._spent else list(self._spent.values())
+        work = math.fsum(one for _, one in spent)
+        return math.fsum(seconds for seconds, _ in spent) / work if work else 0.0
 
     def repeat(self) -> dict[str, Any]:
         """The first measured cell beside itself, run again.
@@ -266,6 +274,10 @@ def _work(config: SweepConfig, key: str) -> float:
         return 0.0
     skips = any(phase.sparsity.sparse_compute == "blocks" for phase in config.cells[key].phases.values())
     return float(cost.train_flops if skips else cost.dense_flops)
+
+
+def _task(config: RunConfig) -> str:
+    return list(config.phases.values())[-1].task.name
 
 
 def _train(cell: Cell, folder: Path, code: Mapping[str, Source], request: Request) -> dict[str, Any]:
