@@ -8,6 +8,7 @@ and seconds differ by what this machine's noise is. What came out is ``study.jso
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from spdf_jax.jobs.evaluate import evaluate_checkpoint
 from spdf_jax.jobs.pages import LivePage
 from spdf_jax.jobs.train import train_with
 from spdf_jax.model.flops import linear_size
+from spdf_jax.report.study import write_study_report
 from spdf_jax.report.study_records import RECORD, read_study
 from spdf_jax.report.words import duration, made_with
 from spdf_jax.training.feed import check_there
@@ -60,8 +62,8 @@ def measure(config: SweepConfig, study: StudyConfig, request: Request) -> dict[s
     folder = workdir.parent / study.cells_folder
     run = _Running(config, study, request, folder, rows)
     with made_workdir(workdir), lock(workdir):
-        page = LivePage(lambda: write_page(workdir, figures=False), lambda text: print(text, flush=True))
-        said = {"rows": [], "cells": {}, "left_out": left_out, "command": request.command}
+        page = LivePage(partial(write_study_report, workdir, workdir, figures=False), partial(print, flush=True))
+        said = {"left_out": left_out, "command": request.command}
         for row in rows:
             run.choose(row)
         for i, seed in enumerate(study.seeds):
@@ -71,15 +73,8 @@ def measure(config: SweepConfig, study: StudyConfig, request: Request) -> dict[s
                 page.update()
         record = run.record() | said | run.results(study.seeds) | {"repeated": run.repeat()}
         write_json(workdir / RECORD, record)
-        print(f"\n{write_page(workdir)}", flush=True)
+        print(f"\n{write_study_report(workdir, workdir)}", flush=True)
     return record
-
-
-def write_page(workdir: Path, *, figures: bool = True) -> str:
-    """Writes a study's page and table; what to print of them."""
-    from spdf_jax.report.study import write_study_report  # brings matplotlib, see `spdf_jax.jobs.pages`
-
-    return write_study_report(workdir, workdir, figures=figures)
 
 
 def _possible(config: SweepConfig) -> tuple[list[Row], dict[str, str]]:
