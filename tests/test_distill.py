@@ -1,0 +1,256 @@
+"""Phases with a teacher: the loss and its gradient, what is refused, what it costs, and the same bits after a restart."""
+
+import dataclasses
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import drawn_params, set_sparsity, tiny_config, write_text
+
+import spdf_jax as spdf
+from spdf_jax.config.sweep import resolve_sweep
+from spdf_jax.data import Batch, prepare
+from spdf_jax.data.tokenizer import train_tokenizer
+from spdf_jax.huggingface import save_model
+from spdf_jax.jobs import train as jobs
+from spdf_jax.model.flops import step_flops
+from spdf_jax.planning.describe import describe, teacher_bytes
+from spdf_jax.planning.pod_plan import state_bytes
+from spdf_jax.sharding import make_mesh
+from spdf_jax.training.distill import Lesson, Taught
+from spdf_jax.training.loop import make_phase_steps
+from spdf_jax.training.phases import make_plan
+from spdf_jax.training.teachers import check_teachers, first_teacher, load_teacher
+from spdf_jax.training.watch import watch_training
+from spdf_jax.tree import named_leaves
+
+pytestmark = pytest.mark.usefixtures("no_figures", "all_with_few_matrices")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return write_text(tmp_path_factory.mktemp("distill") / "text")
+
+
+def one_phase(text, teacher="", **distill):
+    c = tiny_config(text, text.parent / "cache")
+    c.phases = ("pretrain",)
+    del c["finetune"]
+    c.model.n_layer, c.pretrain.steps = 1, 2
+    set_sparsity(c.pretrain)
+    c.pretrain.distill.update({"teacher": str(teacher)} | distill)
+    return c
+
+
+@pytest.fixture(scope="module")
+def dense(text, tmp_path_factory):
+    """Two dense steps."""
+    workdir = tmp_path_factory.mktemp("dense") / "run"
+    jobs.train(spdf.resolve(one_phase(text)), workdir, progress=False)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def wide(text, tmp_path_factory):
+    """A teacher of another shape, as a Hugging Face folder, with the tokenizer of the runs here."""
+    folder = tmp_path_factory.mktemp("wide") / "model"
+    run = spdf.resolve(one_phase(text))
+    model = dataclasses.replace(run.model, n_layer=2, d_model=24, n_head=3)
+    save_model(folder, model, drawn_params(model, 3), tokenizer=prepare(run.data, progress=False).tokenizer)
+    return folder
+
+
+# --- the loss ------------------------------------------------------------------------------------------------------------
+
+
+class Answers:
+    """In place of a model: logits as they are given."""
+
+    def apply(self, variables, tokens_BT, *, segments_BT):
+        return variables["params"]
+
+
+def reference(logits, teacher, targets, weights, weight, temperature):
+    """Loss sum and its gradient, in float64, by the formulas of a softmax's gradient."""
+
+    def softmax(x):
+        e = np.exp(x - x.max(-1, keepdims=True))
+        return e / e.sum(-1, keepdims=True)
+
+    logits, teacher = np.float64(logits), np.float64(teacher)
+    hot = np.eye(logits.shape[-1])[targets]
+    own = -np.log((softmax(logits) * hot).sum(-1))
+    p, q = softmax(teacher / temperature), softmax(logits / temperature)
+    divergence = (p * (np.log(p) - np.log(q))).sum(-1)
+    loss = (weights * ((1 - weight) * own + weight * temperature**2 * divergence)).sum()
+    return loss, weights[..., None] * ((1 - weight) * (softmax(logits) - hot) + weight * temperature * (q - p))
+
+
+@pytest.mark.parametrize(("weight", "temperature"), [(0.5, 1.0), (1.0, 2.0), (0.25, 0.5)])
+def test_the_loss_and_its_gradient_are_those_of_a_reference_in_float64(weight, temperature):
+    rng = np.random.default_rng(0)
+    logits, teacher = rng.normal(0, 3, (2, 2, 3, 7)).astype(np.float32)
+    targets, weights = rng.integers(0, 7, (2, 3)), np.array([[1, 0, 1], [0.5, 1, 1]], np.float32)
+    batch = Batch(targets, jnp.asarray(targets), jnp.asarray(weights), None)
+    model = Taught(Answers(), Lesson(Answers(), weight, temperature), jnp.asarray(teacher))
+    sums = jax.value_and_grad(lambda x: model.sums({"params": x}, batch), has_aux=True)
+    (loss, total), grads = sums(jnp.asarray(logits))
+    expected, expected_grads = reference(logits, teacher, targets, weights, weight, temperature)
+    assert float(total) == weights.sum()
+    np.testing.assert_allclose(float(loss), expected, rtol=1e-5)
+    np.testing.assert_allclose(grads, expected_grads, atol=1e-5)
+
+
+def test_of_its_own_teacher_a_model_learns_nothing_more():
+    logits = jax.random.normal(jax.random.key(0), (1, 2, 5))
+    batch = Batch(jnp.zeros((1, 2), int), jnp.zeros((1, 2), int), jnp.ones((1, 2)), None)
+    model = Taught(Answers(), Lesson(Answers(), 1.0, 1.0), logits)
+    loss, grads = jax.value_and_grad(lambda x: model.sums({"params": x}, batch)[0])(logits)
+    assert abs(float(loss)) < 1e-6
+    assert np.abs(grads).max() < 1e-6
+
+
+def test_at_weight_0_the_program_is_that_of_a_run_without_a_teacher(text, wide):
+    programs = []
+    for c in (one_phase(text), one_phase(text, wide, weight=0.0), one_phase(text, wide)):
+        config = spdf.resolve(c)
+        (plan,), mesh = make_plan(config), make_mesh(config.mesh)
+        state = next(watch_training(spdf.resolve(one_phase(text))))[0]
+        steps = make_phase_steps(spdf.GPT(config.model), plan, mesh, state, load_teacher(config, None, plan, mesh))
+        programs.append(steps.train)
+    assert programs[0] is programs[1]
+    assert programs[1] is not programs[2]
+
+
+# --- what is refused -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("distill", "said"),
+    [
+        (
+            {"weight": 0.3},
+            r"config.pretrain.distill.weight: 0.3 would be ignored, since it is for phases with a distill",
+        ),
+        ({"temperature": 2.0}, r"config.pretrain.distill.temperature: 2.0 would be ignored"),
+        ({"weight": 1.5, "teacher": "x"}, r"config.pretrain.distill.weight: 1.5 must be at least 0 and at most 1"),
+        ({"temperature": 0.0, "teacher": "x"}, r"config.pretrain.distill.temperature: 0.0 must be above 0"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(text, distill, said):
+    with pytest.raises(spdf.InputError, match=said):
+        spdf.resolve(one_phase(text, **distill))
+
+
+def test_a_teacher_of_a_cell_comes_before_the_cells_that_it_teaches(text):
+    def sweep(*order):
+        cells = {"dense": one_phase(text), "taught": one_phase(text, "cell:dense")}
+        return spdf.sweep_config(
+            "mine",
+            "test",
+            variants=("test",),
+            title="",
+            cells={name: cells[name] for name in order},
+            rows=[],
+            columns=[],
+        )
+
+    assert list(resolve_sweep(sweep("dense", "taught")).cells) == ["dense", "taught"]
+    with pytest.raises(
+        spdf.InputError, match=r"config.cells.taught.pretrain.distill.teacher: no cell 'dense' before this one"
+    ):
+        resolve_sweep(sweep("taught", "dense"))
+
+
+def refusal(config, tokenizer, workdir=None):
+    config = spdf.resolve(config)
+    with pytest.raises(spdf.InputError) as refused:
+        check_teachers(config, workdir, make_plan(config), tokenizer)
+    return str(refused.value)
+
+
+def test_teachers_that_can_teach_nothing_are_refused(text, dense, wide, tmp_path):
+    config = spdf.resolve(one_phase(text, wide))
+    tokenizer = prepare(config.data, progress=False).tokenizer
+    check_teachers(config, None, make_plan(config), tokenizer)
+
+    assert "config.pretrain.distill.teacher: 'nowhere' is neither a run's workdir nor" in refusal(
+        one_phase(text, "nowhere"), tokenizer
+    )
+    assert "config.pretrain.distill.teacher: 'cell:x' is of a sweep" in refusal(one_phase(text, "cell:x"), tokenizer)
+    other = train_tokenizer(["abc abd"], vocab_size=260, progress=False)
+    for teacher in (dense, wide):
+        said = refusal(one_phase(text, teacher), other)
+        assert f"{teacher} has another vocabulary (300 others)" in said
+    c = one_phase(text, wide)
+    c.model.vocab_size = 400
+    assert f"{wide} has another vocabulary (300 tokens there, 400 here)" in refusal(c, tokenizer)
+    c = one_phase(text, wide)
+    c.model.context = 64
+    assert "has a context of 32, shorter than the sequences of 64" in refusal(c, tokenizer)
+    shutil.copytree(wide, tmp_path / "wide")
+    said = refusal(one_phase(text, "cell:wide"), tokenizer, tmp_path / "run")
+    assert "config.pretrain.distill.teacher: " in said
+    assert "holds another model: n_layer 2 there, 1 here" in said
+
+
+def test_a_teacher_that_cannot_be_read_leaves_nothing_behind(text, wide, tmp_path):
+    shutil.copytree(wide, tmp_path / "wide")
+    (tmp_path / "wide" / "model.safetensors").write_bytes(b"cut")
+    with pytest.raises(spdf.InputError, match=r"model\.safetensors"):
+        jobs.train(spdf.resolve(one_phase(text, tmp_path / "wide")), tmp_path / "run", progress=False)
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_a_run_that_goes_on_asks_for_the_teacher_that_it_had(text, wide, dense):
+    mesh = make_mesh(spdf.resolve(one_phase(text)).mesh)
+
+    def resumed(teacher, teachers):
+        config = spdf.resolve(one_phase(text, teacher))
+        return first_teacher(config, wide, make_plan(config), mesh, None, {"phase": 0} | teachers)
+
+    teacher, found = first_teacher(
+        config := spdf.resolve(one_phase(text, wide)), wide, make_plan(config), mesh, None, {"origin": {}}
+    )
+    assert found == {"pretrain": teacher.fingerprint}
+    assert resumed(wide, {"teachers": found})[1] == found
+    for other, teachers in ((dense, {"teachers": found}), (wide, {}), ("", {"teachers": found})):
+        with pytest.raises(spdf.InputError, match=r"does not hold what this run learns from \(fingerprint "):
+            resumed(other, teachers)
+
+
+# --- what it costs -------------------------------------------------------------------------------------------------------
+
+
+def test_the_forward_pass_of_the_teacher_is_counted(text, wide):
+    config, alone = (spdf.resolve(one_phase(text, place)) for place in (wide, ""))
+    teacher = dataclasses.replace(config.model, n_layer=2, d_model=24, n_head=3)
+    (plan,), (without,) = make_plan(config), make_plan(alone)
+    params = spdf.GPT(teacher).init(jax.random.key(0), jnp.zeros((1, 1), int))["params"]
+    weights = sum(leaf.size for name, leaf in named_leaves(params) if name.endswith("kernel")) + 24 * 300
+    forward = 4 * 32 * (2 * weights + 4 * 32 * 24 * 2)
+    assert forward == step_flops(teacher, seq_len=32, sequences=4, active={}) // 3
+    for name in ("train_flops", "dense_flops"):
+        assert getattr(plan.cost(0), name) - getattr(without.cost(0), name) == forward
+        assert getattr(spdf.run_cost(config), name) - getattr(spdf.run_cost(alone), name) == 2 * forward
+    assert plan.cost(0).tokens == without.cost(0).tokens
+
+
+def test_the_plan_has_its_memory(text, wide):
+    config, alone = (spdf.resolve(one_phase(text, place)) for place in (wide, ""))
+    (plan,), (without,) = make_plan(config), make_plan(alone)
+    size = spdf.parameter_count(dataclasses.replace(config.model, n_layer=2, d_model=24, n_head=3))
+    assert teacher_bytes(plan) == 4 * size
+    table = describe(config)
+    assert f"  teacher               {wide}, {size:,} parameters, 0.5 of the loss at temperature 1\n" in table
+    assert f"  and of a teacher      {4 * size:,} (parameters alone)" in table
+    assert "teacher" not in describe(alone)
+    mesh = make_mesh(config.mesh)
+    assert state_bytes(config, plan, mesh) - state_bytes(alone, without, mesh) == 4 * size
+
+
+def test_a_cell_counts_as_a_model_like_the_run_s_where_its_folder_is_not_known(text):
+    config = spdf.resolve(one_phase(text, "cell:dense"))
+    assert make_plan(config)[0].teacher() == config.model
