@@ -1,27 +1,33 @@
 """Phases with a teacher: the loss and its gradient, what is refused, what it costs, and the same bits after a restart."""
 
 import dataclasses
+import json
 import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import drawn_params, set_sparsity, tiny_config, write_text
+from tiny import drawn_params, rows_without_clock, set_sparsity, tiny_config, write_text
 
 import spdf_jax as spdf
+from spdf_jax import processes
 from spdf_jax.config.sweep import resolve_sweep
 from spdf_jax.data import Batch, prepare
 from spdf_jax.data.tokenizer import train_tokenizer
+from spdf_jax.errors import Restart
 from spdf_jax.huggingface import save_model
+from spdf_jax.jobs import prune
 from spdf_jax.jobs import train as jobs
-from spdf_jax.model.flops import step_flops
+from spdf_jax.jobs.evaluate import evaluate_checkpoint
+from spdf_jax.model.flops import parameter_count, step_flops
 from spdf_jax.planning.describe import describe, teacher_bytes
 from spdf_jax.planning.pod_plan import state_bytes
 from spdf_jax.sharding import make_mesh
 from spdf_jax.training.distill import Lesson, Taught
 from spdf_jax.training.loop import make_phase_steps
 from spdf_jax.training.phases import make_plan
+from spdf_jax.training.restore import saved_run
 from spdf_jax.training.teachers import check_teachers, first_teacher, load_teacher
 from spdf_jax.training.watch import watch_training
 from spdf_jax.tree import named_leaves
@@ -38,7 +44,7 @@ def one_phase(text, teacher="", **distill):
     c = tiny_config(text, text.parent / "cache")
     c.phases = ("pretrain",)
     del c["finetune"]
-    c.model.n_layer, c.pretrain.steps = 1, 2
+    c.model.n_layer, c.pretrain.steps, c.pretrain.optimizer.warmup_steps = 1, 2, 1
     set_sparsity(c.pretrain)
     c.pretrain.distill.update({"teacher": str(teacher)} | distill)
     return c
@@ -241,7 +247,7 @@ def test_the_forward_pass_of_the_teacher_is_counted(text, wide):
 def test_the_plan_has_its_memory(text, wide):
     config, alone = (spdf.resolve(one_phase(text, place)) for place in (wide, ""))
     (plan,), (without,) = make_plan(config), make_plan(alone)
-    size = spdf.parameter_count(dataclasses.replace(config.model, n_layer=2, d_model=24, n_head=3))
+    size = parameter_count(dataclasses.replace(config.model, n_layer=2, d_model=24, n_head=3))
     assert teacher_bytes(plan) == 4 * size
     table = describe(config)
     assert f"  teacher               {wide}, {size:,} parameters, 0.5 of the loss at temperature 1\n" in table
@@ -254,3 +260,117 @@ def test_the_plan_has_its_memory(text, wide):
 def test_a_cell_counts_as_a_model_like_the_run_s_where_its_folder_is_not_known(text):
     config = spdf.resolve(one_phase(text, "cell:dense"))
     assert make_plan(config)[0].teacher() == config.model
+
+
+# --- runs ----------------------------------------------------------------------------------------------------------------
+
+
+def leaves(state):
+    return {name: np.asarray(leaf) for name, leaf in named_leaves(state.params)}
+
+
+def same(left, right):
+    return all((left[name] == right[name]).all() for name in left)
+
+
+@pytest.mark.slow
+def test_a_taught_run_resumes_to_the_same_bits_and_knows_its_teacher(text, wide, tmp_path, monkeypatch):
+    """With micro-batches and masks that move; the teacher moves, too, while the run rests."""
+    c = one_phase(text, wide)
+    c.pretrain.steps, c.pretrain.grad_accumulation_steps = 6, 2
+    set_sparsity(c.pretrain, rule="rigl", sparsity=0.5, update_every_steps=3)
+    config = spdf.resolve(c)
+    summary = jobs.train(config, tmp_path / "whole", progress=False)
+    assert summary["train_flops"] == spdf.run_cost(config).train_flops
+    *_, (watched, _) = watch_training(config)
+    whole = saved_run(tmp_path / "whole").state
+    assert same(leaves(watched), leaves(whole))
+    monkeypatch.setattr(processes, "preempted", lambda step: step == 4)
+    with pytest.raises(Restart):
+        jobs.train(config, tmp_path / "run", progress=False)
+    monkeypatch.undo()
+    moved, other = tmp_path / "moved", tmp_path / "other"
+    shutil.copytree(wide, moved)
+    shutil.copytree(wide, other)
+    model = dataclasses.replace(config.model, n_layer=2, d_model=24, n_head=3)
+    shutil.rmtree(other)
+    save_model(other, model, drawn_params(model, 4))
+    for teacher in ("", str(other)):
+        c.pretrain.distill.teacher = teacher
+        with pytest.raises(spdf.InputError, match=r"config.pretrain.distill.*(does not hold|would be ignored)"):
+            jobs.train(spdf.resolve(c), tmp_path / "run", progress=False)
+    c.pretrain.distill.teacher = str(moved)
+    jobs.train(spdf.resolve(c), tmp_path / "run", progress=False)
+    assert same(leaves(saved_run(tmp_path / "run").state), leaves(whole))
+    assert rows_without_clock(tmp_path / "run") == rows_without_clock(tmp_path / "whole")
+    shutil.rmtree(moved)
+    assert jobs.train(spdf.resolve(c), tmp_path / "run", progress=False)["steps"] == 6, "finished: needs it no more"
+    assert evaluate_checkpoint(spdf.resolve(c), tmp_path / "run")["step"] == 6
+
+
+@pytest.mark.slow
+def test_what_is_taught_is_another_model_and_at_weight_0_the_same_bits(text, wide):
+    def end(teacher, **how):
+        *_, (state, metrics) = watch_training(spdf.resolve(one_phase(text, teacher, **how)))
+        return leaves(state), metrics["val_loss"]
+
+    alone, loss = end("")
+    assert same(end(wide, weight=0.0)[0], alone)
+    taught, taught_loss = end(wide)
+    assert not same(taught, alone)
+    assert abs(taught_loss - loss) < 0.5, "validation is of the data alone, whatever the loss trained on"
+
+
+@pytest.mark.slow
+def test_micro_batches_and_a_mesh_change_nothing_but_rounding(text, wide):
+    def end(**settings):
+        c = one_phase(text, wide)
+        c.pretrain.batch_size = 8
+        c.update_from_flattened_dict(settings)
+        *_, (state, metrics) = watch_training(spdf.resolve(c))
+        return state, metrics
+
+    alone, metrics = end()
+    for settings in ({"pretrain.grad_accumulation_steps": 2}, {"mesh.data": 1, "mesh.fsdp": 4, "mesh.tensor": 2}):
+        other, others = end(**settings)
+        np.testing.assert_allclose(others["loss"], metrics["loss"], rtol=1e-4)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3), other.params, alone.params)
+    config = spdf.resolve(one_phase(text, wide))
+    mesh = make_mesh(dataclasses.replace(config.mesh, data=1, fsdp=4, tensor=2))
+    params = load_teacher(config, None, make_plan(config)[0], mesh).params
+    assert not params["blocks"]["mlp_up"]["kernel"].sharding.is_fully_replicated
+
+
+@pytest.mark.slow
+def test_the_chain_from_a_dense_model_to_a_fine_tuned_one(text, dense, tmp_path):
+    """Pruned into a folder; trained on under its masks, taught by the dense run, then dense on a task: a run of two phases."""
+    c = one_phase(text)
+    c.init_from = str(dense)
+    set_sparsity(c.pretrain, rule="static", sparsity=0.5, init="wanda", calibration_sequences=4)
+    folder = prune.prune(spdf.resolve(c), tmp_path / "pruned")
+
+    c = tiny_config(text, text.parent / "cache")
+    c.model.n_layer, c.init_from = 1, str(folder)
+    c.pretrain.steps, c.pretrain.optimizer.warmup_steps, c.pretrain.distill.teacher = 4, 1, str(dense)
+    set_sparsity(c.pretrain, rule="static", sparsity=0.5)
+    task = c.finetune.task
+    task.name, task.train_examples, task.validation_examples, task.test_examples = "restaurant", 8, 4, 2
+    c.finetune.epochs, c.finetune.steps, c.finetune.seq_len, c.model.context = 1, 600, 32, 32
+    config = spdf.resolve(c)
+    states = {}
+    for state, _ in watch_training(config):
+        states[int(state.step)] = leaves(state), jax.tree.map(np.asarray, state.masks)
+    (params, masks), (last, dropped) = states[4], list(states.values())[-1]
+    mask = masks["blocks"]["mlp_up"]["kernel"]
+    assert mask.mean() == 0.5
+    assert not params["blocks/mlp_up/kernel"][~mask].any()
+    assert {leaf.ndim for leaf in jax.tree.leaves(dropped)} == {0}
+    assert last["blocks/mlp_up/kernel"][~mask].any(), "dense again"
+
+    first, second = make_plan(config)
+    assert (first.teacher is None, second.teacher) == (False, None)
+    summary = jobs.train(config, tmp_path / "run", progress=False)
+    assert same(leaves(saved_run(tmp_path / "run").state), last)
+    record = json.loads(next((tmp_path / "run").glob("checkpoints/*/record/metadata")).read_text())
+    assert list(record["teachers"]) == ["pretrain"]
+    assert summary["steps"] == len(states) - 1
