@@ -276,7 +276,8 @@ def same(left, right):
 @pytest.mark.slow
 def test_a_taught_run_resumes_to_the_same_bits_and_knows_its_teacher(text, wide, tmp_path, monkeypatch):
     """With micro-batches and masks that move; the teacher moves, too, while the run rests."""
-    c = one_phase(text, wide)
+    there = shutil.copytree(wide, tmp_path / "there")
+    c = one_phase(text, there)
     c.pretrain.steps, c.pretrain.grad_accumulation_steps = 6, 2
     set_sparsity(c.pretrain, rule="rigl", sparsity=0.5, update_every_steps=3)
     config = spdf.resolve(c)
@@ -289,11 +290,8 @@ def test_a_taught_run_resumes_to_the_same_bits_and_knows_its_teacher(text, wide,
     with pytest.raises(Restart):
         jobs.train(config, tmp_path / "run", progress=False)
     monkeypatch.undo()
-    moved, other = tmp_path / "moved", tmp_path / "other"
-    shutil.copytree(wide, moved)
-    shutil.copytree(wide, other)
+    moved, other = there.rename(tmp_path / "moved"), tmp_path / "other"
     model = dataclasses.replace(config.model, n_layer=2, d_model=24, n_head=3)
-    shutil.rmtree(other)
     save_model(other, model, drawn_params(model, 4))
     for teacher in ("", str(other)):
         c.pretrain.distill.teacher = teacher
@@ -304,8 +302,8 @@ def test_a_taught_run_resumes_to_the_same_bits_and_knows_its_teacher(text, wide,
     assert same(leaves(saved_run(tmp_path / "run").state), leaves(whole))
     assert rows_without_clock(tmp_path / "run") == rows_without_clock(tmp_path / "whole")
     shutil.rmtree(moved)
-    assert jobs.train(spdf.resolve(c), tmp_path / "run", progress=False)["steps"] == 6, "finished: needs it no more"
-    assert evaluate_checkpoint(spdf.resolve(c), tmp_path / "run")["step"] == 6
+    assert jobs.train(config, tmp_path / "run", progress=False)["steps"] == 6, "finished: needs it no more"
+    assert evaluate_checkpoint(config, tmp_path / "run")["step"] == 6
 
 
 @pytest.mark.slow
