@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_experiments import get_config
 from tiny import drawn_params, rows_without_clock, set_sparsity, tiny_config, write_text
 
 import spdf_jax as spdf
@@ -225,6 +226,30 @@ def test_a_run_that_goes_on_asks_for_the_teacher_that_it_had(text, wide, dense):
     for other, teachers in ((dense, {"teachers": found}), (wide, {}), ("", {"teachers": found})):
         with pytest.raises(spdf.InputError, match=r"does not hold what this run learns from \(fingerprint "):
             resumed(other, teachers)
+
+
+@pytest.mark.slow
+def test_every_row_of_the_experiment_is_three_chains_of_one_seed_each():
+    sweep = resolve_sweep(get_config("sparse_from_dense", "mini"))
+    cells = sweep.cells
+
+    def source(cell):
+        return cells[cell.init_from.removeprefix("cell:")]
+
+    for row in sweep.rows:
+        chains = {end: [cells[name] for choice, name in row.choices if choice == end] for end, _ in row.choices}
+        assert {tuple(cell.seed for cell in ends) for ends in chains.values()} == {(0, 1, 2)}
+        for continued, dense, sparse in zip(*chains.values(), strict=True):
+            phase, start = continued.phases["pretrain"], source(continued)
+            assert (start.seed, start.init_from, start.model) == (continued.seed, "", continued.model)
+            assert phase.steps == cells["control_0"].phases["pretrain"].steps, (
+                "the dense control is trained on for as long"
+            )
+            assert phase.distill.teacher == (continued.init_from if "distilled" in row.label else "")
+            assert source(dense) is source(sparse) is continued
+            assert dense.phases["finetune"].sparsity.dense
+            assert sparse.phases["finetune"].sparsity.sparsity == phase.sparsity.sparsity
+    assert {name for row in sweep.rows for _, name in row.choices} == {n for n in cells if not n.startswith("dense_")}
 
 
 # --- what it costs -------------------------------------------------------------------------------------------------------
