@@ -11,7 +11,7 @@ Command python -m spdf_jax.main --config experiments/sparse_from_dense.py
 mini    2 layers x 96, context 128, vocabulary 1024: 0.3M parameters; for each of three seeds 600 dense steps x 8 x 128 = 0.6M
         tokens of the embedded corpus, then from there 200 steps more: dense, which is what the same training buys without
         pruning, and at 50, 70 and 80 % of zeros by each method with and without the teacher; each of these fine-tuned on 100
-        inputs of the restaurant task for up to 5 epochs, and tested on 100. 171 cells, resumable one by one. Not run yet on
+        inputs of the restaurant task for up to 3 epochs, and tested on 100. 171 cells, resumable one by one. Not run yet on
         this commit.
 """
 
@@ -57,7 +57,7 @@ def get_config(variant="mini"):
         cells[f"{name}_sparse_{seed}"] = finetuned(variant, seed, f"{name}_{seed}", sparsity)
     rows = []
     for name, method, sparsity, taught in sorted(starts, key=lambda start: start[2]):
-        label = f"{sparsity:.0%}, {METHODS[method]}{', distilled' if taught else ''}" if method else "dense"
+        label = f"{100 * sparsity:.0f} %, {METHODS[method]}{', distilled' if taught else ''}" if method else "dense"
         ends = {CONTINUED: "", DENSE: "_dense", SPARSE: "_sparse" if method else "_dense"}
         rows.append((label, [(end, f"{name}{cell}_{seed}") for end, cell in ends.items() for seed in SEEDS]))
     return spdf.sweep_config(
@@ -103,7 +103,7 @@ def finetuned(variant, seed, start, sparsity):
     recipes.spdf_finetuning(c, "restaurant")
     recipes.mini_finetuning(c)
     _common(c, seed)
-    c.init_from, c.finetune.seq_len = f"cell:{start}", c.model.context
+    c.init_from, c.finetune.seq_len, c.finetune.epochs = f"cell:{start}", c.model.context, 3
     if sparsity:
         c.finetune.sparsity.rule, c.finetune.sparsity.sparsity = "static", sparsity
     return c
