@@ -17,13 +17,13 @@ from spdf_jax.config.sweep import resolve_sweep
 from spdf_jax.data import Batch, prepare
 from spdf_jax.data.tokenizer import train_tokenizer
 from spdf_jax.errors import Restart
-from spdf_jax.huggingface import save_model
+from spdf_jax.huggingface import load_model, save_model
 from spdf_jax.jobs import prune
 from spdf_jax.jobs import train as jobs
 from spdf_jax.jobs.evaluate import evaluate_checkpoint
 from spdf_jax.model.flops import parameter_count, step_flops
 from spdf_jax.planning.describe import describe, teacher_bytes
-from spdf_jax.planning.pod_plan import state_bytes
+from spdf_jax.planning.pod_plan import lower_steps, state_bytes
 from spdf_jax.sharding import make_mesh
 from spdf_jax.training.distill import Lesson, Taught
 from spdf_jax.training.loop import make_phase_steps
@@ -280,6 +280,23 @@ def test_the_plan_has_its_memory(text, wide):
     assert "teacher" not in describe(alone)
     mesh = make_mesh(config.mesh)
     assert state_bytes(config, plan, mesh) - state_bytes(alone, without, mesh) == 4 * size
+
+
+@pytest.mark.slow
+def test_every_step_of_a_plan_for_a_pod_is_given_the_teacher(text, wide):
+    def inputs(teacher):
+        c = one_phase(text, teacher)
+        set_sparsity(c.pretrain, rule="rigl", sparsity=0.5, update_every_steps=1)
+        config = spdf.resolve(c)
+        lowered = lower_steps(config, make_plan(config)[0], make_mesh(config.mesh))
+        return {name: sum(leaf.size for leaf in jax.tree.leaves(step.in_avals)) for name, step in lowered}
+
+    taught, alone, size = inputs(wide), inputs(""), sum(x.size for x in jax.tree.leaves(load_model(wide)[1]))
+    assert {name: taught[name] - alone[name] for name in alone} == {
+        "train step": size,
+        "topology step": size,
+        "prune and grow alone": 0,
+    }
 
 
 def test_a_cell_counts_as_a_model_like_the_run_s_where_its_folder_is_not_known(text):
