@@ -26,9 +26,14 @@ EXPERIMENTS = [
 ]
 
 
+@pytest.fixture(scope="module")
+def task():
+    return load_task(TaskConfig("restaurant"))
+
+
 @pytest.mark.parametrize(("name", "variant"), EXPERIMENTS)
-def test_it_resolves_and_is_planned(name, variant, monkeypatch):
-    monkeypatch.setattr(plan, "load_task", lambda config: load_task(TaskConfig("restaurant")))  # the files are not here
+def test_it_resolves_and_is_planned(name, variant, task, monkeypatch):
+    monkeypatch.setattr(plan, "load_task", lambda config: task)  # the files are not here
     config = get_config(name, variant)
     assert config.variant == variant
     if "cells" not in config:

@@ -20,7 +20,8 @@ from spdf_jax.sparsity.masks import active_counts
 from spdf_jax.training import loop, watch
 from spdf_jax.training.metrics import read_metrics
 from spdf_jax.training.phases import make_plan, total_cost
-from spdf_jax.training.restore import initial_from, saved_run, source_folder
+from spdf_jax.training.restore import initial_from, saved_run
+from spdf_jax.training.sources import source_folder
 from spdf_jax.tree import named_leaves
 from spdf_jax.workdir import read_json
 

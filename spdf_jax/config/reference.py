@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from spdf_jax.config.run import SCALARS, SECTIONS, PhaseConfig, RunConfig
+from spdf_jax.config.run import SCALARS, SECTIONS, DistillConfig, PhaseConfig, RunConfig
 from spdf_jax.data import TaskConfig
 from spdf_jax.errors import InputError, nearest
 from spdf_jax.fields import requirements
@@ -25,6 +25,7 @@ PLACES: dict[str, tuple[str, type]] = {
     "sparsity": ("config.PHASE.sparsity", SparsityConfig),
     "optimizer": ("config.PHASE.optimizer", OptimizerConfig),
     "task": ("config.PHASE.task", TaskConfig),
+    "distill": ("config.PHASE.distill", DistillConfig),
 }
 
 

@@ -16,6 +16,7 @@ from spdf_jax.fields import (
     Line,
     OneOf,
     Range,
+    Share,
     Text,
     Used,
     check_fields,
@@ -25,6 +26,33 @@ from spdf_jax.model.decoding import DecodeConfig
 from spdf_jax.optim import OptimizerConfig
 from spdf_jax.sharding import MeshConfig
 from spdf_jax.sparsity.programme import SparsityConfig
+
+_TAUGHT = Used(lambda distill: bool(distill.teacher), "phases with a distill.teacher")
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """A model that a phase learns from beside its data (Hinton et al. 2015, arXiv 1503.02531), of the same vocabulary.
+
+    Attributes:
+      teacher: the workdir of a run, a Hugging Face folder, or ``cell:NAME``, as `init_from` takes them; "" for none. It is held
+        in memory once, laid out as the model is, and neither trained nor saved; a run that resumes needs it as it was.
+      weight: share of the teacher in the loss of a target, ``(1 - weight) L + weight T^2 KL(teacher || model)``, of which L is
+        the loss without one; 0: the phase is as without one, and no teacher is read.
+      temperature: T, by which the logits of both are divided in KL.
+    """
+
+    teacher: FilePath = ""
+    weight: Annotated[Share, _TAUGHT] = 0.5
+    temperature: Annotated[float, Range(above=0), _TAUGHT] = 1.0
+
+    def __post_init__(self) -> None:
+        check_fields(self, "distill")
+
+    @property
+    def teaches(self) -> bool:
+        """Whether there is a teacher that counts."""
+        return bool(self.teacher) and self.weight > 0
 
 
 @dataclass(frozen=True)
@@ -44,7 +72,7 @@ class PhaseConfig:
       ema_decay: the result of the phase, which is evaluated, exported and gone on from, is an average of its parameters over
         steps: that of a step weighs this much of that of the step after it, and nothing of the values at the start is in it.
         A weight that grows back starts from 0 in it, as in the model. 0.999, for one; 0 is no average.
-      optimizer, sparsity: see there.
+      optimizer, sparsity, distill: see there.
     """
 
     steps: Annotated[Count, Used(lambda phase: not phase.epochs, "phases without epochs")] = 600
@@ -58,6 +86,7 @@ class PhaseConfig:
     ema_decay: Annotated[float, Range(least=0, below=1)] = 0.0
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     sparsity: SparsityConfig = field(default_factory=SparsityConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
 
     def __post_init__(self) -> None:
         check_fields(self, "phase")

@@ -151,9 +151,12 @@ def resolve_sweep(config: ConfigDict) -> SweepConfig:
             cells[name] = resolve(config.cells[name])
         except InputError as error:
             raise InputError(f"config.cells.{name}: {error}") from None
-        source = cells[name].init_from.removeprefix("cell:")
-        if source != cells[name].init_from and source not in list(cells)[:-1]:
-            raise InputError(f"config.cells.{name}.init_from: no cell {source!r} before this one")
+        named = {"init_from": cells[name].init_from} | {
+            f"{phase}.distill.teacher": settings.distill.teacher for phase, settings in cells[name].phases.items()
+        }
+        for key, place in named.items():
+            if (source := place.removeprefix("cell:")) != place and source not in list(cells)[:-1]:
+                raise InputError(f"config.cells.{name}.{key}: no cell {source!r} before this one")
     rows = tuple(_row(*row) for row in config.rows)
     for row in rows:
         for _, cell in (*row.choices, *row.decided_by):

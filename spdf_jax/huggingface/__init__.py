@@ -158,13 +158,7 @@ def load_model(folder: str | PathLike[str]) -> tuple[GPTConfig, Any]:
     spdf_jax.errors.InputError: absent/config.json: no such file; give a folder as transformers' save_pretrained writes it
     """
     folder = Path(folder)
-    path = folder / "config.json"
-    content = read_json_file(path)
-    kind = content.get("model_type")
-    if not isinstance(kind, str) or kind not in _FAMILIES:
-        raise InputError(f"{path}: model_type is {kind!r}; only {', '.join(_FAMILIES)} can be read, give such a model")
-    family = _FAMILIES[kind]
-    config: GPTConfig = family.read_config(path, content)
+    config, family = _read_config(folder)
     stored = functools.partial(stored_tensors, folder, family.PREFIX, family.LEFT_OUT)
     with stored() as tensors:
         if config.n_layer > len(tensors):  # said before a list of names is made as long as the file demands
@@ -189,6 +183,25 @@ def load_model(folder: str | PathLike[str]) -> tuple[GPTConfig, Any]:
                 f"set it to false to keep both"
             )
     return config, _read_params(config, places, folder, stored)
+
+
+def load_model_config(folder: Path) -> GPTConfig:
+    """The config that `load_model` gives, of which nothing but ``config.json`` is read.
+
+    Raises:
+      InputError: no such file, or the config of a model that cannot be read.
+    """
+    return _read_config(folder)[0]
+
+
+def _read_config(folder: Path) -> tuple[GPTConfig, Any]:
+    path = folder / "config.json"
+    content = read_json_file(path)
+    kind = content.get("model_type")
+    if not isinstance(kind, str) or kind not in _FAMILIES:
+        raise InputError(f"{path}: model_type is {kind!r}; only {', '.join(_FAMILIES)} can be read, give such a model")
+    family = _FAMILIES[kind]
+    return family.read_config(path, content), family
 
 
 def _columns(width: int) -> Iterator[slice]:

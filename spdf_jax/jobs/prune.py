@@ -14,7 +14,8 @@ from spdf_jax.sharding import batch_devices, make_mesh
 from spdf_jax.training.feed import load_data, make_feed
 from spdf_jax.training.phases import make_plan
 from spdf_jax.training.pruning import pruner
-from spdf_jax.training.restore import initial_from, source_folder
+from spdf_jax.training.restore import initial_from
+from spdf_jax.training.sources import source_folder
 from spdf_jax.workdir import check_writable
 
 

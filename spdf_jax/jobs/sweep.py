@@ -131,15 +131,16 @@ def _row(config: SweepConfig, workdir: Path, row: Row, summaries: dict[str, dict
     choices = dict.fromkeys(column.choice for column in config.columns)
     groups = {choice: [cell for label, cell in row.choices if label == (choice or best)] for choice in choices}
     cells = dict.fromkeys(cell for group in groups.values() for cell in group)
-    records = {cell: _record(config, workdir, cell) for cell in cells}
+    scored = [cell for column in config.columns if "evaluation." in column.key for cell in groups[column.choice]]
+    records = {cell: _record(config, workdir, cell, evaluated=cell in scored) for cell in cells}
     return {"row": row.label, "choice": best if "" in groups else "", "groups": groups, "cells": records}
 
 
-def _record(config: SweepConfig, workdir: Path, cell: str) -> dict[str, Any]:
-    """What a cell left; evaluated once, if a column asks for it."""
+def _record(config: SweepConfig, workdir: Path, cell: str, *, evaluated: bool) -> dict[str, Any]:
+    """What a cell left; evaluated once, if a column of it asks for that."""
     folder = workdir / CELLS / cell
     names = ["summary"]
-    if any("evaluation." in column.key for column in config.columns):
+    if evaluated:
         names.append("evaluation")
         if not (folder / "evaluation.json").exists():
             print(f"evaluating {cell}", flush=True)

@@ -52,11 +52,12 @@ from spdf_jax.training.restore import (
     read_summary,
     restore_state,
     saved_run,
-    source_folder,
 )
 from spdf_jax.training.resume import elsewhere, has_begun, made_run, opened, recorded_evaluations
+from spdf_jax.training.sources import source_folder
 from spdf_jax.training.state import TrainState
 from spdf_jax.training.stored_state import fingerprint
+from spdf_jax.training.teachers import first_teacher, load_teacher
 from spdf_jax.training.trackers import Followers, check_trackers
 from spdf_jax.workdir import SUMMARY_FILE, lock, made_workdir, write_json
 
@@ -136,6 +137,9 @@ def train_with(
             if best:
                 _go_back_for_best(config, workdir, plans[-1], mesh, checkpoints, best)
             state, index, record = _first_state(config, workdir, feeds, plans, mesh, checkpoints, moved, parent)
+            teacher, teachers = None, dict[str, str]()
+            if not finished or any(key.endswith(".distill.teacher") for key in moved):
+                teacher, teachers = first_teacher(config, workdir, plans[index:], mesh, tokenizer, record)
             if finished:
                 return _nothing_to_do(workdir, finished, names)
             step, first_step = int(state.step), plans[0].start
@@ -145,6 +149,7 @@ def train_with(
             parts = (workdir, config.loop, mesh, GPT(config.model), plans, feeds, (checkpoints, best), record)
             total = recorded_cost(record, plans, step)
             run, alive = made_run(*parts, step=step, total=total, clock=clock, progress=progress)
+            run.teacher, run.teachers = teacher, teachers
             if announce:  # nothing refuses the run any more
                 run.tracker.message(describe(config))
                 for name, read in sources_read(plans, tokens).items():
@@ -165,6 +170,7 @@ def _run_phases(config: RunConfig, run: Run, index: int, state: TrainState, toke
             if plan.index > index:
                 prune = pruner(config.model, plan, run.feeds[plan.index].train, run.mesh)
                 state = enter_phase(state, plan, run.mesh, prune)
+            run.teacher = load_teacher(config, run.workdir, plan, run.mesh, run.teacher, run.teachers)
             state = run_phase(run, plan, state)
         processes.beat(0, 0)
         return _finish(config, run, int(state.step), tokens)

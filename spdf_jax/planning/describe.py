@@ -13,11 +13,11 @@ from spdf_jax.model.gpt import GPT
 from spdf_jax.ops.attention_backends import attention_backend
 from spdf_jax.sharding import target_platform
 from spdf_jax.training.phases import PhasePlan, make_plan, total_cost
-from spdf_jax.training.state import abstract_state
+from spdf_jax.training.state import abstract_params, abstract_state
 
 
 def flops_without_head(config: RunConfig, plans: list[PhasePlan]) -> tuple[int, int]:
-    """(train, dense) FLOPs of the whole run, the output head left out of both."""
+    """(train, dense) FLOPs of the whole run, the trained model's output head left out of both."""
     train = dense = 0
     head_name = "wte/embedding" if config.model.tied_head else "head/kernel"
     size = head_size(config.model)
@@ -60,6 +60,8 @@ def describe(config: RunConfig, device_count: int = 1) -> str:
         f"state bytes a device    {state_bytes(config, plans[0]) // device_count:,} "
         f"(parameters, masks, optimiser; activations not counted)",
     ]
+    if taught := max(teacher_bytes(plan) for plan in plans):
+        lines.append(f"  and of a teacher      {taught // device_count:,} (parameters alone)")
     return "\n".join(lines)
 
 
@@ -83,6 +85,12 @@ def state_bytes(config: RunConfig, plan: PhasePlan) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.replace(step=None, key=None)))
 
 
+def teacher_bytes(plan: PhasePlan) -> int:
+    """Bytes of the parameters of a phase's teacher; 0 without one."""
+    params = abstract_params(GPT(plan.teacher())) if plan.teacher else ()
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
+
+
 def _describe_phase(plan: PhasePlan, model: GPTConfig, segments: bool) -> list[str]:
     sparsity, steps, c = plan.programme.sparsity, plan.config.steps, plan.config.sparsity
     most = max(map(sparsity, plan.programme.alike(steps)))
@@ -103,7 +111,17 @@ def _describe_phase(plan: PhasePlan, model: GPTConfig, segments: bool) -> list[s
         "  sparsity              "
         + ("none" if c.dense else f"{levels}; rule {c.rule}, head {'sparse' if c.sparsify_head else 'dense'}")
         + (f", in live blocks of {c.pattern.removeprefix('block')} alone" if c.blocks else ""),
+        *_describe_teacher(plan),
         f"  attention             {', '.join(backends)}"
         f"{f' on [{c.attention_start:g}, {c.attention_end:g}) of the phase' if window else ''}"
         f"{', within documents' if segments else ''}",
+    ]
+
+
+def _describe_teacher(plan: PhasePlan) -> list[str]:
+    if plan.teacher is None:
+        return []
+    c, size = plan.config.distill, parameter_count(plan.teacher())
+    return [
+        f"  teacher               {c.teacher}, {size:,} parameters, {c.weight:g} of the loss at temperature {c.temperature:g}"
     ]

@@ -175,9 +175,10 @@ def phase_state(config: RunConfig, plan: PhasePlan, mesh: Mesh) -> TrainState:
 
 
 def state_bytes(config: RunConfig, plan: PhasePlan, mesh: Mesh) -> int:
-    """Of a phase's parameters, masks and optimiser state on a device."""
+    """Of a phase's parameters, masks and optimiser state on a device, and of its teacher's parameters."""
     state = phase_state(config, plan, mesh)
-    return sum(map(_device_bytes, jax.tree.leaves((state.params, state.masks, state.opt_state))))
+    teacher = _parameters(GPT(plan.teacher()), mesh) if plan.teacher else None
+    return sum(map(_device_bytes, jax.tree.leaves((state.params, state.masks, state.opt_state, teacher))))
 
 
 def _device_bytes(leaf: Any) -> int:
@@ -206,22 +207,26 @@ def lower_steps(config: RunConfig, plan: PhasePlan, mesh: Mesh) -> list[tuple[st
     # As the loop gives them: numbers from the host, laid out nowhere.
     target_nnz = {name: jax.ShapeDtypeStruct((g.count,), jnp.int32) for name, g in groups.items()}
     targets = (target_nnz, jax.ShapeDtypeStruct((), jnp.float32))
-    steps = make_steps(GPT(config.model), plan.tx, plan.learning_rate, rule, shardings, regrowth)
+    teacher = GPT(plan.teacher()) if plan.teacher else None
+    lesson = plan.lesson(teacher) if teacher else None
+    steps = make_steps(GPT(config.model), plan.tx, plan.learning_rate, rule, shardings, regrowth, lesson)
     pattern, width = plan.programme.attention(0)
+    how: Any = {"pattern": pattern, "width": width} | ({"teacher": _parameters(teacher, mesh)} if teacher else {})
 
     with jax.set_mesh(mesh):
-        train = steps.train.lower(state, batch_ABT, pattern=pattern, width=width)
+        train = steps.train.lower(state, batch_ABT, **how)
         if not rule.moves:
             return [("train step", train)]
-        topology = steps.topology.lower(state, batch_ABT, *targets, pattern=pattern, width=width)
+        topology = steps.topology.lower(state, batch_ABT, *targets, **how)
         alone = jax.jit(partial(move_topology, plan.tx, rule, regrowth), out_shardings=shardings)
-        moved = alone.lower(state, _whole_gradients(config, plan, mesh), *targets)
+        # The dense gradient, of kernels stored as blocks too.
+        moved = alone.lower(state, _parameters(GPT(config.model), mesh), *targets)
         return [("train step", train), ("topology step", topology), ("prune and grow alone", moved)]
 
 
-def _whole_gradients(config: RunConfig, plan: PhasePlan, mesh: Mesh) -> Any:
-    """Shapes and shardings of the dense gradient, of kernels stored as blocks too."""
-    params = abstract_params(GPT(config.model))
+def _parameters(model: GPT, mesh: Mesh) -> Any:
+    """Shapes and shardings of a model's parameters."""
+    params = abstract_params(model)
     shardings = parameter_shardings(mesh, params)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), params, shardings)
 

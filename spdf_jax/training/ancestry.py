@@ -10,7 +10,7 @@ from spdf_jax.config.read import load_config
 from spdf_jax.config.run import RunConfig, flat
 from spdf_jax.training.branch import Parent, check_same_order
 from spdf_jax.training.metrics import check_rows, read_rows
-from spdf_jax.training.restore import holds_run, source_folder
+from spdf_jax.training.sources import holds_run, source_folder
 from spdf_jax.workdir import ANCESTORS_FILE, BEST, CHECKPOINTS, CONFIG_FILE, METRICS_FILE, read_json, write_json
 
 #: Of a row, what is drawn.

@@ -22,11 +22,10 @@ from spdf_jax.training.restore import (
     begin_of,
     check_same_model,
     enter_phase,
-    holds_run,
     restore_state,
-    source_folder,
 )
 from spdf_jax.training.resume import recorded_evaluations
+from spdf_jax.training.sources import holds_run, source_folder
 from spdf_jax.training.state import TrainState, as_masks
 from spdf_jax.workdir import CHECKPOINTS, CONFIG_FILE
 

@@ -31,7 +31,7 @@ from spdf_jax.data.tokenizer import Tokenizer, vocabulary_size
 from spdf_jax.errors import InputError
 from spdf_jax.processes import data_share
 from spdf_jax.training.phases import PhasePlan
-from spdf_jax.training.restore import holds_run, source_folder
+from spdf_jax.training.sources import holds_run, source_folder
 
 #: What to do about ids without a tokenizer.
 NAME_TOKENIZER = "name it by --config.data.tokenizer=FILE"

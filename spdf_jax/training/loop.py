@@ -3,7 +3,8 @@
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from spdf_jax.training.metrics import Tracker
 from spdf_jax.training.phases import PhasePlan, StepCost, task_tokens
 from spdf_jax.training.programs import Steps, make_steps
 from spdf_jax.training.state import TrainState, state_shardings
+from spdf_jax.training.teachers import Teacher
 from spdf_jax.training.trackers import Followers
 from spdf_jax.workdir import PROFILE_FOLDER
 
@@ -56,13 +58,15 @@ class Run:
     evaluations: dict[tuple[str, int], float]  # validation loss by phase and step, over all restarts
     last_log: tuple[float, int] = (0.0, 0)
     step: int = 0  # the last whose metrics were fetched
+    teacher: Teacher | None = None  # of the phase
+    teachers: dict[str, str] = field(default_factory=dict)  # fingerprints by phase
     write_page: Callable[[], None] = lambda: None  # after an evaluation
 
 
 def run_phase(run: Run, plan: PhasePlan, state: TrainState) -> TrainState:
     """Steps of one phase. Step n + 1 is dispatched before the metrics of step n are fetched."""
     loop, first = run.loop, int(state.step)
-    steps = make_phase_steps(run.model, plan, run.mesh, state)
+    steps = make_phase_steps(run.model, plan, run.mesh, state, run.teacher)
     run.clock.spent("starting")
     if first == plan.start and plan.eval_every_steps and starts_anew(run.feeds, plan):
         _evaluate_and_log(run, plan, steps, state, first)
@@ -97,11 +101,18 @@ def run_phase(run: Run, plan: PhasePlan, state: TrainState) -> TrainState:
     return state
 
 
-def make_phase_steps(model: GPT | LossFunction, plan: PhasePlan, mesh: Mesh, state: TrainState) -> Steps:
-    """The compiled steps of a phase, for states laid out as `state` is (arrays or shapes)."""
+def make_phase_steps(
+    model: GPT | LossFunction, plan: PhasePlan, mesh: Mesh, state: TrainState, teacher: Teacher | None = None
+) -> Steps:
+    """The compiled steps of a phase, for states laid out as `state` is (arrays or shapes), with its teacher in them."""
     shardings = state_shardings(mesh, plan.tx, state)
     rule, regrowth = plan.programme.config.topology_rule, plan.config.optimizer.regrowth
-    return make_steps(model, plan.tx, plan.learning_rate, rule, shardings, regrowth)
+    lesson = plan.lesson(teacher.model) if teacher else None
+    steps = make_steps(model, plan.tx, plan.learning_rate, rule, shardings, regrowth, lesson)
+    if teacher is None:
+        return steps
+    given = {"teacher": teacher.params}
+    return steps._replace(train=partial(steps.train, **given), topology=partial(steps.topology, **given))
 
 
 def take_steps(
@@ -256,6 +267,7 @@ def _save(run: Run, checkpoints: Checkpoints, plan: PhasePlan, state: TrainState
         "data_fingerprint": run.feeds[plan.index].fingerprint,
         "data_fingerprints": [feed.fingerprint for feed in run.feeds],
         "origin": run.origin,
+        "teachers": run.teachers,
         "sparsity": plan.programme.sparsity(step - plan.start),
         "clock": run.clock.recorded(),
         "device": device_name(),

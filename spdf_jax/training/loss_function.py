@@ -22,7 +22,7 @@ class LossFunction:
 
     of: Callable[[Any, Any], Any]
 
-    def sums(self, variables: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
+    def sums(self, variables: Any, batch: Any, **_: Any) -> tuple[jax.Array, jax.Array]:
         """Summed loss and summed weights of a batch; `variables` as of `spdf_jax.TrainState`."""
         found = self.of(variables["params"], batch)
         loss, weight = found if isinstance(found, tuple) else (found, 1.0)

@@ -22,6 +22,8 @@ from spdf_jax.optim import learning_rate_schedule, make_optimizer
 from spdf_jax.sparsity.masks import matrix_groups
 from spdf_jax.sparsity.programme import Programme
 from spdf_jax.training.average import averaged
+from spdf_jax.training.distill import Lesson
+from spdf_jax.training.sources import teacher_config
 from spdf_jax.training.state import abstract_params, sparse_filter
 from spdf_jax.tree import Filter
 
@@ -31,7 +33,8 @@ class StepCost(NamedTuple):
 
     Attributes:
       tokens: read from the data; what fills rows up is none.
-      train_flops, dense_flops: of all positions that are computed, by a machine that skips zeros and without masks.
+      train_flops, dense_flops: of all positions that are computed, by a machine that skips zeros and without masks; those of
+        a teacher, dense, are in both.
       padded_tokens: positions that are computed, what fills rows up included.
       topology_tokens: of `tokens`, those of topology steps, which update no weight.
     """
@@ -94,11 +97,16 @@ class PhasePlan:
     eval_every_steps: int  # 0 where there is nothing to evaluate on
     first_example: int = 0  # of its data's order, see `Begin`
     order: int = 0
+    teacher: Callable[[], GPTConfig] | None = None  # read where it is asked for: of a finished run it may be gone
 
     @property
     def begin(self) -> Begin:
         """Where the phase begins."""
         return Begin(self.start, self.first_example, self.order)
+
+    def lesson(self, teacher: GPT) -> Lesson:
+        """What the phase's steps are compiled with, if such a model teaches in it."""
+        return Lesson(teacher, self.config.distill.weight, self.config.distill.temperature)
 
     def evaluates_after(self, step: int) -> bool:
         """Whether there is an evaluation after `step` steps of the run: at intervals or epochs, and at the end."""
@@ -140,6 +148,7 @@ def make_plan(config: RunConfig, begin: Begin = _AT_ZERO) -> list[PhasePlan]:
             programme = Programme(phase.sparsity, matrix_groups(params, filter), phase.steps)
         except InputError as error:
             raise InputError(f"config.{name}: {error}") from None
+        teacher = cache(partial(teacher_config, config, name)) if phase.distill.teaches else None
         plans.append(
             PhasePlan(
                 name=name,
@@ -152,11 +161,12 @@ def make_plan(config: RunConfig, begin: Begin = _AT_ZERO) -> list[PhasePlan]:
                 programme=programme,
                 tx=_optimizer(config.model, phase, programme),
                 learning_rate=learning_rate_schedule(phase.optimizer, phase.steps, start),
-                cost=_cost(config, phase, programme),
+                cost=_cost(config, phase, programme, teacher),
                 epoch_steps=epoch_steps,
                 eval_every_steps=config.loop.eval_every_steps,
                 first_example=0 if index else begin.example,
                 order=begin.order + index,
+                teacher=teacher,
             )
         )
         start += phase.steps
@@ -175,7 +185,9 @@ def _multipliers(config: GPTConfig, density: float) -> Callable[[Any], Any] | No
     return partial(mup_multipliers, dataclasses.replace(config, mup_density=density)) if config.mup_base_width else None
 
 
-def _cost(config: RunConfig, phase: PhaseConfig, programme: Programme) -> Callable[..., StepCost]:
+def _cost(
+    config: RunConfig, phase: PhaseConfig, programme: Programme, teacher: Callable[[], GPTConfig] | None
+) -> Callable[..., StepCost]:
     """Cost of a phase's step, of full rows unless their length is given; equal steps are computed once."""
 
     def totals(counts: Mapping[str, int]) -> dict[str, int]:
@@ -193,12 +205,17 @@ def _cost(config: RunConfig, phase: PhaseConfig, programme: Programme) -> Callab
             width=width,
         )
 
+    @cache
+    def teaching_flops(seq_len: int) -> int:
+        """Of the teacher, which goes forward alone: a third of its dense step."""
+        return step_flops(teacher(), seq_len=seq_len, sequences=phase.batch_size, active={}) // 3 if teacher else 0
+
     def cost(step: int, seq_len: int = 0) -> StepCost:
         length = seq_len or config.seq_len(phase)
         tokens = phase.batch_size * length
         active, gradient = (tuple(f(step).items()) for f in (programme.counts, programme.gradient_counts))
-        sparse = flops(active, gradient, length, *programme.attention(step))
-        dense = flops((), (), length, "causal", 1)
+        sparse = flops(active, gradient, length, *programme.attention(step)) + teaching_flops(length)
+        dense = flops((), (), length, "causal", 1) + teaching_flops(length)
         return StepCost(tokens, sparse, dense, tokens, 0 if programme.topology(step) is None else tokens)
 
     return cost

@@ -8,6 +8,7 @@ import jax
 import optax
 
 from spdf_jax.sparsity.topology import Rule
+from spdf_jax.training.distill import Lesson, taught
 from spdf_jax.training.loss_function import Model
 from spdf_jax.training.state import TrainState
 from spdf_jax.training.step import eval_step, topology_step, train_step
@@ -17,8 +18,8 @@ class Steps(NamedTuple):
     """Compiled functions of one phase; `pattern` and `width` are static keywords of all three.
 
     Attributes:
-      train: ``(state, batch_ABT) -> (state, metrics)``.
-      topology: ``(state, batch_ABT, target_nnz, drop_fraction) -> (state, metrics)``.
+      train: ``(state, batch_ABT) -> (state, metrics)``, with a keyword `teacher` where there is one: its parameters.
+      topology: ``(state, batch_ABT, target_nnz, drop_fraction) -> (state, metrics)``, with the same.
       evaluate: ``(variables, batch_BT) -> (loss sum, weight sum)``, `TrainState.variables`.
     """
 
@@ -34,6 +35,7 @@ def make_steps(
     rule: Rule,
     shardings: TrainState | None = None,
     regrowth: str = "reset",
+    lesson: Lesson | None = None,
 ) -> Steps:
     """Compiles nothing yet: `jax.jit` does at the first call of each.
 
@@ -46,14 +48,21 @@ def make_steps(
       rule: of the topology steps.
       shardings: of the state; None leaves placement to JAX.
       regrowth: see `spdf_jax.optim.OptimizerConfig`.
+      lesson: of a teacher, if there is one.
 
     Returns:
       `Steps`.
     """
     how: Any = {"donate": "state", "out": (shardings, None) if shardings is not None else None}
+
+    def program(step: Callable[..., Any], *bound: Any) -> Any:
+        if lesson is None:
+            return _program(step, model, *bound, **how)
+        return _program(taught, step, bound, lesson, model, **how)
+
     return Steps(
-        train=_program(train_step, model, tx, learning_rate, **how),
-        topology=_program(topology_step, model, tx, rule, regrowth, **how),
+        train=program(train_step, tx, learning_rate),
+        topology=program(topology_step, tx, rule, regrowth),
         evaluate=_program(eval_step, model),
     )
 

@@ -24,6 +24,7 @@ from spdf_jax.sparsity.masks import apply_masks, dense_masks
 from spdf_jax.training.checkpoint import Checkpoints, DamagedCheckpointError
 from spdf_jax.training.phases import Begin, PhasePlan, make_plan
 from spdf_jax.training.pruning import Pruner, as_it_is
+from spdf_jax.training.sources import holds_run
 from spdf_jax.training.state import TrainState, abstract_state, as_masks, init_state, start_phase, state_shardings
 from spdf_jax.training.stored_state import fingerprint
 from spdf_jax.workdir import BEST, CHECKPOINTS, CONFIG_FILE, SUMMARY_FILE, read_json
@@ -33,7 +34,7 @@ from spdf_jax.workdir import BEST, CHECKPOINTS, CONFIG_FILE, SUMMARY_FILE, read_
 _FREE = re.compile(r"(loop|mesh|decode|evaluation)\.|(variants|model\.remat|data\.(cache_dir|processes))$")
 #: What a run is called: the same settings under another name are the same run.
 _NAMES = re.compile(r"(experiment|variant)$")
-_PLACES = re.compile(r"(init_from|data\.(path|mixture|tokenizer)|[^.]+\.task\.path)$")
+_PLACES = re.compile(r"(init_from|data\.(path|mixture|tokenizer)|[^.]+\.(task\.path|distill\.teacher))$")
 
 #: What a ``summary.json`` says of the run, where another goes on from it.
 _COSTS = ("train_flops", "dense_flops", "tokens", "wall_seconds", "val_loss")
@@ -190,23 +191,10 @@ def begin_of(workdir: Path) -> Begin:
         return Begin(**begins)
 
 
-def source_folder(config: RunConfig, workdir: Path | None) -> Path | None:
-    """Where ``config.init_from`` points for a run in `workdir`; None for nowhere.
-
-    Raises:
-      InputError: it names a cell of a sweep, but the run has no folder among others.
-    """
-    if config.init_from.startswith("cell:"):
-        if workdir is None:
-            raise InputError(f"config.init_from: {config.init_from!r} is of a sweep; name the workdir of that cell")
-        return workdir.parent / config.init_from.removeprefix("cell:")
-    return located(config.init_from) if config.init_from else None
-
-
 def first_state(
     config: RunConfig, plan: PhasePlan, mesh: Mesh, source: Path | None, prune: Pruner = as_it_is
 ) -> TrainState:
-    """The state before the first step of a run: drawn, or that of `source`, see `source_folder`.
+    """The state before the first step of a run: drawn, or that of `source`, see `spdf_jax.training.sources`.
 
     Raises:
       InputError: see `initial_from`.
@@ -245,21 +233,6 @@ def initial_from(folder: Path, config: RunConfig, plan: PhasePlan, mesh: Mesh, p
     return enter_phase(state, plan, mesh, prune)
 
 
-def holds_run(folder: Path) -> bool:
-    """Whether `folder`, from which a run is to go on, is the workdir of another; else it is a Hugging Face folder.
-
-    Raises:
-      InputError: it is neither.
-    """
-    if any(stored(folder / name).is_dir() for name in (BEST, CHECKPOINTS)):
-        return True
-    if not (folder / CONFIG_FILE).is_file():
-        raise InputError(
-            f"config.init_from: {f'{folder}'!r} is neither a run's workdir nor a Hugging Face folder; train one first"
-        )
-    return False
-
-
 def cost_before(folder: Path) -> dict[str, Any] | None:
     """What the run cost from which another goes on; None where nothing says it: of an unfinished run, a Hugging Face folder.
 
@@ -294,8 +267,11 @@ def enter_phase(state: TrainState, plan: PhasePlan, mesh: Mesh, prune: Pruner = 
     return start_phase(prune(state), plan.tx, phase.sparsity, plan.filter, mesh, reset_optimizer=phase.reset_optimizer)
 
 
-def check_same_model(folder: Path, there: GPTConfig, here: GPTConfig) -> None:
-    """Refuses another model; fields that change neither a parameter nor what it means may differ."""
+def check_same_model(folder: Path, there: GPTConfig, here: GPTConfig, key: str = "init_from") -> None:
+    """Refuses another model, in the folder that the config's `key` names, than ours.
+
+    Fields that change neither a parameter nor what it means may differ.
+    """
     free = {"dropout", "dtype", "remat", "init_std", "mup_density"}
     free |= {"context"} if here.positions == "rotary" else set()
     theirs, ours = (
@@ -309,5 +285,5 @@ def check_same_model(folder: Path, there: GPTConfig, here: GPTConfig) -> None:
     ]
     if differing:
         raise InputError(
-            f"config.init_from: {folder} holds another model: {'; '.join(differing)}. Set config.model as there"
+            f"config.{key}: {folder} holds another model: {'; '.join(differing)}. Set config.model as there"
         )

@@ -134,7 +134,7 @@ def eval_step(model: Model, variables: Any, batch_BT: Any, *, pattern: str, widt
 def _sums(model: Model, variables: Any, batch_BT: Any, **options: Any) -> tuple[jax.Array, jax.Array]:
     """Summed loss and summed weights: the one place that knows what a model makes of a batch."""
     if isinstance(model, LossFunction):
-        return model.sums(variables, batch_BT)
+        return model.sums(variables, batch_BT, **options)
     logits_BTV = model.apply(variables, batch_BT.tokens_BT, segments_BT=batch_BT.segments_BT, **options)
     return cross_entropy(logits_BTV, batch_BT.targets_BT, batch_BT.weights_BT), jnp.sum(batch_BT.weights_BT)
 

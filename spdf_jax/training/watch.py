@@ -15,8 +15,10 @@ from spdf_jax.training.feed import Feed, load_data, make_feed
 from spdf_jax.training.loop import evaluate, make_phase_steps, starts_anew, take_steps
 from spdf_jax.training.phases import PhasePlan, make_plan
 from spdf_jax.training.pruning import pruner
-from spdf_jax.training.restore import enter_phase, first_state, source_folder
+from spdf_jax.training.restore import enter_phase, first_state
+from spdf_jax.training.sources import source_folder
 from spdf_jax.training.state import TrainState
+from spdf_jax.training.teachers import check_teachers, load_teacher
 
 
 def watch_training(config: RunConfig) -> Iterator[tuple[TrainState, dict[str, Any]]]:
@@ -54,19 +56,20 @@ def watch_training(config: RunConfig) -> Iterator[tuple[TrainState, dict[str, An
     feeds = [make_feed(config, plan, tokens, tokenizer, mesh) for plan in plans]
     if parent:
         check_same_order(parent, feeds[0].fingerprint)
+    check_teachers(config, None, plans, tokenizer)
     with jax.set_mesh(mesh):
         prune = pruner(config.model, plans[0], feeds[0].train, mesh)
         state = parent.state if parent else first_state(config, plans[0], mesh, source_folder(config, None), prune)
     parent = None  # whose state the first step may be the last to use
     yield state, {}
     for plan in plans:
-        taken = _watch_phase(model, plan, feeds, mesh, state)
+        taken = _watch_phase(config, model, plan, feeds, mesh, state)
         for state, metrics in taken:
             yield state, metrics
 
 
 def _watch_phase(
-    model: GPT, plan: PhasePlan, feeds: Sequence[Feed], mesh: Mesh, state: TrainState
+    config: RunConfig, model: GPT, plan: PhasePlan, feeds: Sequence[Feed], mesh: Mesh, state: TrainState
 ) -> Iterator[tuple[TrainState, dict[str, Any]]]:
     feed, evaluations = feeds[plan.index], dict[tuple[str, int], float]()
 
@@ -78,7 +81,7 @@ def _watch_phase(
     with jax.set_mesh(mesh):
         if plan.index:
             state = enter_phase(state, plan, mesh, pruner(model.config, plan, feed.train, mesh))
-        steps = make_phase_steps(model, plan, mesh, state)
+        steps = make_phase_steps(model, plan, mesh, state, load_teacher(config, None, plan, mesh))
         if plan.config.patience_evaluations and starts_anew(feeds, plan):
             measure(state, plan.start)
     taken = take_steps(plan, feed, mesh, steps, state, range(plan.start, plan.end), evaluations)
