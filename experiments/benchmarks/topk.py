@@ -30,7 +30,8 @@ from spdf_jax.optim import OptimizerConfig, make_optimizer
 from spdf_jax.sparsity.distributions import target_counts
 from spdf_jax.sparsity.masks import matrix_groups
 from spdf_jax.training.programs import make_steps
-from spdf_jax.tree import ALL_WEIGHTS, named_leaves
+from spdf_jax.training.state import ALL_WEIGHTS
+from spdf_jax.tree import named_leaves
 
 SHAPES = {
     "8x512": (spdf.GPTConfig(n_layer=8, n_head=8, d_model=512, vocab_size=4096, context=512, tied_head=False), 4),
