@@ -214,7 +214,8 @@ def lower_steps(config: RunConfig, plan: PhasePlan, mesh: Mesh) -> list[tuple[st
     how: Any = {"pattern": pattern, "width": width} | ({"teacher": _parameters(teacher, mesh)} if teacher else {})
 
     with jax.set_mesh(mesh):
-        train = steps.train.lower(state, batch_ABT, **how)
+        chosen = [target_nnz] if rule.choose_each_step else []
+        train = steps.train.lower(state, batch_ABT, *chosen, **how)
         if not rule.moves:
             return [("train step", train)]
         topology = steps.topology.lower(state, batch_ABT, *targets, **how)

@@ -18,8 +18,9 @@ class Steps(NamedTuple):
     """Compiled functions of one phase; `pattern` and `width` are static keywords of all three.
 
     Attributes:
-      train: ``(state, batch_ABT) -> (state, metrics)``, with a keyword `teacher` where there is one: its parameters.
-      topology: ``(state, batch_ABT, target_nnz, drop_fraction) -> (state, metrics)``, with the same.
+      train: ``(state, batch_ABT) -> (state, metrics)``; ``target_nnz`` too where the rule chooses masks at every step, and a
+        keyword `teacher` where there is one: its parameters.
+      topology: ``(state, batch_ABT, target_nnz, drop_fraction) -> (state, metrics)``, with the same keyword.
       evaluate: ``(variables, batch_BT) -> (loss sum, weight sum)``, `TrainState.variables`.
     """
 
@@ -60,11 +61,29 @@ def make_steps(
             return _program(step, model, *bound, **how)
         return _program(taught, step, bound, lesson, model, **how)
 
+    rest = (tx, learning_rate)
     return Steps(
-        train=program(train_step, tx, learning_rate),
+        train=program(_step_and_choose, *rest, rule) if rule.choose_each_step else program(train_step, *rest),
         topology=program(topology_step, tx, rule, regrowth),
         evaluate=_program(eval_step, model),
     )
+
+
+def _step_and_choose(
+    model: Model,
+    tx: Any,
+    learning_rate: Any,
+    rule: Rule,
+    state: TrainState,
+    batch_ABT: Any,
+    target_nnz: Any,
+    **how: Any,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """An optimiser step, and masks by what it made of the weights: of a rule that chooses them at every step."""
+    assert rule.choose_each_step is not None, "one of these rules"
+    state, metrics = train_step(model, tx, learning_rate, state, batch_ABT, **how)
+    params, masks = rule.choose_each_step(state.params, state.masks, target_nnz, rule)
+    return state.replace(params=params, masks=masks), metrics
 
 
 def _program(step: Callable[..., Any], *bound: Any, donate: str = "", out: Any = None) -> Any:

@@ -7,6 +7,7 @@ from spdf_jax.config.read import load_config
 from spdf_jax.config.run import RunConfig
 from spdf_jax.errors import InputError
 from spdf_jax.huggingface import load_model_config
+from spdf_jax.huggingface.circuit_sparsity import CONFIG_FILE as BEEG_CONFIG_FILE
 from spdf_jax.model.config import GPTConfig
 from spdf_jax.workdir import BEST, CHECKPOINTS, CONFIG_FILE
 
@@ -46,7 +47,7 @@ def holds_run(folder: Path, key: str = "init_from") -> bool:
     """
     if any(stored(folder / name).is_dir() for name in (BEST, CHECKPOINTS)):
         return True
-    if not (folder / CONFIG_FILE).is_file():
+    if not any((folder / name).is_file() for name in (CONFIG_FILE, BEEG_CONFIG_FILE)):
         raise InputError(
             f"config.{key}: {f'{folder}'!r} is neither a run's workdir nor a Hugging Face folder; train one first"
         )

@@ -29,6 +29,13 @@ from spdf_jax.tree import (
     same_structure,
 )
 
+#: All of `spdf_jax.GPT` but norms and the bigram table (Gao et al. 2025, arXiv 2511.13653).
+ALL_WEIGHTS: Filter = (
+    (r"^blocks/(attn|mlp)_.*/(kernel|bias)$", "stack"),
+    (r"^(wte|wpe)/embedding$|^head/kernel$", "matrix"),
+    (r"(^|/)(bias|scale|taps|sink)$|^bigram/embedding$", "dense"),
+)
+
 
 class TrainState(flax.struct.PyTreeNode):
     """One pytree: saved, sharded and donated as a whole.
@@ -102,6 +109,8 @@ def _average(state: Any, params: Any, masks: Any) -> Any:
 
 def sparse_filter(config: SparsityConfig, tied_head: bool) -> Filter:
     """Which leaves of `spdf_jax.GPT` are sparse."""
+    if config.leaves == "all":
+        return ALL_WEIGHTS
     if not config.sparsify_head:
         return LINEAR_KERNELS
     return LINEAR_KERNELS_AND_TIED_HEAD if tied_head else LINEAR_KERNELS_AND_HEAD
