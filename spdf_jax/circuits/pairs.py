@@ -38,13 +38,56 @@ class Task(NamedTuple):
 
 
 _NAMES = (
-    *("name", "value", "key", "path", "result", "data", "line", "text", "item", "index", "args", "mode", "node", "func"),
+    *(
+        "name",
+        "value",
+        "key",
+        "path",
+        "result",
+        "data",
+        "line",
+        "text",
+        "item",
+        "index",
+        "args",
+        "mode",
+        "node",
+        "func",
+    ),
     *("message", "other", "size", "start", "end", "filename", "module", "code", "source", "target", "prefix", "header"),
 )
 _WORDS = (
-    *("error", "read", "write", "open", "close", "string", "file", "default", "unknown", "type", "object", "not", "list"),
-    *("format", "invalid", "missing", "method", "class", "test", "import", "table", "window", "option", "status", "host"),
+    *(
+        "error",
+        "read",
+        "write",
+        "open",
+        "close",
+        "string",
+        "file",
+        "default",
+        "unknown",
+        "type",
+        "object",
+        "not",
+        "list",
+    ),
+    *(
+        "format",
+        "invalid",
+        "missing",
+        "method",
+        "class",
+        "test",
+        "import",
+        "table",
+        "window",
+        "option",
+        "status",
+        "host",
+    ),
 )
+_CALLED = ("len", "str", "list", "int", "set", "repr", "sorted", "tuple")
 _HEADS = (
     "",
     "def {0}({1}):\n    ",
@@ -79,7 +122,14 @@ def _brackets(rng: random.Random) -> tuple[str, str]:
     return f"{before}({inside}", f"{before}[{inside}"
 
 
-def _nesting(rng: random.Random) -> tuple[str, str]:
+def _call_depth(rng: random.Random) -> tuple[str, str]:
+    frame = rng.choice(("{0} = {1}(", "return {0}(", "self.{0} = {1}(", "{0} = self.{1}(", "yield {1}(", "{0}({1}, "))
+    before = _head(rng) + frame.format(*rng.sample(_NAMES, 2))
+    inside = rng.choice(("{0}", "{0}, {1}", "{0} + 1", "self.{0}", "{0}.{1}", "{0}, 0")).format(*rng.sample(_NAMES, 2))
+    return f"{before}{inside}", f"{before}{rng.choice(_CALLED)}({inside}"
+
+
+def _list_depth(rng: random.Random) -> tuple[str, str]:
     frame = rng.choice(("{0} = ", "return ", "self.{0} = ", "{0} += ", "yield ", "for {0} in "))
     before = _head(rng) + frame.format(*rng.sample(_NAMES, 2))
     inside = ", ".join(rng.choices((*_NAMES, *map(str, range(10))), k=rng.randint(1, 4)))
@@ -89,7 +139,13 @@ def _nesting(rng: random.Random) -> tuple[str, str]:
 def _set_or_string(rng: random.Random) -> tuple[str, str]:
     name, item, items, other = rng.sample(_NAMES, 4)
     loop = rng.choice(
-        ("for {1} in {2}:\n{4}    ", "if {1}:\n{4}    ", "while {1}:\n{4}    ", "{3} = {1}\n{4}", "for {1} in self.{2}:\n{4}    ")
+        (
+            "for {1} in {2}:\n{4}    ",
+            "if {1}:\n{4}    ",
+            "while {1}:\n{4}    ",
+            "{3} = {1}\n{4}",
+            "for {1} in self.{2}:\n{4}    ",
+        )
     )
     indent = rng.choice(("", "    "))
     head = f"def {rng.choice(_WORDS)}({items}):\n" if indent else ""
@@ -151,7 +207,14 @@ def _brackets_in(text: str) -> Iterator[tuple[str, str]]:
             yield f"{before}({inside}", f"{before}[{inside}"
 
 
-def _nesting_in(text: str) -> Iterator[tuple[str, str]]:
+def _call_depth_in(text: str) -> Iterator[tuple[str, str]]:
+    """Calls."""
+    for i, (previous, before, inside) in enumerate(_closed_at_once(text, "(")):
+        if previous.type == tokenize.NAME and not keyword.iskeyword(previous.string):
+            yield f"{before}({inside}", f"{before}({_CALLED[i % len(_CALLED)]}({inside}"
+
+
+def _list_depth_in(text: str) -> Iterator[tuple[str, str]]:
     """Lists."""
     for previous, before, inside in _closed_at_once(text, "["):
         if previous.string in "=,(:" or keyword.iskeyword(previous.string):
@@ -182,7 +245,8 @@ def _set_or_string_in(text: str) -> Iterator[tuple[str, str]]:
 TASKS: dict[str, Task] = {
     "quote": Task("close a string with the quote that opened it", ('"', "'"), _quotes, _quotes_in),
     "bracket": Task("close a bracket with the kind that opened it", (")", "]"), _brackets, _brackets_in),
-    "nesting": Task("close as many brackets as were opened", ("]", "]]"), _nesting, _nesting_in),
+    "call_depth": Task("close as many calls as were opened", (")", "))"), _call_depth, _call_depth_in),
+    "list_depth": Task("close as many lists as were opened", ("]", "]]"), _list_depth, _list_depth_in),
     "set_or_string": Task(
         "go on with .add( after the name of a set, with += after that of a string",
         (".", " +="),
@@ -214,7 +278,7 @@ def template_pairs(name: str, seed: int) -> Iterator[Pair]:
       name: of `TASKS`.
       seed: of what is drawn.
 
-    >>> pair = next(template_pairs("nesting", seed=0))
+    >>> pair = next(template_pairs("list_depth", seed=0))
     >>> pair.answers, pair.prompts[1].count("[") - pair.prompts[0].count("[")
     ((']', ']]'), 1)
     """
