@@ -1,1 +1,1 @@
-"""Circuits: which few nodes of a model do a task (`tasks`), found by gates (`gates`), with the weights between them (`graph`)."""
+"""Circuits: the few nodes of a model that do a task (`tasks`), found by gates (`gates`), and the weights between (`graph`)."""

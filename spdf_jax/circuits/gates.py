@@ -8,7 +8,7 @@ while it is above, so that the search goes to and fro about the target; what the
 Shape legend: L layers, F channels of a place, P pairs, B prompts, T tokens, V vocabulary.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -50,8 +50,8 @@ class Circuit(NamedTuple):
     Attributes:
       gates: 1 for the nodes of the smallest circuit found, [L, F] a place; None where there was none.
       curve: ``(nodes, loss)`` of every circuit that was measured on all pairs.
-      measured: of the ``whole`` model, of ``nothing`` of it (every node off); and where a circuit was found, of it ``alone`` and
-        of the model ``without`` it.
+      measured: of the ``whole`` model, of ``nothing`` of it (every node off); of a circuit that was found ``alone``, and of the
+        model ``without`` it.
       effects: by how many nats the loss of the circuit grows without each of its nodes, [L, F] a place; None as `gates`.
     """
 
@@ -179,7 +179,7 @@ class _Search:
                 yield {place: (np.asarray(number_LF) > 0).astype(np.float32) for place, number_LF in numbers.items()}
 
     def without_idle(self, gates: Places, curve: list[tuple[int, float]]) -> tuple[Places, Places]:
-        """Gates of fewer nodes: those that matter least are left out, many at once and then one by one, as the target allows."""
+        """Gates of fewer nodes: those that matter least go, many at once and then one by one, as the target allows."""
         for drop in (self._drop_many, self._drop_one_by_one):
             gates = drop(gates, curve)
         return gates, self._effects(gates)

@@ -1,7 +1,7 @@
 """A circuit as a graph: its nodes, each with the tokens that move it most, and the weights between them.
 
-An edge is a weight that is not 0 from a node to a node. Two things join nodes without a weight: a query is multiplied by the key
-of its channel, and what is written to a channel of the residual is what is read there, in every later layer.
+An edge is a weight that is not 0 from a node to a node. Two things join nodes without a weight: a query is multiplied by the
+key of its channel, and what is written to a channel of the residual is what is read there, in every later layer.
 
 Shape legend: L layers, B sequences, T tokens, F channels, N nodes.
 """

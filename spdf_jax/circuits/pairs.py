@@ -5,6 +5,7 @@ its prompts are read up to where the wanted token comes: ``x = "abc`` and ``x = 
 """
 
 import io
+import itertools
 import keyword
 import random
 import re
@@ -175,7 +176,7 @@ def _up_to(lines: Sequence[str], token: tokenize.TokenInfo) -> str:
 def _quotes_in(text: str) -> Iterator[tuple[str, str]]:
     """Strings at the end of a line."""
     lines, found = text.splitlines(keepends=True), _tokens(text)
-    for token, after in zip(found, found[1:], strict=False):
+    for token, after in itertools.pairwise(found):
         fits = token.type == tokenize.STRING and re.fullmatch(r"""(["'])([^"'\\\n]{1,40})\1""", token.string)
         if fits and after.type in _ENDS:
             before = _up_to(lines, token)

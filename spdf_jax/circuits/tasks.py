@@ -74,9 +74,9 @@ def prompts(name: str, tokenizer: Tokenizer, texts: Sequence[str], *, count: int
     if len(kept) < count:
         wanted = " and ".join(map(repr, TASKS[name].answers))
         raise InputError(
-            f"circuit task {name!r}: of {len(kept) + left_out:,} pairs only {len(kept):,} have {wanted} as single tokens of the "
-            f"run's tokenizer, and config.circuit.pairs wants {count:,}; leave the task out of config.circuit.tasks, or train "
-            f"with a larger config.data.tokenizer_vocab_size"
+            f"circuit task {name!r}: {wanted} are single tokens of the run's tokenizer in {len(kept):,} of "
+            f"{len(kept) + left_out:,} pairs, and config.circuit.pairs is {count:,}; leave it out of config.circuit.tasks, or "
+            f"train with a larger config.data.tokenizer_vocab_size"
         )
     kept = [kept[i] for i in rng.permutation(count)]
     tokens_P2T = np.zeros((count, 2, max(len(ids) for _, both, _ in kept for ids in both)), np.int32)
