@@ -53,8 +53,8 @@ from spdf_jax.jobs.fit import fit as fit
 from spdf_jax.jobs.train import train as train
 from spdf_jax.model.config import GPTConfig as GPTConfig
 from spdf_jax.model.flops import train_flops as train_flops
+from spdf_jax.model.forward import forward as forward
 from spdf_jax.model.gpt import GPT as GPT
-from spdf_jax.model.gpt import forward as forward
 from spdf_jax.model.prune_once import prune_once as prune_once
 from spdf_jax.model.sizes import GPT_SIZES as GPT_SIZES
 from spdf_jax.planning.scaling import widen as widen

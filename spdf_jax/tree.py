@@ -27,7 +27,7 @@ DECISIONS = ("dense", "matrix", "stack", "matrices")
 #: (SPDF, section 2; arXiv 2303.10464). Matrices of another model that it does not name are refused, not left dense.
 LINEAR_KERNELS: Filter = (
     (r"^blocks/.*kernel$", "matrices"),
-    (r"^(wte|wpe)/embedding$|^head/kernel$|(^|/)(bias|scale|taps)$", "dense"),
+    (r"^(wte|wpe|bigram)/embedding$|^head/kernel$|(^|/)(bias|scale|taps|sink)$", "dense"),
 )
 #: The same and the output head, tied (``wte/embedding``) or not: what the MST code does (hupihe/Mixed-Sparsity-Training).
 LINEAR_KERNELS_AND_TIED_HEAD: Filter = ((r"^wte/embedding$", "matrix"), *LINEAR_KERNELS)

@@ -7,9 +7,17 @@ from typing import Any
 from spdf_jax.errors import InputError
 from spdf_jax.model.config import GPTConfig
 
+#: What no model of theirs has.
+_NOWHERE_ELSE: Mapping[str, Collection[Any]] = {
+    "activation_topk": ("",),
+    "attention_sink": (False,),
+    "bigram": (False,),
+}
+
 
 def check_expressible_as(family: str, config: GPTConfig, needed: Mapping[str, Collection[Any]]) -> None:
     """Raises `InputError` where a field of `config` has none of the values that a family of models needs it to have."""
+    needed = {**_NOWHERE_ELSE, **needed}
     other = {name: next(iter(values)) for name, values in needed.items() if getattr(config, name) not in values}
     if other:
         found = ", ".join(f"model.{name} {getattr(config, name)!r}" for name in other)

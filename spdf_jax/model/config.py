@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from typing import Annotated, NamedTuple
 
 from spdf_jax.errors import InputError
-from spdf_jax.fields import Count, CountOrZero, OneOf, Range, Used, check_fields, used_with
+from spdf_jax.fields import Count, CountOrZero, Line, OneOf, Range, Used, check_fields, used_with
+from spdf_jax.model.places import check_places
 
 MUP = Used(lambda model: model.mup_base_width > 0, "a mup_base_width above 0")
 ROTARY = used_with("positions", "rotary")
@@ -36,8 +37,12 @@ class GPTConfig:
       attention_bias: biases where `use_bias` gives none: ``none``, ``qkv`` (Qwen2) or ``all`` of attention's matrices.
       norm: ``layer_norm``, or ``rms_norm`` (`spdf_jax.model.rms_norm`).
       qk_norm: an RMS norm on each head's queries and keys (Qwen3).
-      activation: of the MLP, ``gelu`` (GPT-2's tanh approximation), ``gelu_exact`` (Cerebras-GPT), ``squared_relu``, ``silu``.
+      activation: of the MLP, ``gelu`` (GPT-2's, by tanh), ``gelu_exact`` (Cerebras-GPT), ``squared_relu``, ``relu``, ``silu``.
       gated: the MLP's hidden layer is ``activation(gate(x)) * up(x)``, with a third matrix (arXiv 2002.05202).
+      activation_topk: places that keep a share of their channels, the largest by magnitude: ``mlp_neuron=0.25,attn_in=0.25``;
+        `spdf_jax.model.places` has their names.
+      attention_sink: a learned logit a head counts in the softmax, with a value of 0 (`spdf_jax.ops.attention_sink`).
+      bigram: a table [V, V], from 0, of which a token adds its row to the logits.
       dconv: convolve queries, keys and values over three positions, see `spdf_jax.model.primer`; with squared ReLU, Primer-EZ.
       shared_qk: queries are a projection of the (convolved) keys instead of the input. With all of these, Primer.
       mlp_norm: ``pre``: x + mlp(norm(x)); ``post``: x + norm(mlp(x)), as in Primer.
@@ -79,8 +84,11 @@ class GPTConfig:
     attention_bias: Annotated[str, OneOf(BIASED), Used(lambda model: not model.use_bias, "use_bias False")] = "none"
     norm: Annotated[str, OneOf(("layer_norm", "rms_norm"))] = "layer_norm"
     qk_norm: bool = False
-    activation: Annotated[str, OneOf(("gelu", "gelu_exact", "squared_relu", "silu"))] = "gelu"
+    activation: Annotated[str, OneOf(("gelu", "gelu_exact", "relu", "squared_relu", "silu"))] = "gelu"
     gated: bool = False
+    activation_topk: Line = ""
+    attention_sink: bool = False
+    bigram: bool = False
     dconv: bool = False
     shared_qk: bool = False
     mlp_norm: Annotated[str, OneOf(("pre", "post"))] = "pre"
@@ -105,6 +113,7 @@ class GPTConfig:
             raise InputError(f"model.rotary_low_factor: {self.rotary_low_factor} must be below rotary_high_factor")
         if (self.dconv or self.shared_qk) and not self.kv_heads * self.head_width == self.d_model:
             raise InputError("model.dconv, shared_qk: for keys as wide as the model; leave n_kv_head, d_head at 0")
+        check_places(self)
 
     @property
     def mlp_width(self) -> int:

@@ -47,7 +47,8 @@ def parameter_count(config: GPTConfig) -> int:
     biases = c.n_layer * sum(width for name, width in outputs.items() if c.has_bias(name))
     embeddings = (c.vocab_size + (c.context if c.positions == "learned" else 0)) * d
     head = 0 if config.tied_head else head_size(config)
-    return linear_size(config) + taps_size(config) + norms + biases + embeddings + head
+    others = c.n_layer * c.n_head * c.attention_sink + c.vocab_size**2 * c.bigram
+    return linear_size(config) + taps_size(config) + norms + biases + embeddings + head + others
 
 
 def train_flops(

@@ -1,4 +1,4 @@
-"""GPT-2, GPT-3, Primer, Llama and Qwen as one functional Flax (Linen) model.
+"""GPT-2, GPT-3, Primer, Llama, Qwen and weight-sparse transformers as one functional Flax (Linen) model.
 
 Shape legend, used in every name: B batch, T tokens, S cached positions, V vocabulary, D d_model, F d_ff, H heads, K head width,
 L layers. Parameters of all layers are stacked on a leading axis (`nn.scan`), so compile time does not grow with depth.
@@ -18,15 +18,16 @@ from spdf_jax.model.config import GPTConfig, mup_scales
 from spdf_jax.model.gated import gated, silu
 from spdf_jax.model.layer_norm import LayerNorm
 from spdf_jax.model.linear import Linear, dense_linear
+from spdf_jax.model.places import at_place
 from spdf_jax.model.primer import DConv, squared_relu
 from spdf_jax.model.rms_norm import RMSNorm
 from spdf_jax.model.rotary import turned
 from spdf_jax.ops.attention import attention
 from spdf_jax.ops.attention_backends import SPLASH_OUTPUT
 from spdf_jax.ops.attention_cached import cached_attention
+from spdf_jax.ops.attention_sink import attention_with_sink
 from spdf_jax.ops.block_linear import BLOCK_OUTPUT
 from spdf_jax.sharding import split_wide
-from spdf_jax.sparsity.masks import apply_masks
 
 
 # Computed again for the backward pass from what it is given: storing all between costs more than the arithmetic.
@@ -39,6 +40,7 @@ def _gelu(approximate: bool, x_BTF: jax.Array) -> jax.Array:
 _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": partial(_gelu, True),
     "gelu_exact": partial(_gelu, False),
+    "relu": nn.relu,
     "squared_relu": squared_relu,
     "silu": silu,
 }
@@ -63,45 +65,53 @@ class Layer(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array, *places_BT: jax.Array | None) -> tuple[jax.Array, None]:
-        c = self.config
-        x_BTD = x_BTD + self._dropout(self._attention(_norm(c, "ln_1")(x_BTD), *places_BT))
+        c, at = self.config, self._at
+        x_BTD = at("resid_post_attn", x_BTD + self._dropout(self._attention(_norm(c, "ln_1")(x_BTD), *places_BT)))
         ln_2, activation = _norm(c, "ln_2"), _ACTIVATIONS[c.activation]
-        h_BTD = ln_2(x_BTD) if c.mlp_norm == "pre" else x_BTD
+        h_BTD = at("mlp_in", ln_2(x_BTD) if c.mlp_norm == "pre" else x_BTD)
         h_BTF = checkpoint_name(_linear(c, c.mlp_width, "mlp_up")(h_BTD), "mlp_hidden")
         if c.gated:
             gate_BTF = checkpoint_name(_linear(c, c.mlp_width, "mlp_gate")(h_BTD), "mlp_hidden")
             activation = partial(gated, activation, gate_BTF)
-        h_BTD = _linear(c, c.d_model, "mlp_down", residual=True)(activation(h_BTF))
-        return x_BTD + self._dropout(ln_2(h_BTD) if c.mlp_norm == "post" else h_BTD), None
+        h_BTD = _linear(c, c.d_model, "mlp_down", residual=True)(at("mlp_neuron", activation(h_BTF)))
+        h_BTD = at("mlp_out", ln_2(h_BTD) if c.mlp_norm == "post" else h_BTD)
+        return at("resid_post_mlp", x_BTD + self._dropout(h_BTD)), None
+
+    def _at(self, place: str, x_BTF: jax.Array) -> jax.Array:
+        special = self.config.activation_topk or self.has_variable("circuit", place)
+        return at_place(self, place, x_BTF) if special or self.is_mutable_collection("places") else x_BTF
 
     def _attention(self, x_BTD: jax.Array, *places_BT: jax.Array | None) -> jax.Array:
         c, (positions_BT, segments_BT) = self.config, places_BT
+        x_BTD = self._at("attn_in", x_BTD)
 
         def project(name: str, x_BTD: jax.Array) -> jax.Array:
             y_BTD = _linear(c, (c.n_head if name == "q" else c.kv_heads) * c.head_width, f"attn_{name}")(x_BTD)
             y_BTD = DConv(c.dtype, name=f"dconv_{name}")(y_BTD, *places_BT) if name in c.convolved else y_BTD
-            return y_BTD.reshape(*x_BTD.shape[:2], -1, c.head_width)
+            return self._at(f"attn_{name}", y_BTD).reshape(*x_BTD.shape[:2], -1, c.head_width)
 
-        if c.shared_qk:
-            k_BTHK = project("k", x_BTD)
-            q_BTHK = project("q", k_BTHK.reshape(x_BTD.shape))
-        else:
-            q_BTHK, k_BTHK = project("q", x_BTD), project("k", x_BTD)
-        v_BTHK = project("v", x_BTD)
+        k_BTHK, v_BTHK = project("k", x_BTD), project("v", x_BTD)
+        q_BTHK = project("q", k_BTHK.reshape(x_BTD.shape) if c.shared_qk else x_BTD)
         if c.qk_norm:
             q_BTHK, k_BTHK = _norm(c, "q_norm")(q_BTHK), _norm(c, "k_norm")(k_BTHK)
         if c.positions == "rotary":
             q_BTHK, k_BTHK = turned(c, q_BTHK, positions_BT), turned(c, k_BTHK, positions_BT)
         q_BTHK = q_BTHK * mup_scales(c).query
-        how: Any = {"pattern": self.pattern, "width": self.width}
+        attend = attention if positions_BT is None and not c.attention_sink else partial(self._attend, positions_BT)
+        y_BTHK = attend(q_BTHK, k_BTHK, v_BTHK, segments_BT=segments_BT, pattern=self.pattern, width=self.width)
+        return self._at(
+            "attn_out", _linear(c, c.d_model, "attn_o", residual=True)(y_BTHK.reshape(*x_BTD.shape[:2], -1))
+        )
+
+    def _attend(self, positions_BT: jax.Array | None, *qkv_BTHK: jax.Array, segments_BT: Any, **how: Any) -> jax.Array:
+        """With a sink, over a cache, or both."""
+        c, zeros = self.config, nn.initializers.zeros
+        sink_H = self.param("sink", zeros, (c.n_head,)) if c.attention_sink else None
         if positions_BT is None:
-            y_BTHK = attention(q_BTHK, k_BTHK, v_BTHK, segments_BT=segments_BT, **how)
-        else:
-            y_BTHK, cache = cached_attention(
-                q_BTHK, k_BTHK, v_BTHK, self.get_variable("cache", "kv"), positions_BT, **how
-            )
-            self.put_variable("cache", "kv", cache)
-        return _linear(c, c.d_model, "attn_o", residual=True)(y_BTHK.reshape(*x_BTD.shape[:2], -1))
+            return attention_with_sink(*qkv_BTHK, sink_H, segments_BT=segments_BT, **how)
+        y_BTHK, cache = cached_attention(*qkv_BTHK, self.get_variable("cache", "kv"), positions_BT, sink_H, **how)
+        self.put_variable("cache", "kv", cache)
+        return y_BTHK
 
     def _dropout(self, x_BTD: jax.Array) -> jax.Array:
         return nn.Dropout(self.config.dropout, deterministic=self.deterministic)(x_BTD)
@@ -113,7 +123,8 @@ class GPT(nn.Module):
     Parameters: ``wte/embedding [V, D]``, ``wpe/embedding [context, D]``, ``blocks/{attn_q, attn_k, attn_v, attn_o, mlp_up,
     mlp_down}/kernel [L, in, out]`` with biases, ``blocks/{ln_1, ln_2}``, ``ln_f``, ``head/kernel [D, V]`` when untied, and
     with `dconv` ``blocks/dconv_{q, k, v}/taps [L, 3, D]``, but no ``dconv_q`` with `shared_qk`. Rotary positions have no
-    ``wpe``; a gated MLP has ``mlp_gate``, and `qk_norm` ``blocks/{q_norm, k_norm}/scale [L, K]``.
+    ``wpe``; a gated MLP has ``mlp_gate``, `qk_norm` ``blocks/{q_norm, k_norm}/scale [L, K]``, `attention_sink` ``blocks/sink
+    [L, H]``, `bigram` ``bigram/embedding [V, V]``. With a ``circuit``, or ``places`` mutable: `spdf_jax.model.places`.
 
     With ``positions_BT``, the place of each token in its sequence, the tokens continue those of earlier calls: their keys and
     values go into the ``cache`` collection (`spdf_jax.model.decoding.empty_cache`, ``mutable=["cache"]``), and each sees all
@@ -167,42 +178,18 @@ class GPT(nn.Module):
         x_BTD = nn.Dropout(c.dropout, deterministic=deterministic)(x_BTD.astype(c.dtype))
         layer = Layer if c.remat == "none" else nn.remat(Layer, prevent_cse=False, policy=_STORED[c.remat])
         lift: Any = {
-            "variable_axes": {"params": 0, "topology": 0, "cache": 0},
+            "variable_axes": dict.fromkeys(("params", "topology", "cache", "circuit", "places"), 0),
             "split_rngs": {"params": True, "dropout": True},
         }
         layers = nn.scan(layer, **lift, in_axes=nn.broadcast, length=c.n_layer)
         x_BTD, _ = layers(c, pattern, width, deterministic, name="blocks")(x_BTD, positions_BT, segments_BT)
         x_BTD = _norm(c, "ln_f")(x_BTD) * mup_scales(c).logits
-        if c.tied_head:
-            return split_wide(dense_linear(x_BTD, embed.embedding, transposed=True))
         head = Linear(c.vocab_size, use_bias=False, dtype=c.dtype, kernel_init=normal, name="head")
-        return split_wide(head(x_BTD))
-
-
-def forward(model: nn.Module, params: Any, tokens_BT: jax.Array, *, masks: Any, **options: Any) -> Any:
-    """Logits of a model under masks.
-
-    Args:
-      model: `GPT`, or any Linen module called on tokens.
-      params: its parameters.
-      tokens_BT: int ids.
-      masks: mask tree, see `spdf_jax.init_masks`; `spdf_jax.dense_masks(params)` for none.
-      **options: passed to the model: ``pattern``, ``width``, ``deterministic``, ``rngs``.
-
-    Returns:
-      logits_BTV in the compute dtype.
-
-    Raises:
-      InputError: masks that do not fit the parameters, or a sequence longer than the model's context.
-
-    >>> import jax, spdf_jax as spdf
-    >>> model = spdf.GPT(spdf.GPTConfig(n_layer=2, n_head=2, d_model=8, vocab_size=11, context=4))
-    >>> tokens_BT = jax.numpy.zeros((1, 4), int)
-    >>> params = model.init(jax.random.key(0), tokens_BT)["params"]
-    >>> spdf.forward(model, params, tokens_BT, masks=spdf.init_masks(jax.random.key(1), params, sparsity=0.75)).shape
-    (1, 4, 11)
-    """
-    return model.apply({"params": apply_masks(params, masks)}, tokens_BT, **options)
+        logits_BTV = dense_linear(x_BTD, embed.embedding, transposed=True) if c.tied_head else head(x_BTD)
+        if c.bigram:
+            bigram = nn.Embed(c.vocab_size, c.vocab_size, embedding_init=nn.initializers.zeros, name="bigram")
+            logits_BTV += bigram(tokens_BT).astype(c.dtype)
+        return split_wide(logits_BTV)
 
 
 def _linear(c: GPTConfig, features: int, name: str, *, residual: bool = False) -> Linear:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from spdf_jax.ops.attention_patterns import attends
+from spdf_jax.ops.attention_sink import sink_slot
 
 
 def cached_attention(
@@ -15,6 +16,7 @@ def cached_attention(
     v_BTHK: jax.Array,
     cache: tuple[jax.Array, jax.Array],
     positions_BT: jax.Array,
+    sink_H: jax.Array | None = None,
     *,
     pattern: str,
     width: int,
@@ -25,6 +27,7 @@ def cached_attention(
       q_BTHK, k_BTHK, v_BTHK: of the new tokens; keys and values may have fewer heads, as for `attention`.
       cache: (keys, values), BSHK each, of the heads that these have.
       positions_BT: of the new tokens, below S; -1 is nowhere: such keys and values are not kept, and such outputs mean nothing.
+      sink_H: as `spdf_jax.ops.attention_sink.attention_with_sink` takes it.
       pattern, width: as `spdf_jax.ops.attention.attention` takes them.
 
     Returns:
@@ -39,7 +42,10 @@ def cached_attention(
     k_BSHK, v_BSHK = (jax.vmap(_write)(*part, positions_BT) for part in zip(cache, (k_BTHK, v_BTHK), strict=True))
     i_BHTS, j_BHTS = positions_BT[:, None, :, None], jnp.arange(k_BSHK.shape[1])[None, None, None]
     sees_BHTS = attends(pattern, i_BHTS, j_BHTS, width)
-    return jax.nn.dot_product_attention(q_BTHK, k_BSHK, v_BSHK, mask=sees_BHTS), (k_BSHK, v_BSHK)
+    k, v, sees, bias = k_BSHK, v_BSHK, sees_BHTS, None
+    if sink_H is not None:
+        k, v, sees, bias = sink_slot(k, v, sees, sink_H, q_BTHK.dtype)
+    return jax.nn.dot_product_attention(q_BTHK, k, v, bias, sees), (k_BSHK, v_BSHK)
 
 
 def _write(old_SHK: jax.Array, new_THK: jax.Array, positions_T: jax.Array) -> jax.Array:
