@@ -34,9 +34,9 @@ class Prompts(NamedTuple):
     pairs: Sequence[Pair] = ()
     left_out: int = 0
 
-    def part(self, which: slice) -> "Prompts":
-        """Some of the pairs."""
-        return Prompts(*(array[which] for array in self[:4]), self.pairs[which])
+    def part(self, which: slice | np.ndarray) -> "Prompts":
+        """The arrays of some of the pairs."""
+        return Prompts(*(array[which] for array in self[:4]))
 
 
 def prompts(name: str, tokenizer: Tokenizer, texts: Sequence[str], *, count: int, longest: int, seed: int) -> Prompts:

@@ -18,10 +18,11 @@ from spdf_jax.data.corpus import embedded_corpus
 from spdf_jax.data.tokenizer import Tokenizer
 from spdf_jax.errors import InputError
 from spdf_jax.jobs import Request, keep_compiled
+from spdf_jax.model.gpt import GPT
 from spdf_jax.sharding import make_mesh
 from spdf_jax.training.feed import NAME_TOKENIZER, load_data, make_feed
 from spdf_jax.training.phases import make_plan
-from spdf_jax.training.restore import SavedRun, saved_run
+from spdf_jax.training.restore import saved_run
 from spdf_jax.workdir import CIRCUIT_FILE, CIRCUIT_PAIRS_FILE, check_writable, sweep, write_atomically, write_json
 
 _LONGEST_PROMPT_TOKENS = 64
@@ -71,7 +72,10 @@ def circuits(config: RunConfig, workdir: Path, output: Path | None = None) -> di
     found = {}
     for name, task in tasks.items():
         circuit = find_circuit(saved.model, params, means, task, config.circuit, config.seed)
-        found[name] = _record(saved, params, means, batches, tokenizer, name, task, circuit)
+        record = task_record(name, task, circuit, config.circuit.target_loss)
+        if circuit.gates is not None:
+            record["circuit"] = graph_record(saved.model, params, means, batches, tokenizer, task, circuit)
+        found[name] = record
         print(f"{name}: {said(found[name])}", flush=True)
     nodes = int(sum(np.size(mean_LF) for mean_LF in means.values()))
     result = {"name": f"{config.experiment}: {config.variant}", "step": int(saved.state.step), "nodes": nodes}
@@ -125,20 +129,11 @@ def _some(batches: Any) -> list[np.ndarray]:
     return [np.stack(same[i : i + _SEQUENCES_AT_ONCE]) for i in range(0, len(same), _SEQUENCES_AT_ONCE)]
 
 
-def _record(
-    saved: SavedRun,
-    params: Any,
-    means: Places,
-    batches: Sequence[np.ndarray],
-    tokenizer: Tokenizer,
-    name: str,
-    task: Prompts,
-    circuit: Circuit,
-) -> dict[str, Any]:
-    """A task's entry in ``circuit.json``. Where no circuit was found it has no figure of one."""
+def task_record(name: str, task: Prompts, circuit: Circuit, target_loss: float) -> dict[str, Any]:
+    """A task's entry in ``circuit.json``, but for the graph. Where no circuit was found it has no figure of one."""
     found, whole = circuit.gates is not None, circuit.measured["whole"].loss
-    why = f"the whole model does not do it: its loss is {whole:.3f} nats, and {saved.config.circuit.target_loss:g} is wanted"
-    record: dict[str, Any] = {
+    why = f"the whole model does not do it: its loss is {whole:.3f} nats, and {target_loss:g} is wanted"
+    return {
         "about": TASKS[name].about,
         "answers": TASKS[name].answers,
         "pairs": {
@@ -152,11 +147,23 @@ def _record(
         "measured": {which: _rounded(one) for which, one in circuit.measured.items()},
         "curve": smallest(circuit.curve),
     }
-    if circuit.gates is None or circuit.effects is None:
-        return record
-    model, nodes = saved.config.model, nodes_of(circuit.gates)
-    texts = contexts(saved.model, params, nodes, means, batches, tokenizer)
-    record["circuit"] = {
+
+
+def graph_record(
+    model: GPT,
+    params: Any,
+    means: Places,
+    batches: Sequence[np.ndarray],
+    tokenizer: Tokenizer,
+    task: Prompts,
+    circuit: Circuit,
+) -> dict[str, Any]:
+    """A circuit as ``circuit.json`` has it: its nodes with their contexts, and what joins them."""
+    assert circuit.gates is not None, "there is one"
+    assert circuit.effects is not None, "as above"
+    nodes = nodes_of(circuit.gates)
+    texts = contexts(model, params, nodes, means, batches, tokenizer)
+    return {
         "nodes": [
             {
                 **node._asdict(),
@@ -166,11 +173,10 @@ def _record(
             }
             for node, some in zip(nodes, texts, strict=True)
         ],
-        "edges": edges_of(nodes, model, params),
-        "joined": joined(nodes, model),
-        "to_answers": to_answers(nodes, params, tuple(task.right_P2[0])),
+        "edges": edges_of(nodes, model.config, params),
+        "joined": joined(nodes, model.config),
+        "to_answers": to_answers(nodes, params, (int(task.right_P2[0, 0]), int(task.right_P2[0, 1]))),
     }
-    return record
 
 
 def _rounded(one: Measured) -> dict[str, float]:
