@@ -49,8 +49,10 @@ KNOWN = [
 
 
 def hand_made():
-    """Layer 0 copies which quote there was from channel 0 of the residual to channel 1, layer 1 makes an answer of it in channel 2;
-    channel 7 is large, so that norms divide by nearly the same everywhere. All else computes, and moves no answer."""
+    """Layer 0 copies which quote there was from channel 0 of the residual to 1, layer 1 makes an answer of it in channel 2.
+
+    Channel 7 is large, so that norms divide by nearly the same everywhere. All else computes, and moves no answer.
+    """
     rng = np.random.default_rng(0)
     params = jax.tree.map(np.array, drawn_params(SHAPE))
     blocks = params["blocks"]

@@ -11,7 +11,7 @@ from matplotlib.lines import Line2D
 from spdf_jax.cloud.spool import located
 from spdf_jax.errors import reading
 from spdf_jax.report.circuit_graph import MOST_EDGES, drawn_nodes, graph, key_lines, name_of, size_curve
-from spdf_jax.report.draw import STYLE, Table
+from spdf_jax.report.draw import SOFT_INK, SPARSE, STYLE, Table
 from spdf_jax.report.figures import write_figures
 from spdf_jax.report.page import Panel, plot_panel, template, write_page
 from spdf_jax.report.words import percent
@@ -75,12 +75,12 @@ def _how_to_read(record: Mapping[str, Any]) -> Panel:
 
 _HOW = template("""\
 <p>A language model guesses the next token. A <b>task</b> here is a choice between two: each of its pairs has two prompts that
-differ in one place, and after each another token is right. <b>Task loss</b> is how badly the model chooses, in nats: 0 is always
-right and sure, 0.69 is a coin.</p>
+differ in one place, and after each another token is right. <b>Task loss</b> is how badly the model chooses, in nats: 0 is
+always right and sure, 0.69 is a coin.</p>
 <p>A <b>node</b> is one channel inside the model: a number that it reads, computes or writes for every token. A node that is
-<i>off</i> is held at its mean over text, so that it says nothing about the prompt. A <b>circuit</b> is the smallest set of nodes
-found with which, all others off, the task loss is at most {{ target }}; the lines of its drawing are the model's weights that are
-not 0. It explains the model if it does the task <b>alone</b>, and if the model <b>without</b> it does not.</p>
+<i>off</i> is held at its mean over text, so that it says nothing about the prompt. A <b>circuit</b> is the smallest set of
+nodes found with which, all others off, the task loss is at most {{ target }}; the lines of its drawing are the model's weights
+that are not 0. It explains the model if it does the task <b>alone</b>, and if the model <b>without</b> it does not.</p>
 """)
 
 
@@ -110,16 +110,16 @@ def _rows(record: Mapping[str, Any], task: Mapping[str, Any]) -> list[tuple[str,
         rows.append(("Nodes", f"{len(circuit['nodes']):,}", f"of {record['nodes']:,} in the model"))
         rows.append(("Weights between them", f"{len(circuit['edges']):,}", "that are not 0"))
     names = {
-        "whole": ("Loss of the whole model", ""),
-        "alone": ("Loss of the circuit alone", "all other nodes at their means"),
-        "without": ("Loss without the circuit", "its nodes at their means, all others as they are"),
-        "nothing": ("Loss of no node", "all at their means"),
+        "whole": ("Task loss of the whole model", ""),
+        "alone": ("Of the circuit alone", "all other nodes at their means"),
+        "without": ("Without the circuit", "its nodes at their means, all others as they are"),
+        "nothing": ("Without any node", "all at their means"),
     }
     for which, (label, remark) in names.items():
         if which in task["measured"]:
             one = task["measured"][which]
             right = f"the right one likelier in {percent(one['accuracy'])} of prompts"
-            rows.append((label, f"{one['loss']:.3f} nats", f"{remark}; {right}" if remark else right))
+            rows.append((label, f"{one['loss']:.3f}", f"{remark}; {right}" if remark else right))
     pairs = task["pairs"]
     left = f"; {pairs['left_out']:,} left out, whose answers are no single tokens" if pairs["left_out"] else ""
     rows.append(("Pairs of prompts", f"{pairs['used']:,}", f"{pairs['from_library']:,} of held-out library code{left}"))
@@ -127,7 +127,7 @@ def _rows(record: Mapping[str, Any], task: Mapping[str, Any]) -> list[tuple[str,
 
 
 _NUMBERS = template("""\
-<table class="numbers">
+<table class="numbers short">
 {% for label, value, remark in rows %}
   <tr><th scope="row">{{ label }}</th><td>{{ value }}</td><td>{{ remark }}</td></tr>
 {% endfor %}
@@ -159,6 +159,7 @@ def _circuit_panels(name: str, task: Mapping[str, Any], circuit: Mapping[str, An
 
 def _key_entry(line: Line2D) -> dict[str, Any]:
     dotted, colour = line.get_linestyle() == ":", str(line.get_color())
+    colour = {SPARSE: "var(--accent)", SOFT_INK: "var(--soft)"}.get(colour, colour)
     return {"label": line.get_label(), "colour": colour, "dot": line.get_marker() == "o", "dotted": dotted}
 
 

@@ -7,8 +7,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
+from matplotlib.ticker import NullLocator
 
-from spdf_jax.report.draw import INK, SERIES, SOFT_INK, SPARSE, Plot, Table, new_figure
+from spdf_jax.report.draw import INK, SERIES, SOFT_INK, SPARSE, Plot, Table, legend, new_figure
+from spdf_jax.report.words import count_tick
 
 #: Of each place: what its nodes are, in words, and their colour.
 KINDS: dict[str, tuple[str, str]] = {
@@ -23,18 +25,20 @@ KINDS: dict[str, tuple[str, str]] = {
 }
 NEGATIVE = SERIES[2]
 _ROWS = (("attn_in",), ("attn_q", "attn_k", "attn_v"), ("attn_out",), ("mlp_in",), ("mlp_neuron",), ("mlp_out",))
-_ROW_NAMES = {
-    ("attn_in",): "what attention reads",
-    ("attn_q", "attn_k", "attn_v"): "queries, keys, values",
-    ("attn_out",): "what attention writes",
-    ("mlp_in",): "what the MLP reads",
-    ("mlp_neuron",): "neurons",
-    ("mlp_out",): "what the MLP writes",
-}
-MOST_NODES, MOST_EDGES, _MOST_WEIGHTS = 120, 240, 30
+_ROW_NAMES = (
+    "attention reads",
+    "queries, keys, values",
+    "attention writes",
+    "the MLP reads",
+    "neurons",
+    "the MLP writes",
+)
+_READS, _WRITES = ("attn_in", "mlp_in"), ("attn_out", "mlp_out")
+MOST_NODES, MOST_EDGES, _MOST_WEIGHTS, _MOST_VOTES = 120, 240, 30, 24
 # In points.
-_WIDTH, _ROW_HEIGHT, _RADIUS, _MARGIN, _IN_A_ROW = 600, 62, 9, 18, 24
+_WIDTH, _ROW_HEIGHT, _RADIUS, _LEFT, _RIGHT, _IN_A_ROW, _STUB = 600, 58, 9, 118, 14, 22, 20
 _FONT, _SMALL = 8, 7
+_MIDDLE = (_LEFT + _WIDTH - _RIGHT) / 2
 
 
 class _Place(NamedTuple):
@@ -80,27 +84,31 @@ def graph(title: str, circuit: Mapping[str, Any], answers: Sequence[str]) -> Plo
     axes.set_position((0, 0, 1, 1))
     axes.set(xlim=(0, _WIDTH), ylim=(height, 0))
     axes.set_axis_off()
-    start, ends = _Place(_WIDTH / 2, 20), [_Place(_WIDTH * share, height - 16) for share in (0.35, 0.65)]
-    written = {target for source, target in joined if nodes[target]["place"] in ("attn_in", "mlp_in")}
+    start, end = _Place(_MIDDLE, 20), _Place(_MIDDLE, height - 16)
+    first = next((part for (_, kinds), part in rows.items() if kinds[0] in _READS), [[]])
+    written = {target for source, target in joined if nodes[source]["place"] in _WRITES}
     for i in shown:
-        if nodes[i]["place"] in ("attn_in", "mlp_in") and i not in written:
-            _line(axes, start, at[i], SOFT_INK, 0.7, dashes=(1, 2))
+        if nodes[i]["place"] in _READS and i not in written:
+            # From the tokens, too; but further down, a line from there would cross all that is between.
+            above = start if any(i in part for part in first) else _Place(at[i].x, at[i].y - _STUB)
+            _line(axes, above, at[i], SOFT_INK, 0.7, dashes=(1, 2))
     for source, target in joined:
         _line(axes, at[source], at[target], SOFT_INK, 0.7, dashes=(1, 2))
     heaviest = max((abs(weight) for *_, weight in edges), default=1.0)
     for source, target, weight in reversed(edges):
         _line(axes, at[source], at[target], SPARSE if weight > 0 else NEGATIVE, 0.5 + 2 * abs(weight) / heaviest)
-    votes = [edge for edge in circuit["to_answers"] if edge[0] in shown]
-    most = max((abs(weight) for *_, weight in votes), default=1.0)
+    votes = sorted((edge for edge in circuit["to_answers"] if edge[0] in shown), key=lambda edge: -abs(edge[2]))[
+        :_MOST_VOTES
+    ]
     for source, _, weight in votes:
-        _line(axes, at[source], ends[0 if weight > 0 else 1], SPARSE, 0.5 + 2 * abs(weight) / most)
+        width = 0.5 + 2 * abs(weight) / abs(votes[0][2])
+        _line(axes, at[source], end, SPARSE if weight > 0 else NEGATIVE, width)
     _write(axes, start, "the tokens of the prompt")
-    for end, answer in zip(ends, answers, strict=True):
-        _write(axes, end, f"next: {answer.strip()}")
+    _write(axes, end, f"next:  {answers[0].strip()}  rather than  {answers[1].strip()}")
     for (layer, kinds), parts in rows.items():
         y = min(at[i].y for part in parts for i in part)
-        text = f"layer {layer}: {_ROW_NAMES[kinds]}"
-        axes.text(6, y - _RADIUS - 9, text, fontsize=_FONT, color=SOFT_INK, va="center")
+        text = f"layer {layer}:\n{_ROW_NAMES[_ROWS.index(kinds)]}"
+        axes.text(4, y, text, fontsize=_FONT, color=SOFT_INK, va="center", linespacing=1.3)
     for i in shown:
         colour = KINDS[nodes[i]["place"]][1]
         axes.plot(*at[i], marker="o", markersize=2 * _RADIUS, color=colour, markeredgewidth=0, zorder=3)
@@ -108,7 +116,7 @@ def graph(title: str, circuit: Mapping[str, Any], answers: Sequence[str]) -> Plo
             *at[i], f"{nodes[i]['channel']}", fontsize=_SMALL, color="#ffffff", ha="center", va="center", zorder=4
         )
     if len(edges) <= _MOST_WEIGHTS:
-        taken = [*at.values(), start, *ends]
+        taken = [*at.values(), start, end]
         for source, target, weight in edges:
             _label(axes, at[source], at[target], f"{weight:+.2f}", taken)
     return Plot(title, figure, title, _table(nodes, circuit))
@@ -120,7 +128,7 @@ def key_lines(circuit: Mapping[str, Any]) -> list[Line2D]:
     kinds: dict[str, str] = {}  # a colour to what it stands for
     for place, (said, colour) in KINDS.items():
         if place in places:
-            kinds[colour] = " or ".join(filter(None, [kinds.get(colour, ""), said]))
+            kinds[colour] = {SERIES[0]: "read from the residual", SERIES[6]: "written to it"}.get(colour, said)
     found = [
         Line2D([], [], linestyle="none", marker="o", color=colour, label=said, markersize=7)
         for colour, said in kinds.items()
@@ -158,10 +166,10 @@ def _placed(
         for part in parts:
             above = {i: [at[source].x for source, target in links if target == i and source in at] for i in part}
             order = sorted(
-                part, key=lambda i: (kinds.index(nodes[i]["place"]), np.mean(above[i]) if above[i] else _WIDTH / 2, i)
+                part, key=lambda i: (kinds.index(nodes[i]["place"]), np.mean(above[i]) if above[i] else _MIDDLE, i)
             )
-            space = min((_WIDTH - 2 * _MARGIN) / max(len(order), 1), 90)
-            left = _WIDTH / 2 - space * (len(order) - 1) / 2
+            space = min((_WIDTH - _RIGHT - _LEFT) / len(order), 90)
+            left = _MIDDLE - space * (len(order) - 1) / 2
             at |= {i: _Place(left + space * k, y) for k, i in enumerate(order)}
             y += _ROW_HEIGHT / 2 if part is not parts[-1] else _ROW_HEIGHT
     return at, y + 10
@@ -181,8 +189,7 @@ def _label(axes: Axes, start: _Place, end: _Place, text: str, taken: list[_Place
     """A weight on its line, where there is room for it."""
     for share in (0.5, 0.35, 0.65, 0.42, 0.58):
         at = _Place(start.x + share * (end.x - start.x), start.y + share * (end.y - start.y))
-        # Names of rows begin at the left.
-        if at.x > 170 and all(abs(at.x - other.x) > 28 or abs(at.y - other.y) > 12 for other in taken):
+        if all(abs(at.x - other.x) > 28 or abs(at.y - other.y) > 12 for other in taken):
             box = {"boxstyle": "square,pad=0.1", "facecolor": "#ffffff", "edgecolor": "none"}
             axes.text(*at, text, fontsize=_SMALL, color=SOFT_INK, ha="center", va="center", bbox=box, zorder=2)
             taken.append(at)
@@ -205,7 +212,7 @@ def size_curve(title: str, curve: Sequence[Sequence[float]], target_loss: float,
       found: the circuit that was kept.
     """
     figure, axes = new_figure()
-    points = [(max(nodes, 0.5), loss) for nodes, loss in curve]
+    points = [(nodes, loss) for nodes, loss in curve]
     steps = [*points[:1], *(corner for a, b in pairwise(points) for corner in ((b[0], a[1]), b))]
     if steps:
         axes.plot(*zip(*steps, strict=True), color=SPARSE, linewidth=1.4)
@@ -214,7 +221,11 @@ def size_curve(title: str, curve: Sequence[Sequence[float]], target_loss: float,
     if found is not None:
         axes.plot(*found, color=NEGATIVE, linestyle="none", marker="o", markersize=7, label="the circuit below")
     axes.set_xscale("symlog", linthresh=1)
+    most = max((nodes for nodes, _ in curve), default=1)
+    every = (1, 10, 100, 1000, 10_000, 100_000) if most > 100 else (1, 2, 5, 10, 20, 50, 100)
+    axes.set_xticks([0, *(tick for tick in every if tick <= 1.5 * most)])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(count_tick)
     axes.set(xlabel="nodes that are on", ylabel="task loss (nats)", ylim=(0, None))
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    axes.legend(loc="upper right")
+    legend(figure)
     return Plot(title, figure, title, Table(("nodes", "task loss (nats)"), curve))

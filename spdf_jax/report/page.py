@@ -213,6 +213,7 @@ thead th { color: var(--soft); font-size: .85rem; line-height: 1.3; vertical-ali
 .texts li { margin: 0 0 .9rem; overflow-wrap: anywhere; break-inside: avoid; }
 .texts p { margin: 0; white-space: pre-line; }
 .texts strong { font-weight: 600; }
+.short td:nth-child(2) { white-space: nowrap; }
 .graph { min-width: 42rem; }
 .nodes { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 26rem), 1fr)); gap: 0 1.6rem; margin: 0;
          padding: 0; list-style: none; }
