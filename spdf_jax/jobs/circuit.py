@@ -179,6 +179,20 @@ def graph_record(
     }
 
 
+def sizes(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Of ``circuit.json`` the figures of each task that a sweep compares, without the graphs.
+
+    >>> sizes({"tasks": {"quote": {"measured": {"whole": {"loss": 0.7}}, "curve": []}}, "target_loss": 0.15})
+    {'quote': {'whole': 0.7, 'curve': [], 'target_loss': 0.15}}
+    """
+    return {
+        name: {part: len(task["circuit"][part]) for part in ("nodes", "edges") if "circuit" in task}
+        | {which: one["loss"] for which, one in task["measured"].items()}
+        | {"curve": task["curve"], "target_loss": record["target_loss"]}
+        for name, task in record["tasks"].items()
+    }
+
+
 def _rounded(one: Measured) -> dict[str, float]:
     return {"loss": round(one.loss, 6), "accuracy": round(one.accuracy, 6)}
 
