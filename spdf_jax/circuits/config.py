@@ -22,7 +22,7 @@ class CircuitConfig:
     tasks: Annotated[tuple[str, ...], OneOf(TASKS)] = ()
     pairs: Annotated[int, Range(least=20, most=10_000)] = 200
     target_loss: Annotated[float, Range(above=0, most=0.6)] = 0.15
-    steps: Count = 300
+    steps: Count = 200
     seeds: Annotated[int, Range(least=1, most=100)] = 2
 
     def __post_init__(self) -> None:

@@ -25,7 +25,7 @@ from spdf_jax.training.phases import make_plan
 from spdf_jax.training.restore import saved_run
 from spdf_jax.workdir import CIRCUIT_FILE, CIRCUIT_PAIRS_FILE, check_writable, sweep, write_atomically, write_json
 
-_LONGEST_PROMPT_TOKENS = 64
+_LONGEST_PROMPT_TOKENS = 40
 _TEXT_SEQUENCES, _SEQUENCES_AT_ONCE = 64, 8
 #: Of the library, where the run was trained on other text: none of it was seen, and some files will do.
 _SHARE_OF_LIBRARY = 0.05
