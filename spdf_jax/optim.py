@@ -36,6 +36,7 @@ class OptimizerConfig:
       momentum: Muon's, of the matrices in the layers.
       weight_decay: decoupled; on matrices and embeddings, not on biases and norms.
       clip_norm: global gradient norm, on masked gradients; 0 turns it off.
+      clip_rms: the same of the gradient's root mean square over all weights (arXiv 2511.13653), in place of `clip_norm` 0.
       regrowth: where the moments of a weight that grows back start. ``reset``: at 0; ``smet``: at 0 with a step count and a
         warm-up of its own; ``keep``: as dropped, decayed since (for comparison: masked state is then not 0).
       regrowth_warmup_steps: steps of that warm-up, for ``smet``.
@@ -54,6 +55,7 @@ class OptimizerConfig:
     momentum: Annotated[float, Range(least=0, below=1), used_by("muon")] = 0.95
     weight_decay: Annotated[float, Range(least=0)] = 0.1
     clip_norm: Annotated[float, Range(least=0)] = 1.0
+    clip_rms: Annotated[float, Range(least=0), used_with("clip_norm", 0.0)] = 0.0
     regrowth: Annotated[str, OneOf(("reset", "keep", "smet")), REGROWTH] = "reset"
     regrowth_warmup_steps: Annotated[Count, used_with("regrowth", "smet")] = 100
     density_exponent: Annotated[float, Range(least=0), SPARSE_PHASE] = 0.0
@@ -106,7 +108,8 @@ def make_optimizer(
 
 @cache  # compiled steps are known by it: of equal configs it must be one
 def _chain(config: OptimizerConfig, factory: Any, multipliers: Any, wrap: Any) -> Any:
-    clip = _clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
+    clipping = config.clip_norm or config.clip_rms
+    clip = _clip_by_global_norm(clipping, rms=config.clip_rms > 0) if clipping else optax.identity()
     step = [
         optimizers.direction(config),
         optax.add_decayed_weights(config.weight_decay, mask=_decayed),
@@ -123,9 +126,10 @@ def _decayed(params: Any) -> Any:
     return map_named(lambda name, _: name.endswith(("kernel", "embedding")), params)
 
 
-def _clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
+def _clip_by_global_norm(most: float, *, rms: bool = False) -> optax.GradientTransformation:
     # By one scalar, which XLA fuses into Adam; the quotient of `optax.clip_by_global_norm` is a pass of its own.
-    return optax.stateless(lambda g, _: optax.tree.scale(jnp.minimum(1.0, max_norm / optax.tree.norm(g)), g))
+    norm = (lambda g: optax.tree.norm(g) / optax.tree.size(g) ** 0.5) if rms else optax.tree.norm
+    return optax.stateless(lambda g, _: optax.tree.scale(jnp.minimum(1.0, most / norm(g)), g))
 
 
 def _scale_by_given_learning_rate() -> optax.GradientTransformationExtraArgs:

@@ -119,6 +119,18 @@ def check_phase(run: RunConfig, name: str, phase: PhaseConfig) -> None:
             f"config.{name}.optimizer.name: {optimizer!r} reads the parameters themselves, and rule {phase.sparsity.rule!r} "
             f"keeps values that do not compute beside them; use 'adamw', 'muon', 'lion' or 'sgd', or another rule"
         )
+    if phase.sparsity.topology_rule.choose_each_step:
+        averages = "ema_decay" if phase.ema_decay else f"optimizer.name {optimizer!r}"
+        if phase.ema_decay or optimizer == "schedule_free_adamw":
+            raise InputError(
+                f"config.{name}.{averages}: averages weights as the optimiser leaves them, of which rule "
+                f"{phase.sparsity.rule!r} then zeroes most; set ema_decay to 0 and optimizer.name to another, such as 'adamw'"
+            )
+        if phase.optimizer.regrowth == "smet":
+            raise InputError(
+                f"config.{name}.optimizer.regrowth: 'smet' counts the steps of active weights, and rule "
+                f"{phase.sparsity.rule!r} has dense moments; use 'reset'"
+            )
     if phase.sparsity.blocks and optimizer in WHOLE:
         raise InputError(
             f"config.{name}.optimizer.name: {optimizer!r} looks at whole matrices, of which sparse_compute 'blocks' stores "

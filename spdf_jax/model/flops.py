@@ -121,8 +121,9 @@ def step_flops(
 
 def _active_weights(config: GPTConfig, active: Mapping[str, int]) -> int:
     head_name = "wte/embedding" if config.tied_head else "head/kernel"
-    in_layers = {name: n for name, n in active.items() if name != head_name}
-    missing = sum(_leaf_size(config, name) - n for name, n in in_layers.items())
+    added = ("wte/embedding", "wpe/embedding")  # not multiplied by, as no bias is
+    in_layers = {n: k for n, k in active.items() if n != head_name and n not in added and not n.endswith("/bias")}
+    missing = sum(_leaf_size(config, name) - k for name, k in in_layers.items())
     return linear_size(config) + taps_size(config) - missing + active.get(head_name, head_size(config))
 
 

@@ -82,8 +82,7 @@ class Layer(nn.Module):
         return at_place(self, place, x_BTF) if special or self.is_mutable_collection("places") else x_BTF
 
     def _attention(self, x_BTD: jax.Array, *places_BT: jax.Array | None) -> jax.Array:
-        c, (positions_BT, segments_BT) = self.config, places_BT
-        x_BTD = self._at("attn_in", x_BTD)
+        c, (positions_BT, segments_BT), x_BTD = self.config, places_BT, self._at("attn_in", x_BTD)
 
         def project(name: str, x_BTD: jax.Array) -> jax.Array:
             y_BTD = _linear(c, (c.n_head if name == "q" else c.kv_heads) * c.head_width, f"attn_{name}")(x_BTD)
@@ -103,7 +102,7 @@ class Layer(nn.Module):
             "attn_out", _linear(c, c.d_model, "attn_o", residual=True)(y_BTHK.reshape(*x_BTD.shape[:2], -1))
         )
 
-    def _attend(self, positions_BT: jax.Array | None, *qkv_BTHK: jax.Array, segments_BT: Any, **how: Any) -> jax.Array:
+    def _attend(self, positions_BT: jax.Array | None, *qkv_BTHK: Any, segments_BT: Any, **how: Any) -> jax.Array:
         """With a sink, over a cache, or both."""
         c, zeros = self.config, nn.initializers.zeros
         sink_H = self.param("sink", zeros, (c.n_head,)) if c.attention_sink else None

@@ -210,7 +210,8 @@ def lower_steps(config: RunConfig, plan: PhasePlan, mesh: Mesh) -> list[tuple[st
     pattern, width = plan.programme.attention(0)
 
     with jax.set_mesh(mesh):
-        train = steps.train.lower(state, batch_ABT, pattern=pattern, width=width)
+        chosen = [target_nnz] if rule.choose_each_step else []
+        train = steps.train.lower(state, batch_ABT, *chosen, pattern=pattern, width=width)
         if not rule.moves:
             return [("train step", train)]
         topology = steps.topology.lower(state, batch_ABT, *targets, pattern=pattern, width=width)

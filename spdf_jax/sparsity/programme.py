@@ -5,16 +5,15 @@ steps are topology steps, what they aim for, and what every step costs. A resume
 """
 
 import bisect
-import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from itertools import chain, pairwise
+from itertools import chain
 from typing import Annotated, Any, NamedTuple
 
 from spdf_jax.errors import InputError
-from spdf_jax.fields import Count, Line, OneOf, Range, Share, Used, check_fields, used_with
+from spdf_jax.fields import Count, CountOrZero, Line, OneOf, Range, Share, Used, check_fields, used_with
 from spdf_jax.ops import attention_patterns
 from spdf_jax.sparsity import schedules
 from spdf_jax.sparsity.block_topology import block_grid
@@ -22,9 +21,10 @@ from spdf_jax.sparsity.distributions import DISTRIBUTIONS, MatrixGroup, target_c
 from spdf_jax.sparsity.one_shot import CALIBRATED_METHODS, PRUNING_METHODS
 from spdf_jax.sparsity.patterns import parse_pattern
 from spdf_jax.sparsity.rules import RULES, check_rule, check_score
+from spdf_jax.sparsity.topk import check_floor
 from spdf_jax.sparsity.topology import Rule
 
-SCHEDULES = ("constant", "cubic", "three_phases", "table", "alternate")
+SCHEDULES = ("constant", "linear", "cubic", "three_phases", "table", "alternate")
 
 # What uses which field of `SparsityConfig`.
 SPARSE = Used(lambda c: not c.dense, "rules other than 'dense'")
@@ -42,6 +42,7 @@ CHOSEN = Used(
     "masks that are sparse from the first step and that the rule does not choose itself",
 )
 CALIBRATED = Used(lambda c: c.init in CALIBRATED_METHODS, f"an init out of {', '.join(CALIBRATED_METHODS)}")
+EVERY_STEP = Used(lambda c: c.topology_rule.choose_each_step is not None, "rules that choose at every step: 'topk'")
 WINDOW = Used(lambda c: c.attention_end > c.attention_start, "phases with attention_end above attention_start")
 ATTENTION = Used(lambda c: c.attention_pattern != "causal", "an attention_pattern other than 'causal'")
 
@@ -57,8 +58,8 @@ class SparsityConfig:
       pattern: ``unstructured`` | ``N:M`` | ``blockB``, see `spdf_jax.sparsity.patterns`.
       sparse_compute: ``masked``: dense products of masked weights; ``blocks``: live blocks alone are stored and computed, the
         same number in every row and column of blocks (`spdf_jax.sparsity.blocks`). For ``constant`` sparsity in ``blockB``.
-      schedule: ``constant`` | ``cubic`` | ``three_phases`` (MST) | ``table`` | ``alternate`` (AC/DC).
-      ramp_end: progress at which ``cubic`` arrives, MST's warm-up ends, or AC/DC's dense one.
+      schedule: ``constant`` | ``linear`` | ``cubic`` | ``three_phases`` (MST) | ``table`` | ``alternate`` (AC/DC).
+      ramp_end: progress at which ``linear`` and ``cubic`` arrive, MST's warm-up ends, or AC/DC's dense one.
       ultra_end: progress at which MST's ultra-sparse phase ends; from it on ``alternate`` stays sparse.
       restoration_end: progress at which MST's restoration has arrived at dense.
       cycles: pairs of a sparse and a dense turn of ``alternate``.
@@ -69,6 +70,8 @@ class SparsityConfig:
       drop_fraction: initial share exchanged; -1 takes the rule's.
       exploration: share of the weights that get gradients without being active (Top-KAST); -1 takes the rule's.
       sparsify_head: whether the output head (tied to the embedding or not) is sparse too.
+      leaves: ``kernels`` of the layers, or ``all``: embeddings, head and biases of linear layers too, as in arXiv 2511.13653.
+      floor_per_neuron: weights that each output of a layer's kernel keeps at least (`spdf_jax.sparsity.topk`).
       init: ``random`` or ``magnitude`` initial masks; ``wanda``, ``sparsegpt``: a dense model pruned by `spdf_jax.prune_once`.
       calibration_sequences: how many of the phase's first training sequences these look at, in whole batches.
       attention_pattern: which keys a query sees between the next two; see `spdf_jax.ops.attention_patterns`.
@@ -83,7 +86,7 @@ class SparsityConfig:
     pattern: Annotated[Line, SPARSE] = "unstructured"
     sparse_compute: Annotated[str, OneOf(("masked", "blocks")), SPARSE] = "masked"
     schedule: Annotated[str, OneOf(SCHEDULES), SPARSE] = "constant"
-    ramp_end: Annotated[Share, used_with("schedule", "cubic", "three_phases", "alternate")] = 0.1
+    ramp_end: Annotated[Share, used_with("schedule", "linear", "cubic", "three_phases", "alternate")] = 0.1
     ultra_end: Annotated[Share, used_with("schedule", "three_phases", "alternate")] = 0.75
     restoration_end: Annotated[Share, used_with("schedule", "three_phases")] = 0.9
     cycles: Annotated[Count, used_with("schedule", "alternate")] = 5
@@ -92,7 +95,9 @@ class SparsityConfig:
     stop_fraction: Annotated[Share, EXCHANGE] = 1.0
     drop_fraction: Annotated[float, Range(least=0, most=1, special=-1), SHARE] = -1.0
     exploration: Annotated[float, Range(least=0, most=1, special=-1), EXPLORED] = -1.0
-    sparsify_head: Annotated[bool, SPARSE] = False
+    sparsify_head: Annotated[bool, Used(lambda c: not c.dense and c.leaves != "all", "leaves 'kernels'")] = False
+    leaves: Annotated[str, OneOf(("kernels", "all")), SPARSE] = "kernels"
+    floor_per_neuron: Annotated[CountOrZero, EVERY_STEP] = 0
     init: Annotated[str, OneOf(("random", *PRUNING_METHODS)), CHOSEN] = "random"
     calibration_sequences: Annotated[Count, CALIBRATED] = 128
     attention_pattern: Annotated[str, OneOf(attention_patterns.PATTERNS), WINDOW] = "causal"
@@ -110,7 +115,7 @@ class SparsityConfig:
                 f"sparsity.schedule: rule {self.rule!r} cannot follow {self.schedule!r}; "
                 f"use {' or '.join(map(repr, follows))}, or another rule"
             )
-        if parse_pattern(self.pattern).m > 1 and self.schedule in ("cubic", "three_phases"):
+        if parse_pattern(self.pattern).m > 1 and self.schedule in ("linear", "cubic", "three_phases"):
             raise InputError(
                 f"sparsity.schedule: pattern {self.pattern} has one sparsity besides 0 and cannot follow {self.schedule!r}; "
                 f"use 'constant', 'table' or 'alternate'"
@@ -122,6 +127,10 @@ class SparsityConfig:
                 f"sparsity.stop_fraction: {self.stop_fraction:g} ends the topology steps before schedule {self.schedule!r} "
                 f"has arrived, at {self.curve.turns[-1]:g}; use at least that, or shorten the schedule"
             )
+        for name, value in {"pattern": "unstructured", "distribution": "uniform"}.items():
+            least = "leaves 'all'" if self.leaves == "all" and not self.dense else f"rule {self.rule!r}"
+            if getattr(self, name) != value and (least[0] == "l" or self.topology_rule.choose_each_step):
+                raise InputError(f"sparsity.{name}: {getattr(self, name)!r} does not go with {least}; use {value!r}")
         if self.blocks:
             self._check_blocks()
 
@@ -167,7 +176,7 @@ class SparsityConfig:
     @cached_property  # asked for at every step of a plan
     def topology_rule(self) -> Rule:
         """The rule with this config's pattern, drop fraction and exploration."""
-        rule = RULES["static" if self.dense else self.rule]._replace(pattern=self.pattern)
+        rule = RULES["static" if self.dense else self.rule]._replace(pattern=self.pattern, floor=self.floor_per_neuron)
         if self.drop_fraction >= 0:
             rule = rule._replace(drop_fraction=self.drop_fraction)
         return rule if self.exploration < 0 else rule._replace(exploration=self.exploration)
@@ -175,6 +184,8 @@ class SparsityConfig:
     @cached_property
     def curve(self) -> schedules.Curve:
         """Sparsity over progress."""
+        if self.schedule == "linear":
+            return schedules.linear(self.sparsity, 0.0, self.ramp_end)
         if self.schedule == "cubic":
             return schedules.cubic(self.sparsity, 0.0, self.ramp_end)
         if self.schedule == "three_phases":
@@ -216,7 +227,8 @@ class Programme:
         # Counts depend on the sparsity aimed at alone, and a run of 600,000 steps aims at a few thousand values.
         self.counts_for = lru_cache(maxsize=None)(self._solve)
         self.alike = lru_cache(maxsize=None)(self._alike)
-        self.turning_steps = [] if config.dense else self._turning_steps()
+        every, name = config.update_every_steps, config.schedule
+        self.turning_steps = [] if config.dense else schedules.turning_steps(config.curve, total_steps, every, name)
         self._turning = frozenset(self.turning_steps)
         self._aim = lru_cache(maxsize=None)(lambda step: config.curve(self._progress(step)))
         stop = round(config.stop_fraction * total_steps)
@@ -224,10 +236,15 @@ class Programme:
         if config.topology_rule.moves:
             self._check_moves()
         counts = self.counts(0)  # raises where a matrix does not divide into the pattern
+        if config.floor_per_neuron:
+            sparsest = self.counts_for(max(config.curve(turn) for turn in (0.0, *config.curve.turns)))
+            check_floor(config.floor_per_neuron, {n: (self.groups[n].shape, k) for n, k in sparsest.items()})
         check_score(config.rule, config.topology_rule, [self._scored(name, counts[name]) for name in self.groups])
 
     def level(self, step: int) -> float:
         """The sparsity last aimed at before `step`: that of the last topology step, or of the initial masks."""
+        if self.config.topology_rule.choose_each_step:
+            return self._aim(step)
         if not self.config.topology_rule.moves or step <= 0:
             return self.config.curve(0.0)
         last = min(step - 1, self.last_step)
@@ -259,7 +276,7 @@ class Programme:
         for name, active in self.counts(step).items():
             size = self.groups[name].size
             all_of_them = target and rule.grows_by_gradient(active, target.counts[name], size, target.drop_fraction)
-            needed[name] = size if all_of_them else rule.explored_count(active, size)
+            needed[name] = size if all_of_them or rule.choose_each_step else rule.explored_count(active, size)
         return needed
 
     def attention(self, step: int) -> tuple[str, int]:
@@ -297,28 +314,6 @@ class Programme:
             turn > step / self.total_steps for turn in self.config.curve.turns
         )
         return 1.0 if beyond else step / self.total_steps
-
-    def _turning_steps(self) -> list[int]:
-        """Where the schedule turns, in steps, and the quarters of ramps that the interval would make jumps of."""
-        config, steps = self.config, self.total_steps
-        at = {0.0: 0}
-        for turn in config.curve.turns:
-            near = math.ceil(turn * steps)  # which the product's rounding may put one off
-            at[turn] = min(steps - 1, next(t for t in (near - 1, near, near + 1) if t / steps >= turn))
-        crowded = [(p, q) for p, q in pairwise(at) if at[q] <= at[p]]
-        crowded += [(p, q) for p, q in config.curve.ramps if at[q] < at[p] + 2]
-        for p, q in crowded:
-            raise InputError(
-                f"sparsity.schedule: {config.schedule!r} has no room from {p:g} to {q:g} of a phase of {steps} steps; make the "
-                f"phase longer, or its turns fewer or further apart"
-            )
-        quarters = {
-            at[p] + n * (at[q] - at[p]) // 4
-            for p, q in config.curve.ramps
-            if at[q] - at[p] < 2 * config.update_every_steps
-            for n in (1, 2, 3)
-        }
-        return sorted({*at.values(), *quarters} - {0})
 
     def _check_moves(self) -> None:
         """Raises `InputError` where no topology step would change a mask."""

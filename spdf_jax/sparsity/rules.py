@@ -43,6 +43,7 @@ import jax.numpy as jnp
 
 from spdf_jax.errors import InputError, line_of, one_line
 from spdf_jax.sparsity.select import order_keys
+from spdf_jax.sparsity.topk import every_weight, keep_largest_weights
 from spdf_jax.sparsity.topkast import choose_by_magnitude, explore
 from spdf_jax.sparsity.topology import Rule
 
@@ -68,6 +69,7 @@ RULES: dict[str, Rule] = {
     "gmp": Rule(drop_fraction=0.0, gradient_share=1.0, schedules=("cubic", "table")),
     "acdc": Rule(drop_fraction=0.0, gradient_share=1.0, schedules=("alternate",)),
     "topkast": Rule(drop_fraction=0.0, exploration=0.3, optimizer=explore, choose_masks=choose_by_magnitude),
+    "topk": Rule(moves=False, optimizer=every_weight, choose_each_step=keep_largest_weights),
 }
 OWN_RULES = dict(RULES)  # this library's
 
@@ -101,9 +103,9 @@ def check_rule(name: str) -> None:
         value = getattr(rule, share)
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
             raise InputError(f"sparsity.rule: the {share} of {name!r} is {value!r}; it must be a number from 0 to 1")
-    for function in ("drop_score", "optimizer", "choose_masks"):
+    for function in ("drop_score", "optimizer", "choose_masks", "choose_each_step"):
         value = getattr(rule, function)
-        if not callable(value) and not (function == "choose_masks" and value is None):
+        if not callable(value) and not (function.startswith("choose") and value is None):
             raise InputError(f"sparsity.rule: the {function} of {name!r} is {value!r}; it must be a function")
 
 

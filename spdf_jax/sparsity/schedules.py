@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from typing import NamedTuple
 
 from spdf_jax.errors import InputError
@@ -37,6 +38,18 @@ def constant(sparsity: float) -> Curve:
     """The same sparsity throughout (SPDF, SET, RigL)."""
     check_sparsity(sparsity)
     return Curve(lambda p: sparsity)
+
+
+def linear(sparsity: float, start: float = 0.0, end: float = 1.0) -> Curve:
+    """From 0 at `start` to `sparsity` at `end` in a straight line (Gao et al. 2025, arXiv 2511.13653).
+
+    >>> linear(0.75, 0.0, 0.5)(0.25)
+    0.375
+    """
+    check_sparsity(sparsity)
+    _check_order("linear", (0.0, start, end, 1.0))
+    slopes = _slopes((start, end))
+    return Curve(lambda p: sparsity * min(1.0, (p - start) / (end - start) if slopes else 1.0), ramps=slopes)
 
 
 def cubic(sparsity: float, start: float = 0.0, end: float = 1.0) -> Curve:
@@ -105,6 +118,35 @@ def cosine_drop_fraction(initial: float, progress: float, start: float, end: flo
     if end <= start:
         return 0.0
     return initial / 2 * (1 + math.cos(math.pi * min(1.0, max(0.0, (progress - start) / (end - start)))))
+
+
+def turning_steps(curve: Curve, total_steps: int, update_every_steps: int, name: str) -> list[int]:
+    """Where a schedule turns, in steps of a phase, and the quarters of ramps that the interval would make jumps of.
+
+    Raises:
+      InputError: a phase too short for them; `name` is what the schedule is called.
+
+    >>> turning_steps(three_phases(0.9, 0.1, 0.75, 0.9), 1000, 100, "three_phases")
+    [25, 50, 75, 100, 750, 787, 825, 862, 900]
+    """
+    at = {0.0: 0}
+    for turn in curve.turns:
+        near = math.ceil(turn * total_steps)  # which the product's rounding may put one off
+        at[turn] = min(total_steps - 1, next(t for t in (near - 1, near, near + 1) if t / total_steps >= turn))
+    crowded = [(p, q) for p, q in pairwise(at) if at[q] <= at[p]]
+    crowded += [(p, q) for p, q in curve.ramps if at[q] < at[p] + 2]
+    for p, q in crowded:
+        raise InputError(
+            f"sparsity.schedule: {name!r} has no room from {p:g} to {q:g} of a phase of {total_steps} steps; make the "
+            f"phase longer, or its turns fewer or further apart"
+        )
+    quarters = {
+        at[p] + n * (at[q] - at[p]) // 4
+        for p, q in curve.ramps
+        if at[q] - at[p] < 2 * update_every_steps
+        for n in (1, 2, 3)
+    }
+    return sorted({*at.values(), *quarters} - {0})
 
 
 def _cubic_in(p: float, start: float, end: float) -> float:

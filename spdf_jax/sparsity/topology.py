@@ -44,6 +44,8 @@ class Rule(NamedTuple):
       pattern: inside a leaf, see `spdf_jax.sparsity.patterns`; a run takes its config's.
       exploration: share of a matrix's weights that get gradients at every step without being active (Top-KAST's M).
       optimizer: what keeps masked weights at zero, around the optimiser: `spdf_jax.sparse`, or the rule's own.
+      floor: weights that each output of a layer's kernel keeps at least; a run takes its config's.
+      choose_each_step: chooses masks after every optimiser step, without topology steps: see `spdf_jax.sparsity.topk`.
       choose_masks: a topology step of the rule's own, which chooses all masks anew, at the very first step too; None stands
         for `move_masks`.
     """
@@ -57,6 +59,8 @@ class Rule(NamedTuple):
     exploration: float = 0.0
     optimizer: Callable[[optax.GradientTransformation], optax.GradientTransformationExtraArgs] = sparse
     choose_masks: Callable[..., tuple[Any, Any, Any]] | None = None
+    choose_each_step: Callable[..., tuple[Any, Any]] | None = None
+    floor: int = 0
 
     def explored_count(self, active: Any, size: int) -> Any:
         """Weights of a matrix that get gradients when `active` of its `size` compute; whole units of the pattern."""

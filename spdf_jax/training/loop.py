@@ -154,11 +154,16 @@ def one_step(steps: Steps, plan: PhasePlan, local: int, state: TrainState, batch
     """Dispatches step `local` of a phase: a topology step or an optimiser step."""
     pattern, width = plan.programme.attention(local)
     target = plan.programme.topology(local)
+
+    def target_nnz(counts: Mapping[str, int]) -> dict[str, np.ndarray]:
+        return {name: np.full((plan.programme.groups[name].count,), n, np.int32) for name, n in counts.items()}
+
     if target is None:
-        return steps.train(state, batch_ABT, pattern=pattern, width=width)
-    target_nnz = {name: np.full((plan.programme.groups[name].count,), n, np.int32) for name, n in target.counts.items()}
+        chosen = plan.programme.config.topology_rule.choose_each_step is not None
+        targets = [target_nnz(plan.programme.counts(local + 1))] if chosen else []
+        return steps.train(state, batch_ABT, *targets, pattern=pattern, width=width)
     drop_fraction = np.float32(target.drop_fraction)
-    return steps.topology(state, batch_ABT, target_nnz, drop_fraction, pattern=pattern, width=width)
+    return steps.topology(state, batch_ABT, target_nnz(target.counts), drop_fraction, pattern=pattern, width=width)
 
 
 def device_batches(feed: Feed, mesh: Mesh, plan: PhasePlan, start_batch: int) -> Iterator[Any]:

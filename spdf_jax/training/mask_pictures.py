@@ -36,7 +36,7 @@ def save_mask_pictures(workdir: Path, step: int, masks: Any) -> None:
         if mask.ndim == 3 and name.startswith(("blocks/attn_q", "blocks/mlp_up")):
             for layer in sorted({0, mask.shape[0] - 1}):
                 pictures |= picture_of(f"{name}/{layer}", _whole(mask[layer]))
-        elif mask.ndim == 2:
+        elif mask.ndim == 2 and not name.endswith("bias"):  # a line a layer
             pictures |= picture_of(name, _whole(mask))
     save_mask_picture(workdir, step, pictures)
 

@@ -119,7 +119,7 @@ def own_plan(tx: Any, params: Any, programme: Any, eval_every_steps: int) -> Pha
 @lru_cache(maxsize=8)  # compiled steps are known by it
 def _held_at_zero(tx: optax.GradientTransformation, rule: Rule) -> optax.GradientTransformationExtraArgs:
     """As the rule has it. What is wrapped already may be wrapped once more: it computes the same."""
-    return rule.optimizer(tx) if rule.moves else sparse(tx, moving=False)
+    return rule.optimizer(tx) if rule.moves or rule.choose_each_step else sparse(tx, moving=False)
 
 
 def _filter_of(groups: Mapping[str, MatrixGroup], params: Any) -> Filter:

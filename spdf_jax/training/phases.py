@@ -119,7 +119,8 @@ class PhasePlan:
             return set()
         steps, every = self.config.steps, self.programme.alike(self.config.steps + 1)
         sparsest = max(every, key=lambda step: (self.programme.sparsity(step), -step))
-        moves = self.programme.config.topology_rule.moves
+        rule = self.programme.config.topology_rule
+        moves = rule.moves or rule.choose_each_step is not None
         return {0, sparsest, steps} | {eighth * steps // 8 for eighth in range(1, 8) if moves}
 
 

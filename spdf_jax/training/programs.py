@@ -17,7 +17,7 @@ class Steps(NamedTuple):
     """Compiled functions of one phase; `pattern` and `width` are static keywords of all three.
 
     Attributes:
-      train: ``(state, batch_ABT) -> (state, metrics)``.
+      train: ``(state, batch_ABT) -> (state, metrics)``; ``target_nnz`` too where the rule chooses masks at every step.
       topology: ``(state, batch_ABT, target_nnz, drop_fraction) -> (state, metrics)``.
       evaluate: ``(variables, batch_BT) -> (loss sum, weight sum)``, `TrainState.variables`.
     """
@@ -51,11 +51,31 @@ def make_steps(
       `Steps`.
     """
     how: Any = {"donate": "state", "out": (shardings, None) if shardings is not None else None}
+    train: Any = (train_step, model, tx, learning_rate)
+    if rule.choose_each_step:
+        train = (_step_and_choose, *train[1:], rule)
     return Steps(
-        train=_program(train_step, model, tx, learning_rate, **how),
+        train=_program(*train, **how),
         topology=_program(topology_step, model, tx, rule, regrowth, **how),
         evaluate=_program(eval_step, model),
     )
+
+
+def _step_and_choose(
+    model: Model,
+    tx: Any,
+    learning_rate: Any,
+    rule: Rule,
+    state: TrainState,
+    batch_ABT: Any,
+    target_nnz: Any,
+    **how: Any,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """An optimiser step, and masks by what it made of the weights: of a rule that chooses them at every step."""
+    assert rule.choose_each_step is not None, "one of these rules"
+    state, metrics = train_step(model, tx, learning_rate, state, batch_ABT, **how)
+    params, masks = rule.choose_each_step(state.params, state.masks, target_nnz, rule)
+    return state.replace(params=params, masks=masks), metrics
 
 
 def _program(step: Callable[..., Any], *bound: Any, donate: str = "", out: Any = None) -> Any:

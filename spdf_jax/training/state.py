@@ -22,6 +22,7 @@ from spdf_jax.sparsity.regrowth import reset_masked_state
 from spdf_jax.sparsity.topology import fit_masks
 from spdf_jax.training.average import AverageState
 from spdf_jax.tree import (
+    ALL_WEIGHTS,
     LINEAR_KERNELS,
     LINEAR_KERNELS_AND_HEAD,
     LINEAR_KERNELS_AND_TIED_HEAD,
@@ -102,6 +103,8 @@ def _average(state: Any, params: Any, masks: Any) -> Any:
 
 def sparse_filter(config: SparsityConfig, tied_head: bool) -> Filter:
     """Which leaves of `spdf_jax.GPT` are sparse."""
+    if config.leaves == "all":
+        return ALL_WEIGHTS
     if not config.sparsify_head:
         return LINEAR_KERNELS
     return LINEAR_KERNELS_AND_TIED_HEAD if tied_head else LINEAR_KERNELS_AND_HEAD
