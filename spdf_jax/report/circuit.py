@@ -18,14 +18,15 @@ from spdf_jax.report.words import percent
 from spdf_jax.workdir import CIRCUIT_FILE, read_json
 
 CIRCUIT_PAGE = "circuit.html"
-_UNFOLDED_NODES, _MOST_LISTED, _MOST_NAMED = 24, 200, 8
+_UNFOLDED_NODES, _MOST_LISTED, _MOST_NAMED = 24, 200, 5
 
 
-def write_circuits(folder: Path) -> Path:
+def write_circuits(workdir: Path, output: Path | None = None) -> Path:
     """Writes `circuit.html` and its figures, atomically, from the `circuit.json` in a folder.
 
     Args:
-      folder: where that is.
+      workdir: where that is.
+      output: the folder to write into, by default `workdir`.
 
     Returns:
       The path of the page.
@@ -33,10 +34,10 @@ def write_circuits(folder: Path) -> Path:
     Raises:
       InputError: no such file, or not as `--job circuit` wrote it.
     """
-    folder = located(folder)
+    file, folder = located(workdir) / CIRCUIT_FILE, located(output or workdir)
     fix = "make it again by --job circuit"
-    record = read_json(folder / CIRCUIT_FILE, fix)
-    with reading(f"{folder / CIRCUIT_FILE}: no circuits", fix), matplotlib.rc_context(STYLE):
+    record = read_json(file, fix)
+    with reading(f"{file}: no circuits", fix), matplotlib.rc_context(STYLE):
         panels = [
             _how_to_read(record),
             *(panel for name, task in record["tasks"].items() for panel in _panels(record, name, task)),
@@ -233,7 +234,7 @@ def _visible(text: str) -> str:
 _NODES = template("""\
 {% macro one(node) %}
 <li><h3>{{ node.name }}</h3>
-  <p class="soft">Without it the loss is {{ node.effect }} nats. Its mean is {{ node.mean }}.
+  <p class="soft">{{ node.effect }} nats without it. Its mean is {{ node.mean }}.
     {% if node.into %} From {{ node.into }}.{% endif %}
     {% if node.out %} To {{ node.out }}.{% endif %}
     {% if node.answer %} To the first answer over the second: {{ node.answer }}.{% endif %}</p>
