@@ -27,7 +27,7 @@ python -m spdf_jax.main --config FILE[:VARIANT] [flags] [--config.section.key=va
 python -m spdf_jax.main --workdir RUN [flags] [--config.section.key=value ...]      of a run that is there
 python -m spdf_jax.main --job compare RUN1 RUN2 ... [--output DIR]"""
 #: Each is a module of `spdf_jax.jobs`; those that a sweep has, with theirs.
-JOBS = ("train", "evaluate", "generate", "export", "prune", "circuit", "plan", "report", "compare")
+JOBS = ("train", "evaluate", "generate", "export", "prune", "plan", "circuit", "report", "compare")
 SWEEP_JOBS = {"train": "sweep", "plan": "plan", "report": "report"}
 
 _CONFIG = config_flags.DEFINE_config_file(

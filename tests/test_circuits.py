@@ -95,7 +95,7 @@ def text(seed=1):
     return [tokens_BT]
 
 
-HOW = CircuitConfig(steps=60, seeds=1)
+HOW = CircuitConfig(search_steps=60, searches=1)
 
 
 @pytest.fixture(scope="module")

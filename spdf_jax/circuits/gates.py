@@ -101,7 +101,7 @@ def find_circuit(
       params: its parameters.
       means: of its nodes, see `mean_activations`.
       task: its first half teaches the gates, its second is held against them.
-      config: target, steps, seeds.
+      config: target, steps, searches.
       seed: of what is drawn; the same gives the same circuit.
 
     Returns:
@@ -114,8 +114,8 @@ def find_circuit(
     if measured["whole"].loss > config.target_loss:
         return Circuit(None, curve, measured)
     best = off if measured["nothing"].loss <= config.target_loss else on
-    for turn in range(config.seeds):
-        for gates in search.learned(config.steps, seed * config.seeds + turn):
+    for turn in range(config.searches):
+        for gates in search.learned(config.search_steps, seed * config.searches + turn):
             loss = search.measure(gates).loss
             curve.append((search.size(gates), loss))
             if loss <= config.target_loss and search.size(gates) < search.size(best):

@@ -36,7 +36,7 @@ class Prompts(NamedTuple):
 
     def part(self, which: slice | np.ndarray) -> "Prompts":
         """The arrays of some of the pairs."""
-        return Prompts(*(array[which] for array in self[:4]))
+        return Prompts(self.tokens_P2T[which], self.last_P2[which], self.right_P2[which], self.wrong_P2[which])
 
 
 def prompts(name: str, tokenizer: Tokenizer, texts: Sequence[str], *, count: int, longest: int, seed: int) -> Prompts:

@@ -85,7 +85,7 @@ def graph(title: str, circuit: Mapping[str, Any], answers: Sequence[str]) -> Plo
     axes.set(xlim=(0, _WIDTH), ylim=(height, 0))
     axes.set_axis_off()
     start, end = _Place(_MIDDLE, 20), _Place(_MIDDLE, height - 16)
-    first = next((part for (_, kinds), part in rows.items() if kinds[0] in _READS), [[]])
+    first: list[list[int]] = next((part for (_, kinds), part in rows.items() if kinds[0] in _READS), [[]])
     written = {target for source, target in joined if nodes[source]["place"] in _WRITES}
     for i in shown:
         if nodes[i]["place"] in _READS and i not in written:
