@@ -1,7 +1,7 @@
 """Folders of Hugging Face `transformers`: write one that it opens as it is, read one that it wrote.
 
 What is a family's own, its names, layout and config, is in `gpt2` and `llama`, a mapping and a config each; files are written
-and read by `folder`, whatever the model.
+and read by `folder`, whatever the model. `circuit_sparsity` is read alone: transformers has no such model.
 """
 
 import functools
@@ -17,7 +17,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from spdf_jax.errors import InputError
-from spdf_jax.huggingface import gpt2, llama
+from spdf_jax.huggingface import circuit_sparsity, gpt2, llama
 from spdf_jax.huggingface.folder import (
     DTYPES,
     Place,
@@ -38,6 +38,7 @@ from spdf_jax.model.gpt import GPT
 from spdf_jax.sparsity.masks import check_masks
 from spdf_jax.tree import map_named
 
+_TIED = ("tie_word_embeddings", "tied_unembed")
 _FAMILIES = {kind: family for family in (gpt2, llama) for kind in family.TYPES}
 
 
@@ -137,12 +138,14 @@ def _tensor(config: GPTConfig, params: Any, masks: Any, place: Place) -> np.ndar
 
 
 def load_model(folder: str | PathLike[str]) -> tuple[GPTConfig, Any]:
-    """Reads a GPT-2, Llama, Qwen2 or Qwen3 that transformers, or `save_model`, wrote.
+    """Reads a GPT-2, Llama, Qwen2 or Qwen3 that transformers, or `save_model`, wrote; or one of ``openai/circuit_sparsity``.
 
     Args:
       folder: with ``config.json`` and ``model.safetensors``, or the parts that ``model.safetensors.index.json`` names.
         Weights may be float32, float16 or bfloat16, their names with or without the family's prefix, ``transformer.`` or
-        ``model.``. Its tokenizer is read by `spdf_jax.data.load_tokenizer`.
+        ``model.``. With ``beeg_config.json`` in the place of ``config.json``, it is a weight-sparse transformer of Gao et al.
+        2025 (arXiv 2511.13653), its released pickle written as ``model.safetensors``. A tokenizer is read by
+        `spdf_jax.data.load_tokenizer`.
 
     Returns:
       The config, with float32 compute, of GPT-2 with biases and the rate of its residual dropout (ours has none on attention
@@ -158,20 +161,26 @@ def load_model(folder: str | PathLike[str]) -> tuple[GPTConfig, Any]:
     spdf_jax.errors.InputError: absent/config.json: no such file; give a folder as transformers' save_pretrained writes it
     """
     folder = Path(folder)
-    path = folder / "config.json"
+    beeg = folder / circuit_sparsity.CONFIG_FILE
+    path = beeg if beeg.exists() else folder / "config.json"
     content = read_json_file(path)
     kind = content.get("model_type")
-    if not isinstance(kind, str) or kind not in _FAMILIES:
+    if path != beeg and (not isinstance(kind, str) or kind not in _FAMILIES):
         raise InputError(f"{path}: model_type is {kind!r}; only {', '.join(_FAMILIES)} can be read, give such a model")
-    family = _FAMILIES[kind]
+    family: Any = circuit_sparsity if path == beeg else _FAMILIES[kind]
     config: GPTConfig = family.read_config(path, content)
     stored = functools.partial(stored_tensors, folder, family.PREFIX, family.LEFT_OUT)
     with stored() as tensors:
         if config.n_layer > len(tensors):  # said before a list of names is made as long as the file demands
             raise InputError(
-                f"{folder}: config.json says {config.n_layer} layers for {len(tensors)} tensors; get both again"
+                f"{folder}: {path.name} says {config.n_layer} layers for {len(tensors)} tensors; get both again"
             )
         places = family.places(config)
+        if family is circuit_sparsity:
+            places = {name: place for name, place in places.items() if not family.absent(content, name)}
+            bias = tensors.pop(family.LOGITS_BIAS, None)
+            if bias is not None and bias[:].any():
+                raise InputError(f"{folder}: {family.LOGITS_BIAS} is not 0, and our GPT has none; give another model")
         embedding = next(name for name, place in places.items() if place.leaves == ("wte/embedding",))
         wanted = {name: place.shape for name, place in places.items()}
         head_twice = config.tied_head and "lm_head.weight" in tensors
@@ -185,7 +194,7 @@ def load_model(folder: str | PathLike[str]) -> tuple[GPTConfig, Any]:
             for part in _columns(config.d_model)
         ):
             raise InputError(
-                f"{folder}: lm_head.weight differs from {embedding}, which tie_word_embeddings in config.json says are one; "
+                f"{folder}: lm_head.weight differs from {embedding}, which {_TIED[path == beeg]} in {path.name} says are one; "
                 f"set it to false to keep both"
             )
     return config, _read_params(config, places, folder, stored)
@@ -202,7 +211,7 @@ def _read_params(config: GPTConfig, places: dict[str, Place], folder: Path, stor
     wanted = jax.eval_shape(GPT(config).init, jax.random.key(0), tokens_BT)["params"]
     ours, found = shapes(wanted), {}
     for leaf in sorted(ours, key=lambda leaf: -math.prod(ours[leaf])):
-        array = np.empty(ours[leaf], np.float32)
+        array = np.zeros(ours[leaf], np.float32)
         with (
             stored() as tensors
         ):  # opened anew, since what was read of a mapped file stays in memory until it is closed
@@ -210,7 +219,7 @@ def _read_params(config: GPTConfig, places: dict[str, Place], folder: Path, stor
                 if leaf in place.leaves:
                     at = place.leaves.index(leaf) * ours[leaf][-1]
                     part = slice(None) if len(place.leaves) == 1 else slice(at, at + ours[leaf][-1])
-                    tensor = read_tensor(folder, tensors, name, part)
+                    tensor = read_tensor(folder, tensors, name, part, rows=place.transposed)
                     array[... if place.layer is None else place.layer] = tensor.T if place.transposed else tensor
         found[leaf] = jnp.asarray(array)
     return map_named(lambda name, _: found[name], wanted)

@@ -27,7 +27,7 @@ class Place(NamedTuple):
 
     Attributes:
       shape: as it is stored.
-      leaves: names of ours that stand side by side in it, along their last axis; GPT-2 has queries, keys and values so.
+      leaves: names of ours that stand side by side in it, along ours' last axis; GPT-2 has queries, keys and values so.
       layer: which of the layers that are stacked in ours, None where none are.
       transposed: stored (out, in), as `torch.nn.Linear` has it.
     """
@@ -180,6 +180,12 @@ def _weight_paths(folder: Path) -> list[Path]:
             f"{folder}: has its weights in pytorch_model.bin only, a pickle, which can run code and is never opened; where you "
             f"trust it, write safetensors with transformers: AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)"
         )
+    if pickles := sorted(folder.glob("*.pt")):
+        raise InputError(
+            f"{folder}: has its weights in {pickles[0].name} only, a pickle, which can run code and is never opened; where you "
+            f"trust it, write safetensors with PyTorch: safetensors.torch.save_file({{k: v.clone() for k, v in torch.load("
+            f"{pickles[0].name!r}, map_location='cpu', weights_only=True).items()}}, 'model.safetensors')"
+        )
     raise InputError(f"{whole}: no such file; give a folder as transformers' save_pretrained writes it")
 
 
@@ -218,10 +224,12 @@ def check_stored(folder: Path, tensors: Mapping[str, Any], wanted: Mapping[str, 
         raise InputError(f"{folder}: stored as no float: {', '.join(odd)}; save them as {', '.join(DTYPES.values())}")
 
 
-def read_tensor(folder: Path, tensors: Mapping[str, Any], name: str, part: slice = slice(None)) -> np.ndarray:
-    """One of them, or a part of its last axis, in float32."""
+def read_tensor(
+    folder: Path, tensors: Mapping[str, Any], name: str, part: slice = slice(None), *, rows: bool = False
+) -> np.ndarray:
+    """One of them, or a part of its last axis, or of its rows, in float32."""
     with reading(f"{folder}: {name} cannot be read", "get the file again"):
-        array: np.ndarray = tensors[name][..., part].astype(np.float32)
+        array: np.ndarray = tensors[name][part if rows else (..., part)].astype(np.float32)
     if not np.isfinite(array).all():
         raise InputError(f"{folder}: {name} holds numbers that are not finite; get the files again")
     return array

@@ -16,6 +16,7 @@ from spdf_jax.config.read import load_config
 from spdf_jax.config.run import RunConfig, flat
 from spdf_jax.errors import InputError, reading
 from spdf_jax.huggingface import load_model
+from spdf_jax.huggingface.circuit_sparsity import CONFIG_FILE as BEEG_CONFIG_FILE
 from spdf_jax.model.config import GPTConfig
 from spdf_jax.model.gpt import GPT
 from spdf_jax.sharding import make_mesh, parameter_shardings
@@ -253,7 +254,7 @@ def holds_run(folder: Path) -> bool:
     """
     if any(stored(folder / name).is_dir() for name in (BEST, CHECKPOINTS)):
         return True
-    if not (folder / CONFIG_FILE).is_file():
+    if not any((folder / name).is_file() for name in (CONFIG_FILE, BEEG_CONFIG_FILE)):
         raise InputError(
             f"config.init_from: {f'{folder}'!r} is neither a run's workdir nor a Hugging Face folder; train one first"
         )
