@@ -1,12 +1,15 @@
 """Circuits: found exactly in a model made by hand, not found where there is none, and put on a page."""
 
+import csv
 import itertools
+import json
 from difflib import SequenceMatcher
 
 import jax
 import numpy as np
 import pytest
-from tiny import drawn_params
+from report_folders import make_circuit_sweep
+from tiny import drawn_params, tiny_config, write_text
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
@@ -16,11 +19,15 @@ from spdf_jax.circuits.gates import NODE_PLACES, Measured, activations, find_cir
 from spdf_jax.circuits.graph import edges_of, joined, nodes_of, to_answers
 from spdf_jax.circuits.pairs import TASKS, library_pairs, template_pairs
 from spdf_jax.circuits.tasks import Prompts, prompts
+from spdf_jax.data.corpus import Corpus
 from spdf_jax.data.tokenizer import train_tokenizer
+from spdf_jax.jobs import Request, report
+from spdf_jax.jobs import circuit as job
 from spdf_jax.jobs.circuit import graph_record, task_record
+from spdf_jax.report import write_sweep_report
 from spdf_jax.report.circuit import write_circuits
 from spdf_jax.report.circuit_graph import name_of
-from spdf_jax.workdir import write_json
+from spdf_jax.workdir import read_json, write_json
 
 #: Tokens of the model made by hand: the end of text, two quotes, words.
 END, DOUBLE, SINGLE, WORD = 0, 1, 2, 3
@@ -271,3 +278,71 @@ def test_a_record_that_was_harmed_is_refused(tmp_path, harm):
     (tmp_path / "circuit.json").write_text(harm)
     with pytest.raises(spdf.InputError, match=r"circuit.json: .*; make it again by --job circuit"):
         write_circuits(tmp_path)
+
+
+def test_a_sweep_puts_sparse_circuits_beside_those_of_the_nearest_dense_run(tmp_path, no_figures):
+    write_sweep_report(make_circuit_sweep(tmp_path))
+    table = list(csv.DictReader((tmp_path / "figures" / "circuits_quote.csv").read_text().splitlines()))
+    assert [(row["row"], row["nodes"], row["dense of nearest loss"], row["times as many"]) for row in table] == [
+        ("1/2", "40", "dense", "3.0"),
+        ("1/4", "10", "dense", "12.0"),
+        ("dense", "120", "", ""),
+    ]
+    table = list(csv.DictReader((tmp_path / "figures" / "circuits_bracket.csv").read_text().splitlines()))
+    assert [(row["its nodes"], row["times as many"]) for row in table] == [("", ""), ("", ""), ("", "")]
+    assert table[2]["nodes"] == "", "it does not do the task"
+
+
+# --- the job -------------------------------------------------------------------------------------------------------------
+
+
+def one_phase(text):
+    c = tiny_config(text, text.parent / "cache")
+    c.phases = ("finetune",)
+    del c["pretrain"]
+    c.finetune.steps, c.model.n_layer, c.circuit.pairs = 2, 1, 20
+    return c
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Two steps, and a library of a few lines."""
+    text = write_text(tmp_path_factory.mktemp("data") / "text")
+    c, workdir = one_phase(text), tmp_path_factory.mktemp("run") / "run"
+    spdf.train(c, str(workdir), progress=False)
+    with pytest.MonkeyPatch.context() as patch:
+        few = Corpus("here", "", None, lambda split: iter(["x = 'abc'\n"] if split == "validation" else []))
+        patch.setattr("spdf_jax.jobs.circuit.embedded_corpus", lambda fraction: few)
+        yield c, workdir
+
+
+@pytest.mark.slow
+def test_the_job_looks_for_every_task_that_the_vocabulary_has(run, capsys, no_figures):
+    c, workdir = run
+    job.run(spdf.resolve(c), Request(workdir))
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split(": ")[1].split("'")[1] for line in said if line.startswith("left out: ")] == [
+        "call_depth",
+        "list_depth",
+        "set_or_string",
+    ]
+    assert said[-1] == f"{workdir / 'circuit.html'}"
+    record = read_json(workdir / "circuit.json", "")
+    assert {name: task["found"] for name, task in record["tasks"].items()} == {"quote": False, "bracket": False}
+    pairs = [json.loads(line) for line in (workdir / "circuit_pairs.jsonl").read_text().splitlines()]
+    assert [pair["task"] for pair in pairs] == ["quote"] * 20 + ["bracket"] * 20
+    assert [pair["source"] for pair in pairs].count("library") == 1
+    (workdir / "circuit.html").unlink()
+    report.run_recorded(Request(workdir))
+    assert "No circuit was found" in (workdir / "circuit.html").read_text()
+
+
+@pytest.mark.slow
+def test_a_task_that_was_asked_for_and_cannot_be_is_refused_and_nothing_is_left(run, tmp_path):
+    c, workdir = run
+    with c.unlocked():
+        asked = c.copy_and_resolve_references()
+    asked.circuit.tasks = ("quote", "call_depth")
+    with pytest.raises(spdf.InputError, match=r"circuit task 'call_depth': .* leave it out of config.circuit.tasks"):
+        job.run(spdf.resolve(asked), Request(workdir, output=tmp_path / "there"))
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
