@@ -7,8 +7,9 @@ import numpy as np
 from markupsafe import Markup
 from matplotlib.ticker import LogLocator, NullFormatter
 
+from spdf_jax.report.circuit import CIRCUIT_PAGE
 from spdf_jax.report.draw import SOFT_INK, Plot, Table, new_figure
-from spdf_jax.report.page import Panel, template
+from spdf_jax.report.page import Panel, link, template
 from spdf_jax.report.sweep_curves import Series, key, series_of
 from spdf_jax.report.sweep_records import Sweep, TableRow
 from spdf_jax.report.words import count_tick
@@ -42,7 +43,10 @@ def _of_task(sweep: Sweep, name: str) -> Panel:
         "Below, the lowest task loss of all circuits tried with so many nodes; dotted: the target."
     )
     rows = [[_text(line[column]) for column in (*header, *others)] for line in lines]
-    body = Markup(_TABLE.render(header=(*header, *others), rows=rows)) + key(series) + plot.inline
+    for row, (of_table, _) in zip(rows, found.values(), strict=True):
+        page = sweep.page_of(next(iter(of_table.cells)))
+        row[0] = link(row[0], page.replace("report.html", CIRCUIT_PAGE))
+    body = Markup(_TABLE.render(header=(*header, *others), rows=rows, key=key(series), figure=plot.inline))
     return Panel(f"Circuits: {name}", body, caption, wide=True, plots=(plot,), table=table)
 
 
@@ -87,7 +91,7 @@ def _text(value: Any) -> str:
 
 
 def _curves(sweep: Sweep, name: str, series: list[Series]) -> Plot:
-    figure, axes = new_figure(height_inches=3.2, width_inches=6.5)
+    figure, axes = new_figure()
     rows: list[tuple[str, float, float]] = []
     targets = set()
     for one in series:
@@ -128,4 +132,5 @@ _TABLE = template("""\
   </tr>
   {% endfor %}
 </table></div>
+<div class="two">{{ figure }}{{ key }}</div>
 """)
