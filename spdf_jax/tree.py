@@ -31,12 +31,6 @@ LINEAR_KERNELS: Filter = (
 )
 #: The same and the output head, tied (``wte/embedding``) or not: what the MST code does (hupihe/Mixed-Sparsity-Training).
 LINEAR_KERNELS_AND_TIED_HEAD: Filter = ((r"^wte/embedding$", "matrix"), *LINEAR_KERNELS)
-#: All of `spdf_jax.GPT` but norms and the bigram table (Gao et al. 2025, arXiv 2511.13653).
-ALL_WEIGHTS: Filter = (
-    (r"^blocks/(attn|mlp)_.*/(kernel|bias)$", "stack"),
-    (r"^(wte|wpe)/embedding$|^head/kernel$", "matrix"),
-    (r"(^|/)(bias|scale|taps|sink)$|^bigram/embedding$", "dense"),
-)
 LINEAR_KERNELS_AND_HEAD: Filter = ((r"^head/kernel$", "matrix"), *LINEAR_KERNELS)
 
 

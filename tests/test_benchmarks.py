@@ -20,6 +20,7 @@ SMALLEST = {
     "mask_overhead": ["--sizes", "mini", "--repeats", "1"],
     "pods": ["--only", "experiments/gpt2_static.py:124m --job plan --plan_topology v6e"],
     "prune_once": ["--inputs", "128", "--outputs", "64", "--sequences", "2", "--length", "32", "--repeats", "1"],
+    "topk": ["--shapes", "2x64", "--floors", "1", "--density", "0.1", "--repeats", "1"],
     "topology": ["--layers", "2", "--width", "64", "--repeats", "1"],
     "train_step": ["--shapes", "4x256", "--repeats", "1"],
 }

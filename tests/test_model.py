@@ -140,7 +140,7 @@ def test_residual_projections_start_smaller():
         ({"dropout": 1.0}, "dropout: 1.0"),
         ({"dtype": "float16"}, "dtype: 'float16'"),
         ({"n_layer": 0}, "n_layer: 0"),
-        ({"activation": "relu"}, "activation: 'relu' is not one of 'gelu', 'gelu_exact', 'squared_relu'"),
+        ({"activation": "swish"}, "activation: 'swish' is not one of 'gelu', 'gelu_exact', 'relu', 'squared_relu'"),
         ({"mlp_norm": "both"}, "mlp_norm: 'both' is not one of 'pre', 'post'"),
     ],
 )

@@ -98,17 +98,16 @@ class Layer(nn.Module):
         q_BTHK = q_BTHK * mup_scales(c).query
         attend = attention if positions_BT is None and not c.attention_sink else partial(self._attend, positions_BT)
         y_BTHK = attend(q_BTHK, k_BTHK, v_BTHK, segments_BT=segments_BT, pattern=self.pattern, width=self.width)
-        return self._at(
-            "attn_out", _linear(c, c.d_model, "attn_o", residual=True)(y_BTHK.reshape(*x_BTD.shape[:2], -1))
-        )
+        attn_o = _linear(c, c.d_model, "attn_o", residual=True)
+        return self._at("attn_out", attn_o(y_BTHK.reshape(*x_BTD.shape[:2], -1)))
 
-    def _attend(self, positions_BT: jax.Array | None, *qkv_BTHK: Any, segments_BT: Any, **how: Any) -> jax.Array:
+    def _attend(self, positions_BT: Any, q: jax.Array, k: Any, v: Any, *, segments_BT: Any, **how: Any) -> jax.Array:
         """With a sink, over a cache, or both."""
         c, zeros = self.config, nn.initializers.zeros
         sink_H = self.param("sink", zeros, (c.n_head,)) if c.attention_sink else None
-        if positions_BT is None:
-            return attention_with_sink(*qkv_BTHK, sink_H, segments_BT=segments_BT, **how)
-        y_BTHK, cache = cached_attention(*qkv_BTHK, self.get_variable("cache", "kv"), positions_BT, sink_H, **how)
+        if sink_H is not None and positions_BT is None:
+            return attention_with_sink(q, k, v, sink_H, segments_BT=segments_BT, **how)
+        y_BTHK, cache = cached_attention(q, k, v, self.get_variable("cache", "kv"), positions_BT, sink_H, **how)
         self.put_variable("cache", "kv", cache)
         return y_BTHK
 

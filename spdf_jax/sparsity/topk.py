@@ -28,7 +28,8 @@ from spdf_jax.tree import named_leaves
 
 #: What has neurons: the outputs of these matrices.
 NEURONS = r"^blocks/.*kernel$"
-_SAMPLE = 1 << 14
+#: Keys of a sample; what has not many times as many needs none.
+_SAMPLE, _SMALL = 1 << 12, 1 << 15
 _LARGEST = jnp.iinfo(jnp.int32).max
 
 
@@ -131,8 +132,11 @@ def largest(weights: jax.Array, k: jax.Array | int, *, floor: int = 0) -> jax.Ar
         keys_PQ = keys.reshape(-1, keys.shape[-1])
         # Larger than any magnitude, and below the bound at which the search starts.
         keys = jnp.where(_largest_of_each_output(keys_PQ, floor), _LARGEST - 1, keys_PQ).reshape(keys.shape)
-    keys = jax.lax.optimization_barrier(keys)  # read many times
     k = jnp.asarray(k, jnp.int32)
+    if keys.size <= _SMALL:
+        threshold, above = _kth_largest(keys, k)
+        return (keys > threshold) | _first(keys == threshold, k - above)
+    keys = jax.lax.optimization_barrier(keys)  # read many times
     found = _search(keys, k)
 
     def with_ties() -> jax.Array:
@@ -211,5 +215,6 @@ def _first_probes(keys: jax.Array, k: jax.Array) -> tuple[jax.Array, ...]:
         keys_of = keys[::stride]
     rank = k.astype(jnp.float32) * (keys_of.size / keys.size)
     chance = 4 * jnp.sqrt(rank) + 1
-    ranks = [jnp.clip(rank + step * chance, 1, keys_of.size).astype(jnp.int32) for step in (1.0, 0.0, -1.0)]
-    return tuple(jnp.clip(_kth_largest(keys_of, rank)[0], 1, _LARGEST - 1) for rank in ranks)
+    ranks_3 = jnp.clip(rank + jnp.array([1.0, 0.0, -1.0]) * chance, 1, keys_of.size).astype(jnp.int32)
+    found_3 = jax.vmap(lambda rank: _kth_largest(keys_of, rank)[0])(ranks_3)
+    return tuple(jnp.clip(found_3, 1, _LARGEST - 1))

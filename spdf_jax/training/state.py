@@ -22,12 +22,18 @@ from spdf_jax.sparsity.regrowth import reset_masked_state
 from spdf_jax.sparsity.topology import fit_masks
 from spdf_jax.training.average import AverageState
 from spdf_jax.tree import (
-    ALL_WEIGHTS,
     LINEAR_KERNELS,
     LINEAR_KERNELS_AND_HEAD,
     LINEAR_KERNELS_AND_TIED_HEAD,
     Filter,
     same_structure,
+)
+
+#: All of `spdf_jax.GPT` but norms and the bigram table (Gao et al. 2025, arXiv 2511.13653).
+ALL_WEIGHTS: Filter = (
+    (r"^blocks/(attn|mlp)_.*/(kernel|bias)$", "stack"),
+    (r"^(wte|wpe)/embedding$|^head/kernel$", "matrix"),
+    (r"(^|/)(bias|scale|taps|sink)$|^bigram/embedding$", "dense"),
 )
 
 
