@@ -6,7 +6,7 @@ key of its channel, and what is written to a channel of the residual is what is 
 Shape legend: L layers, B sequences, T tokens, F channels, N nodes.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -79,7 +79,11 @@ def edges_of(nodes: Sequence[Node], config: GPTConfig, params: Any) -> list[Edge
 
 def _weights(config: GPTConfig, params: Any) -> dict[tuple[str, str], np.ndarray]:
     """Kernels [L, in, out] by the places that they join; where two join them, of each pair the larger weight."""
-    kernels = {name: np.asarray(leaf["kernel"]) for name, leaf in params["blocks"].items() if "kernel" in leaf}
+    kernels = {
+        name: np.asarray(leaf["kernel"])
+        for name, leaf in params["blocks"].items()
+        if isinstance(leaf, Mapping) and "kernel" in leaf
+    }
     groups = config.n_head // config.kv_heads
     o_LFD = kernels["attn_o"]  # a channel of the values goes on by every head of queries that shares it
     o_LHGKD = o_LFD.reshape(len(o_LFD), config.kv_heads, groups, config.head_width, -1)
