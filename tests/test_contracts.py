@@ -164,6 +164,7 @@ def test_masks_and_updates_can_be_planned_without_memory(method, pattern):
 
 CURVES = {
     "constant": {},
+    "linear": {"ramp_end": 0.5},
     "cubic": {"ramp_end": 0.5},
     "three_phases": {"ramp_end": 0.2, "ultra_end": 0.6, "restoration_end": 0.8},
     "table": {"table": True},
@@ -183,9 +184,11 @@ def test_every_combination_is_planned_exactly_or_refused(rule, pattern):
         if schedule == "table":
             settings["table"] = ((0.0, 0.0), (0.5, own))
         follows = not RULES[rule].schedules or schedule in RULES[rule].schedules
-        fits = p.m == 1 or (distribution == "uniform" and schedule not in ("cubic", "three_phases"))
+        fits = p.m == 1 or (distribution == "uniform" and schedule not in ("linear", "cubic", "three_phases"))
+        if RULES[rule].choose_each_step:
+            fits &= pattern == "unstructured" and distribution == "uniform"
         if not (follows and fits):
-            with pytest.raises(InputError, match=r"sparsity\.schedule|distribution: pattern"):
+            with pytest.raises(InputError, match=r"sparsity\.(schedule|pattern|distribution)|distribution: pattern"):
                 SparsityConfig(**settings)
             continue
         programme = Programme(SparsityConfig(**settings), groups, 100)
