@@ -27,7 +27,7 @@ python -m spdf_jax.main --config FILE[:VARIANT] [flags] [--config.section.key=va
 python -m spdf_jax.main --workdir RUN [flags] [--config.section.key=value ...]      of a run that is there
 python -m spdf_jax.main --job compare RUN1 RUN2 ... [--output DIR]"""
 #: Each is a module of `spdf_jax.jobs`; those that a sweep has, with theirs.
-JOBS = ("train", "evaluate", "generate", "export", "prune", "plan", "report", "compare")
+JOBS = ("train", "evaluate", "generate", "export", "prune", "plan", "circuit", "report", "compare")
 SWEEP_JOBS = {"train": "sweep", "plan": "plan", "report": "report"}
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -45,7 +45,9 @@ _TOPOLOGY = flags.DEFINE_string(
 _SEARCH = flags.DEFINE_bool("plan_search", False, "Compile for --plan_topology in every mesh, micro-batch and remat.")
 _PROMPT = flags.DEFINE_string("prompt", "", "What --job generate continues.")
 _OUTPUT = flags.DEFINE_string(
-    "output", "", "Where evaluate, export, prune and report write, and not into the workdir; compare: runs/compare."
+    "output",
+    "",
+    "Where evaluate, export, prune, circuit and report write, and not into the workdir; compare: runs/compare.",
 )
 _QUIET = flags.DEFINE_bool("quiet", False, "Print errors only, and what jobs other than train are for.")
 _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Be one of many processes; see spdf_jax/processes.py.")
@@ -267,7 +269,7 @@ def _run(argv: Sequence[str], runs: Sequence[str]) -> int:
         if _JOB.value not in ("train", "evaluate"):
             raise InputError(f"--distributed: --job {_JOB.value} is the work of one process; leave --distributed out")
         processes.initialise()
-    if _OUTPUT.value and _JOB.value not in ("evaluate", "export", "prune", "report", "compare"):
+    if _OUTPUT.value and _JOB.value not in ("evaluate", "export", "prune", "circuit", "report", "compare"):
         raise InputError(f"--output: --job {_JOB.value} writes into the --workdir; leave --output out")
     if _SEARCH.value and not _TOPOLOGY.value:
         raise InputError("--plan_search: searches for a pod; name it by --plan_topology")

@@ -31,6 +31,8 @@ EVALUATION_FILE = "evaluation.json"
 PROVENANCE_FILE = "provenance.json"
 ANCESTORS_FILE = "ancestors.json"
 GENERATIONS_FILE = "generations.jsonl"
+CIRCUIT_FILE = "circuit.json"
+CIRCUIT_PAIRS_FILE = "circuit_pairs.jsonl"
 #: The newest checkpoints, and the best one of a phase that may stop early.
 CHECKPOINTS, BEST = "checkpoints", "best"
 TENSORBOARD_FOLDER = "tensorboard"

@@ -14,6 +14,7 @@ import numpy as np
 
 import spdf_jax as spdf
 from spdf_jax.evals.exams import CertificationResult, ExamResults
+from spdf_jax.report.circuit_graph import KINDS
 from spdf_jax.report.draw import STYLE
 from spdf_jax.report.records import Run
 from spdf_jax.report.sweep_records import Sweep
@@ -277,6 +278,85 @@ def sweep_row(workdir: Path, label: str, name: str, bleus: tuple[float, float]) 
         "pre-training FLOPs": {"mean": flops, "deviation": 0.0, "seeds": 2},
     }
     return {"row": label, "choice": "rate 0.001", "cells": cells, "values": values}
+
+
+def make_circuit_sweep(workdir: Path) -> Path:
+    """The folder of a sweep whose table has circuits of one task: two sparse runs, and a dense one that does not do it."""
+    make_sweep(workdir)
+    rows = []
+    for label, cell, nodes in (("1/2", "pretrain_50", 40), ("1/4", "pretrain_75", 10), ("dense", "pretrain_0", 120)):
+        summary = json.loads((workdir / "cells" / cell / "summary.json").read_text())
+        one = {
+            "nodes": nodes,
+            "edges": 3 * nodes,
+            "whole": 0.05,
+            "alone": 0.149,
+            "without": 1.5,
+            "nothing": 0.7,
+            "target_loss": 0.15,
+        }
+        one["curve"] = [[0, 0.7], [nodes // 2, 0.3], [nodes, 0.149], [1000, 0.05]]
+        failed = {"whole": 0.6, "nothing": 0.7, "target_loss": 0.15, "curve": [[0, 0.7], [1000, 0.6]]}
+        circuit = {"quote": one, "bracket": failed if cell == "pretrain_0" else one}
+        values = {"nodes": {"mean": float(nodes), "deviation": 0.0, "seeds": 1}}
+        record = {"summary": summary, "circuit": circuit}
+        rows.append({"row": label, "choice": "", "groups": {"": [cell]}, "cells": {cell: record}, "values": values})
+    write_json(workdir / "table.json", {"experiment": "table", "variant": "mini", "title": "Circuits", "rows": rows})
+    return workdir
+
+
+def circuit_record() -> dict:
+    """Of ``circuit.json``: a circuit of few nodes, one of more than are drawn, and a task that the model does not do."""
+    rng = np.random.default_rng(0)
+    text = {
+        "before": '    raise ValueError(\n        "the value of',
+        "token": " the",
+        "after": ' header is "',
+        "value": 1.5,
+    }
+    into = {"attn_q": "attn_in", "attn_k": "attn_in", "attn_v": "attn_in", "attn_out": "attn_v"}
+    into |= {"mlp_neuron": "mlp_in", "mlp_out": "mlp_neuron"}
+
+    def circuit(most: int) -> dict:
+        places = [(layer, place) for layer in range(2) for place in KINDS]
+        nodes = [
+            {
+                "place": place,
+                "layer": layer,
+                "channel": int(f),
+                "effect": float(rng.exponential(0.1)),
+                "mean": 0.1,
+                "contexts": [text] * 3,
+            }
+            for layer, place in places
+            for f in sorted(rng.choice(2048, rng.integers(1, most), replace=False))
+        ]
+        numbered = list(enumerate(nodes))
+        edges = [
+            (i, j, float(rng.normal()))
+            for i, one in numbered
+            for j, other in numbered
+            if one["layer"] == other["layer"] and into.get(other["place"]) == one["place"]
+        ]
+        last = [(i, 0, float(rng.normal())) for i, one in numbered if one["place"] == "mlp_out"]
+        return {"nodes": nodes, "edges": edges, "joined": [(0, len(nodes) - 1)], "to_answers": last}
+
+    def task(most: int) -> dict:
+        found, measured = (
+            most > 0,
+            {"whole": {"loss": 0.05, "accuracy": 0.98}, "nothing": {"loss": 0.7, "accuracy": 0.5}},
+        )
+        task = {"about": "close a string with the quote that opened it", "answers": ['"', "'"], "found": found}
+        task |= {"pairs": {"used": 200, "from_library": 100, "left_out": 44}, "why": "" if found else "it does not"}
+        task |= {"example": ['def f(x):\n    return "abc', "def f(x):\n    return 'abc"], "measured": measured}
+        task["curve"] = [[0, 0.7], [5, 0.5], [100, 0.14], [3000, 0.05]]
+        if found:
+            task["circuit"] = circuit(most)
+            measured |= {"alone": {"loss": 0.149, "accuracy": 0.97}, "without": {"loss": 1.5, "accuracy": 0.4}}
+        return task
+
+    tasks = {"quote": task(4), "bracket": task(30), "list_depth": task(0)}
+    return {"name": "made: by hand", "step": 3, "nodes": 4096, "target_loss": 0.15, "tasks": tasks}
 
 
 # --- pages -----------------------------------------------------------------------------------------------------------

@@ -62,7 +62,7 @@ def change(path, value, hint):
 
 def test_every_section_is_walked():
     assert {path.rpartition(".")[0] for path in FIELDS} == {
-        *("", "model", "data", "mesh", "loop", "decode", "evaluation"),
+        *("", "model", "circuit", "data", "mesh", "loop", "decode", "evaluation"),
         *("one", "one.task", "one.optimizer", "one.sparsity", "one.distill"),
     }
 

@@ -24,6 +24,7 @@ LAYERS = (
     "data",
     "huggingface",
     "evals",
+    "circuits",
     "config",
     "training",
     "planning",

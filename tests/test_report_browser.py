@@ -13,6 +13,8 @@ import pytest
 from matplotlib.image import imread
 from report_folders import (
     STEPS,
+    circuit_record,
+    make_circuit_sweep,
     make_exam_run,
     make_finetuned,
     make_rows,
@@ -23,7 +25,9 @@ from report_folders import (
 )
 
 from spdf_jax.report import write_report, write_sweep_report
+from spdf_jax.report.circuit import write_circuits
 from spdf_jax.report.compare import read_runs, write_comparison
+from spdf_jax.workdir import write_json
 
 BROWSERS = (os.environ.get("CHROME", ""), "chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 BROWSER = next((found for name in BROWSERS if (found := shutil.which(name))), "")
@@ -102,13 +106,16 @@ def folders(tmp_path_factory) -> dict[str, Path]:
     write_comparison(
         read_runs([found[kind] for kind in ("mst", "dense", "static")], found["compare"]), found["compare"]
     )
+    make_circuit_sweep(found["circuit_sweep"])
+    write_json(found["circuits"] / "circuit.json", circuit_record())
+    write_circuits(found["circuits"]).rename(found["circuits"] / "report.html")
     for kind, folder in found.items():
-        if kind != "compare":
-            (write_sweep_report if kind == "sweep" else write_report)(folder)
+        if kind not in ("compare", "circuits"):
+            (write_sweep_report if "sweep" in kind else write_report)(folder)
     return found
 
 
-KINDS = ("mst", "dense", "static", "spdf", "finetuned", "exams", "sweep", "compare")
+KINDS = ("mst", "dense", "static", "spdf", "finetuned", "exams", "sweep", "compare", "circuits", "circuit_sweep")
 
 
 @pytest.mark.slow

@@ -22,6 +22,7 @@ from spdf_jax.data import corpus as corpora
 from spdf_jax.errors import Restart
 from spdf_jax.jobs import keep_compiled
 from spdf_jax.jobs import train as jobs
+from spdf_jax.jobs.circuit import circuits
 from spdf_jax.jobs.evaluate import evaluate_checkpoint
 from spdf_jax.jobs.export import export
 from spdf_jax.jobs.generate import generate_text
@@ -58,6 +59,7 @@ def files(folder: Path) -> dict[Path, bytes]:
 
 
 JOBS = {
+    "circuit": circuits,
     "evaluate": evaluate_checkpoint,
     "export": export,
     "generate": lambda config, workdir: generate_text(config, workdir, "mask"),

@@ -179,6 +179,7 @@ BEFORE: dict[str, Any] = {
     "data.split_by": "name",
     "data.separate_documents": False,
     "evaluation": {},
+    "circuit": {},
     "decode.no_repeat_counts_prompt": True,
 }
 

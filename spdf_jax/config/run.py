@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
+from spdf_jax.circuits.config import CircuitConfig
 from spdf_jax.data import DataConfig, TaskConfig
 from spdf_jax.errors import InputError, closest
 from spdf_jax.evals.config import EvaluationConfig
@@ -160,7 +161,7 @@ class RunConfig:
         `reset_optimizer` of the first phase says), random state and count of steps too, and its data goes on where it was.
       init_step: of which checkpoint the ``state``; 0: the newest.
       phases: names to configs, in the order in which they run.
-      model, data, mesh, loop, decode, evaluation: see there.
+      model, data, mesh, loop, decode, evaluation, circuit: see there.
     """
 
     experiment: Line
@@ -176,6 +177,7 @@ class RunConfig:
     loop: LoopConfig
     decode: DecodeConfig
     evaluation: EvaluationConfig
+    circuit: CircuitConfig
     phases: Mapping[str, PhaseConfig]
 
     def __post_init__(self) -> None:
@@ -238,6 +240,7 @@ SECTIONS: dict[str, type] = {
     "loop": LoopConfig,
     "decode": DecodeConfig,
     "evaluation": EvaluationConfig,
+    "circuit": CircuitConfig,
 }
 
 SCALARS: dict[str, Any] = {

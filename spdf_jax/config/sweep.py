@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
+from spdf_jax.circuits.pairs import TASKS
 from spdf_jax.config.read import build_section, resolve
 from spdf_jax.config.run import RunConfig
 from spdf_jax.errors import InputError, nearest
@@ -34,8 +35,9 @@ class Column(NamedTuple):
 
     Attributes:
       header: above it.
-      key: dotted, into a cell's ``summary`` or ``evaluation``. ``a/b`` is a quotient, ``a+b`` a sum, ``a@b=c`` a place on the
-        cell's curve (`spdf_jax.jobs.sweep`): its column `a` where its column `b` first reaches what the key `c` is in row 1.
+      key: dotted, into a cell's ``summary``, ``evaluation`` or ``circuit`` (``circuit.TASK.nodes``). ``a/b`` is a quotient,
+        ``a+b`` a sum, ``a@b=c`` a place on the cell's curve (`spdf_jax.jobs.sweep`): its column `a` where its column `b` first
+        reaches what the key `c` is in row 1.
       format: of the figure.
       relative: whether to add the ratio to row 1.
       choice: of which choice of a row the figure is; "" takes the best one by validation loss.
@@ -237,7 +239,13 @@ EVALUATION = (
     *("val_loss", "perplexity", "perplexity_per_byte", *SCORES),
     *(f"{part}.{score}" for part in ("seen", "unseen") for score in SCORES),
 )
-_KEYS = (*(f"summary.{key}" for key in SUMMARY), *(f"evaluation.{key}" for key in EVALUATION))
+#: Of a task's circuit: how many, and the task losses of `spdf_jax.circuits.gates.Circuit`.
+CIRCUIT = ("nodes", "edges", "whole", "alone", "without", "nothing")
+_KEYS = (
+    *(f"summary.{key}" for key in SUMMARY),
+    *(f"evaluation.{key}" for key in EVALUATION),
+    *(f"circuit.{task}.{key}" for task in TASKS for key in CIRCUIT),
+)
 _FREE_KEYS = ("evaluation.zero_shot.", "evaluation.exams.")  # as the tasks and exams are called
 
 

@@ -187,8 +187,8 @@ def load_model(folder: str | PathLike[str]) -> tuple[GPTConfig, Any]:
             for part in _columns(config.d_model)
         ):
             raise InputError(
-                f"{folder}: lm_head.weight differs from {embedding}, which {_TIED[family is circuit_sparsity]} in {path.name} says are one; "
-                f"set it to false to keep both"
+                f"{folder}: lm_head.weight differs from {embedding}, which {_TIED[family is circuit_sparsity]} in {path.name} "
+                f"says are one; set it to false to keep both"
             )
     return config, _read_params(config, places, folder, stored)
 

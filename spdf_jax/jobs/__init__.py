@@ -29,7 +29,7 @@ class Request(NamedTuple):
       command: as it was given, for the report.
       quiet: print errors only, and what a job other than ``train`` is for.
       prompt: what ``generate`` continues.
-      output: where ``evaluate``, ``export`` and ``report`` write in place of the workdir, and where ``compare`` does.
+      output: where ``evaluate``, ``export``, ``circuit`` and ``report`` write and not into the workdir, and ``compare`` too.
       runs: the workdirs that ``compare`` is of.
       plan_topology: the pod for which ``plan`` compiles.
       plan_search: compile for it in every layout.

@@ -8,15 +8,16 @@ from spdf_jax.config.sweep import SweepConfig
 from spdf_jax.errors import InputError
 from spdf_jax.jobs import Request
 from spdf_jax.report import write_report, write_sweep_report
+from spdf_jax.report.circuit import write_circuits
 from spdf_jax.report.study import write_study_report
 from spdf_jax.report.study_records import RECORD
-from spdf_jax.workdir import check_writable
+from spdf_jax.workdir import CIRCUIT_FILE, check_writable
 
 
 def run(config: RunConfig, request: Request) -> None:
     """Writes a run's page and prints its path."""
     del config
-    _print(write_report, request)
+    _print_run(request)
 
 
 def run_sweep(config: SweepConfig, request: Request) -> None:
@@ -36,8 +37,17 @@ def run_recorded(request: Request) -> None:
     """Writes the page of whichever the workdir holds: of a run of `spdf_jax.fit`, too, which no config describes."""
     if (request.workdir / RECORD).is_file():
         _print(_write_study, request)
+    elif (request.workdir / "cells").is_dir():
+        _print(write_sweep_report, request)
     else:
-        _print(write_sweep_report if (request.workdir / "cells").is_dir() else write_report, request)
+        _print_run(request)
+
+
+def _print_run(request: Request) -> None:
+    """Its circuits have a page of their own."""
+    _print(write_report, request)
+    if (request.workdir / CIRCUIT_FILE).is_file():
+        _print(write_circuits, request)
 
 
 def _write_study(workdir: Path, output: Path | None) -> str:

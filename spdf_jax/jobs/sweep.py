@@ -4,9 +4,9 @@ Cells run in order, each in ``WORKDIR/cells/NAME``; one may start from another (
 takes, among its choices of hyperparameters, the one of lowest validation loss, and gives mean and deviation over its seeds; a
 column may also name the choice that it is of.
 
-A figure comes from what a cell left: ``summary`` (`summary.json`), ``evaluation`` (`evaluation.json`; cells are evaluated where
-a column asks for it) and ``curve``: the evaluations in its `metrics.jsonl` over the target of the last one, as a list a column
-(`CURVE_COLUMNS`; ``seconds`` are of training, evaluations left out).
+A figure comes from what a cell left: ``summary`` (`summary.json`), ``evaluation`` (`evaluation.json`) and ``circuit``
+(`circuit.json`), which are made where a column asks for them, and ``curve``: the evaluations in its `metrics.jsonl` over the
+target of the last one, as a list a column (`CURVE_COLUMNS`; ``seconds`` are of training, evaluations left out).
 """
 
 import math
@@ -24,6 +24,7 @@ from spdf_jax.cloud.spool import url
 from spdf_jax.config.sweep import CURVE_COLUMNS, Row, SweepConfig
 from spdf_jax.errors import InputError
 from spdf_jax.jobs import Request, keep_compiled
+from spdf_jax.jobs.circuit import circuits, sizes
 from spdf_jax.jobs.evaluate import evaluate_checkpoint
 from spdf_jax.jobs.pages import sweep_page
 from spdf_jax.jobs.study import run_study
@@ -33,7 +34,7 @@ from spdf_jax.report import write_sweep_report
 from spdf_jax.report.records import read_run
 from spdf_jax.training.feed import check_there
 from spdf_jax.training.provenance import read_code
-from spdf_jax.workdir import lock, made_workdir, read_json, write_atomically, write_json
+from spdf_jax.workdir import CIRCUIT_FILE, lock, made_workdir, read_json, write_atomically, write_json
 
 CELLS = "cells"
 
@@ -145,9 +146,14 @@ def _record(config: SweepConfig, workdir: Path, cell: str, *, evaluated: bool) -
         if not (folder / "evaluation.json").exists():
             print(f"evaluating {cell}", flush=True)
             evaluate_checkpoint(config.cells[cell], folder)
+    is_of_circuits = any("circuit." in column.key for column in config.columns)
+    if is_of_circuits and not (folder / CIRCUIT_FILE).exists():
+        print(f"looking for the circuits of {cell}", flush=True)
+        circuits(config.cells[cell], folder)
     wait_for_first()
     fix = "delete it, and the same command makes it again"
-    return {name: read_json(folder / f"{name}.json", fix) for name in names} | {"curve": _curve(folder)}
+    record = {name: read_json(folder / f"{name}.json", fix) for name in names} | {"curve": _curve(folder)}
+    return record | ({"circuit": sizes(read_json(folder / CIRCUIT_FILE, fix))} if is_of_circuits else {})
 
 
 def _curve(folder: Path) -> dict[str, list[float]]:

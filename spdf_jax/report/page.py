@@ -213,6 +213,14 @@ thead th { color: var(--soft); font-size: .85rem; line-height: 1.3; vertical-ali
 .texts li { margin: 0 0 .9rem; overflow-wrap: anywhere; break-inside: avoid; }
 .texts p { margin: 0; white-space: pre-line; }
 .texts strong { font-weight: 600; }
+.short td:nth-child(2) { white-space: nowrap; }
+.graph { min-width: 42rem; }
+.nodes { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 26rem), 1fr)); gap: 0 1.6rem; margin: 0;
+         padding: 0; list-style: none; }
+.nodes li { min-width: 0; overflow-wrap: anywhere; break-inside: avoid; }
+.nodes p { margin: 0 0 .15rem; }
+.context code, .pair code { white-space: pre-wrap; font-size: .8rem; }
+mark { border-radius: 2px; background: color-mix(in srgb, var(--accent) 30%, transparent); color: inherit; }
 pre { margin: .5rem 0 0; white-space: pre-wrap; overflow-wrap: anywhere; font-size: .83rem; line-height: 1.45; }
 pre span { display: inline-block; max-width: 100%; word-break: break-all; }
 summary { margin-top: .8rem; cursor: pointer; font-weight: 600; }
@@ -247,6 +255,7 @@ summary { margin-top: .8rem; cursor: pointer; font-weight: 600; }
   .figures th[scope=row] { min-width: 5rem; }
   .figures .name { min-width: 0; }
   tr { break-inside: avoid; }
+  .graph { min-width: 0; }
   details, .slider label, .closer { display: none; }
 }
 </style>

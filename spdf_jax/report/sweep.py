@@ -12,6 +12,7 @@ from spdf_jax.report.draw import STYLE
 from spdf_jax.report.figures import write_figures
 from spdf_jax.report.page import Panel, command_panel, write_page
 from spdf_jax.report.sweep_cells import cells, signatures
+from spdf_jax.report.sweep_circuits import circuits
 from spdf_jax.report.sweep_curves import curves
 from spdf_jax.report.sweep_records import Sweep, read_sweep
 from spdf_jax.report.sweep_table import main_charts, results
@@ -143,6 +144,7 @@ def run_again(sweep: Sweep) -> list[Panel]:
 # Each takes the sweep and gives panels, none where nothing is recorded for them.
 _PANELS: tuple[Callable[[Sweep], list[Panel]], ...] = (
     results,
+    circuits,
     main_charts,
     curves,
     cells,

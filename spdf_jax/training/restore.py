@@ -31,7 +31,7 @@ from spdf_jax.workdir import BEST, CHECKPOINTS, CONFIG_FILE, SUMMARY_FILE, read_
 
 #: What of a config may change between restarts and after the end: how the run reports, where and how it is computed, what is
 #: made of it; and where that lies which it reads. That the same lies there, fingerprints tell.
-_FREE = re.compile(r"(loop|mesh|decode|evaluation)\.|(variants|model\.remat|data\.(cache_dir|processes))$")
+_FREE = re.compile(r"(loop|mesh|decode|evaluation|circuit)\.|(variants|model\.remat|data\.(cache_dir|processes))$")
 #: What a run is called: the same settings under another name are the same run.
 _NAMES = re.compile(r"(experiment|variant)$")
 _PLACES = re.compile(r"(init_from|data\.(path|mixture|tokenizer)|[^.]+\.(task\.path|distill\.teacher))$")
