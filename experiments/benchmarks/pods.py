@@ -3,8 +3,8 @@
     pip install -c requirements.lock -e '.[tpu,plan_gpu]'
     python experiments/benchmarks/pods.py
 
-GPT-2 small, GPT-3 XL and Llama 1B under static masks, on pods of several kinds, laid out to fit. A row takes up to some minutes on 2
-cores, and nothing is timed, whatever else runs: the times are estimates from the compiled program
+GPT-2 small, GPT-3 XL and Llama 1B under static masks, on pods of several kinds, laid out to fit. A row takes up to some
+minutes on 2 cores, and nothing is timed, whatever else runs: the times are estimates from the compiled program
 (``spdf_jax/planning/tpu.py``, ``gpu.py``), held against no device.
 """
 
