@@ -1,7 +1,7 @@
 """MST of Llama's shape: warm-up, ultra-sparsification, restoration, with sparse attention while ultra-sparse.
 
 Claim   none published of this shape; MST's is about 4x fewer training FLOPs than dense GPT-2 small (arXiv 2408.11746).
-Source  method and phase boundaries as in gpt2_mst.py, with a dense head; shapes and token counts as in llama_spdf.py.
+Source  method and phase boundaries as in gpt2_mst.py, with a dense head; shapes and steps as in llama_spdf.py.
 Command python -m spdf_jax.main --config experiments/llama_mst.py          (mini, any machine, no data)
         python -m spdf_jax.main --config experiments/llama_mst.py:1b       (data/c4: token files, vocabulary 32,000)
 

@@ -2,7 +2,9 @@
 
 Claim   none published of this shape; SPDF's, of GPT (arXiv 2303.10464), is what it would be held against. SMET
         (arXiv 2606.00888) trains these shapes sparse from the start to the end.
-Source  shapes: jiaweizzhao/GaLore, configs (arXiv 2403.03507), as SMET has them; token counts: that paper; method: SPDF.
+Source  shapes: jiaweizzhao/GaLore, configs (arXiv 2403.03507), as SMET has them; steps, sequences and warm-up: its
+        scripts/benchmark_c4, where a sequence is one document, cut or padded to 256, so that not all of them are tokens of
+        text: ours are packed, and full; method: SPDF.
 Command python -m spdf_jax.main --config experiments/llama_spdf.py            (mini: 75 %, any machine, no data)
         python -m spdf_jax.main --config experiments/llama_spdf.py:mini_blocks   (zeros in blocks, neither stored nor computed)
         python -m spdf_jax.main --config experiments/llama_spdf.py:1b         (data/c4: token files, vocabulary 32,000)

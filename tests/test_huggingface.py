@@ -4,6 +4,8 @@ import dataclasses
 import json
 import shutil
 import stat
+import subprocess
+import sys
 from functools import partial
 
 import jax
@@ -11,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from tiny import as_users
 from tokenizers import ByteLevelBPETokenizer, Tokenizer
 
 import spdf_jax as spdf
@@ -19,6 +22,7 @@ from spdf_jax.data.tokenizer import train_tokenizer
 from spdf_jax.errors import InputError
 from spdf_jax.huggingface import folder as huggingface_folder
 from spdf_jax.huggingface import load_model, save_model
+from spdf_jax.sharding import MeshConfig, make_mesh, parameter_shardings
 from spdf_jax.training.state import abstract_params
 from spdf_jax.tree import named_leaves
 
@@ -199,6 +203,20 @@ def test_weights_in_half_precision(tmp_path, dtype):
     assert json.loads((tmp_path / "config.json").read_text())["dtype"] == dtype
     assert {str(t.dtype) for t in load_file(tmp_path / "model.safetensors").values()} == {dtype}
     assert_same_bits(load_model(tmp_path)[1], jax.tree.map(lambda x: x.astype(dtype).astype(jnp.float32), params))
+
+
+def test_split_over_devices_it_is_written_and_read_as_it_is_whole(tmp_path):
+    mesh, params = make_mesh(MeshConfig(1, 2, 2)), random_params(TINY)
+    masks = spdf.init_masks(jax.random.key(1), params, sparsity=0.5)
+    split = [jax.device_put(tree, parameter_shardings(mesh, tree)) for tree in (params, masks)]
+    save_model(tmp_path / "whole", TINY, params, masks=masks)
+    save_model(tmp_path / "split", TINY, split[0], masks=split[1])
+    ours, theirs = (tmp_path / name / "model.safetensors" for name in ("split", "whole"))
+    assert ours.read_bytes() == theirs.read_bytes()
+    _, found = load_model(tmp_path / "split", mesh=mesh)
+    assert jax.tree.map(lambda leaf: leaf.sharding, found) == parameter_shardings(mesh, params)
+    assert not found["blocks"]["attn_q"]["kernel"].is_fully_replicated
+    assert_same_bits(found, load_model(tmp_path / "whole")[1])
 
 
 def test_tokenizer_files(tmp_path, tokenizer):
@@ -483,3 +501,76 @@ def test_folders_that_are_none(folder, tmp_path):
     (folder / "model.safetensors").unlink()
     with pytest.raises(InputError, match=r"model\.safetensors: no such file; give a folder"):
         load_model(folder)
+
+
+# Memory.
+
+MEASURED = """
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from spdf_jax.huggingface import load_model, save_model
+
+
+def kilobytes(of):
+    return next(int(row.split()[1]) for row in Path("/proc/self/status").read_text().splitlines() if row.startswith(of))
+
+
+def peak_bytes(before, doing):
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is what is there
+    result = doing()
+    return 1024 * (kilobytes("VmHWM") - before), result
+
+
+tiny, folder, written, dtype = sys.argv[1:]
+save_model(tiny + "-again", *load_model(tiny), dtype=dtype)  # imports and programs are there before
+before = kilobytes("VmRSS")
+read, (config, params) = peak_bytes(before, lambda: jax.block_until_ready(load_model(folder)))
+wrote, _ = peak_bytes(before, lambda: save_model(written, config, params, dtype=dtype))
+twice, copy = peak_bytes(before, lambda: jax.tree.map(np.array, params))
+print(sum(leaf.nbytes for leaf in jax.tree.leaves(params)), read, wrote, twice)
+"""
+
+
+def in_two_files(folder):
+    """As transformers splits a large model."""
+    whole = folder / "model.safetensors"
+    tensors = load_file(whole)
+    names = [[name for i, name in enumerate(sorted(tensors)) if i % 2 == half] for half in (0, 1)]
+    for half, some in enumerate(names):
+        save_file({name: tensors[name] for name in some}, folder / f"part-{half}.safetensors")
+    places = {name: f"part-{half}.safetensors" for half, some in enumerate(names) for name in some}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    whole.unlink()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads a process's memory as Linux has it")
+@pytest.mark.parametrize(("dtype", "files"), [("float32", 1), ("bfloat16", 2)])
+def test_reading_and_writing_a_model_take_little_more_memory_than_it_has(tmp_path, dtype, files):
+    """Parameters are float32: of a file of half precision the bound is on them, twice its bytes."""
+    shape = {"norm": "rms_norm", "positions": "rotary", "activation": "silu", "gated": True, "use_bias": False}
+    shape |= {"n_head": 8, "n_kv_head": 2, "context": 64, "tied_head": False}
+    for name, sizes in (
+        ("tiny", {"n_layer": 1, "d_model": 16, "d_ff": 16, "vocab_size": 16}),
+        (
+            "large",
+            {"n_layer": 6, "d_model": 512, "d_ff": 7168, "vocab_size": 4096},
+        ),  # three matrices are nearly all of it
+    ):
+        config = spdf.GPTConfig(**shape, **sizes)
+        params = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), abstract_params(spdf.GPT(config)))
+        save_model(tmp_path / name, config, params, dtype=dtype)
+        if files > 1:
+            in_two_files(tmp_path / name)
+    command = [sys.executable, "-c", MEASURED, *(str(tmp_path / name) for name in ("tiny", "large", "out")), dtype]
+    done = subprocess.run(command, env=as_users(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    params, read, wrote, twice = map(int, done.stdout.split())
+    assert params > 280e6
+    print(f"{read / params:.3f} {wrote / params:.3f} of {params / 1e6:.0f} MB")  # shown by pytest -rP
+    assert max(read, wrote) <= 1.2 * params
+    assert twice > 1.9 * params  # what holds two copies is seen

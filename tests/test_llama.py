@@ -11,12 +11,20 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from test_attention import documents, inputs, reference, value_and_grads, within_documents
 from test_blocks_run import as_masks, assert_close, batches, blocks_config, copied, first_state, steps_of
+from test_model import in_steps
+from tiny import set_sparsity, slow_but, tiny_config, write_text
+from tokenizers import Tokenizer, decoders, models, normalizers, processors
 
 import spdf_jax as spdf
+from spdf_jax.data import DataConfig, end_of_text_id, load_tokenizer, prepare
 from spdf_jax.huggingface import load_model, save_model
+from spdf_jax.jobs import generate as generating
+from spdf_jax.jobs import train as jobs
+from spdf_jax.jobs.evaluate import evaluate_checkpoint
+from spdf_jax.jobs.export import export
 from spdf_jax.model.decoding import DecodeConfig, empty_cache
 from spdf_jax.model.flops import linear_size, matrix_outputs, parameter_count, step_flops
-from spdf_jax.model.generate import generate
+from spdf_jax.model.generate import Generation, generate
 from spdf_jax.model.rotary import frequencies, turned
 from spdf_jax.ops.attention import attention
 from spdf_jax.ops.attention_kernels import cudnn_attention
@@ -25,6 +33,7 @@ from spdf_jax.sharding import MeshConfig, make_mesh, parameter_shardings
 from spdf_jax.sparsity.distributions import MatrixGroup, target_counts
 from spdf_jax.training.invariants import check_invariants
 from spdf_jax.training.restore import check_same_model
+from spdf_jax.training.state import state_shardings
 from spdf_jax.tree import named_leaves
 
 SLOW = pytest.mark.slow
@@ -81,6 +90,17 @@ def test_decoding_token_by_token_is_the_whole_sequence(name):
         logits_TV = jax.jit(model.apply)({"params": params}, jnp.array([row]))[0]
         assert logits_TV[len(prompt) - 1 : -1].argmax(-1).tolist() == mine.tokens
     assert empty_cache(config, 1, 8)["blocks"]["kv"][0].shape == (2, 1, 8, config.kv_heads, config.head_width)
+
+
+@pytest.mark.parametrize("pattern", slow_but(["local_strided"], PATTERNS))
+@pytest.mark.parametrize("name", slow_but(["qwen3"], SHAPES))
+def test_cached_logits_equal_those_of_the_whole_sequence(name, pattern):
+    config = dataclasses.replace(shaped(name), mup_base_width=8, mup_density=0.5)
+    model, params = drawn(config)
+    how = {"pattern": pattern, "width": 3}
+    whole_BTV = jax.jit(functools.partial(model.apply, **how))({"params": params}, tokens(config))
+    cached_BTV = in_steps(model, params, tokens(config), (3, 7), length=config.context, **how)
+    np.testing.assert_allclose(cached_BTV, whole_BTV, atol=1e-5, rtol=1e-5)
 
 
 def test_scores_depend_on_distances_alone():
@@ -163,14 +183,27 @@ def test_grouped_heads_by_cudnn_on_a_mesh(kv_heads, monkeypatch):
     assert_grouped(x, pattern_mask("causal", 40, 1), found)
 
 
-@pytest.mark.usefixtures("few_matrices", "no_figures")
+#: Of `test_blocks_run.blocks_config`, each with other options of how it is computed.
+TRAINED = {
+    "llama": {"n_kv_head": 2, "remat": "dots"},
+    "qwen2": {"n_kv_head": 2, "attention_bias": "qkv", "tied_head": False, "remat": "block"},
+    "qwen3": {"n_kv_head": 1, "qk_norm": True, "attention_bias": "all", "remat": "mlp"},
+    "wide heads": {"n_kv_head": 2, "d_head": 16, "use_bias": True},
+    "S-muPar": {"n_kv_head": 1, "qk_norm": True, "mup_base_width": 16, "mup_density": 0.25},
+}
+
+
+def trained_config(name, rule="static", **changes):
+    return blocks_config(rule, **({"n_head": 4, "d_ff": 64} | LLAMA | TRAINED[name] | changes))
+
+
+@pytest.mark.usefixtures("no_figures")
 @pytest.mark.slow
-@pytest.mark.parametrize("remat", ["none", "mlp"])
-def test_training_in_blocks_is_training_under_the_same_masks(remat):
-    model, plan, _, state = first_state(
-        blocks_config(remat=remat, n_head=4, n_kv_head=1, d_head=16, d_ff=64, qk_norm=True, **LLAMA)
-    )
-    assert state.params["blocks"]["mlp_gate"]["kernel"].ndim == 5
+@pytest.mark.parametrize("name", TRAINED)
+def test_training_in_blocks_is_training_under_the_same_masks(name):
+    model, plan, _, state = first_state(trained_config(name))
+    kernels = state.params["blocks"]
+    assert {kernels[matrix]["kernel"].ndim for matrix in matrix_outputs(model.config)} == {5}
     steps = steps_of(model, plan)
     masked = as_masks(plan.tx, copied(state))
     for batch in batches(2):
@@ -179,6 +212,37 @@ def test_training_in_blocks_is_training_under_the_same_masks(remat):
         assert_close(metrics, expected, 1e-5)
     assert_close(as_masks(plan.tx, state).params, masked.params, 1e-4)  # Adam's sign of a tiny gradient
     check_invariants(plan.programme, plan.filter, state, 0)
+
+
+@pytest.mark.usefixtures("no_figures")
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", TRAINED)
+def test_masks_are_exact_through_training_and_topology_steps_on_a_mesh_as_off_it(name, dtype):
+    losses = []
+    for sizes in ((1, 1, 1), (2, 2, 2)):
+        c = trained_config(name, "mst", dtype=dtype)
+        c.pretrain.sparsity.update({"pattern": "unstructured", "sparse_compute": "masked"})
+        model, plan, mesh, state = first_state(c, make_mesh(MeshConfig(*sizes)))
+        steps = steps_of(model, plan, state_shardings(mesh, plan.tx, state))
+        before, nnz = (
+            copied(state.masks),
+            {group: np.full((2,), n, np.int32) for group, n in plan.programme.counts(0).items()},
+        )
+        assert nnz.keys() == {f"blocks/{matrix}/kernel" for matrix in matrix_outputs(model.config)}
+        for i, (batch, pattern) in enumerate(zip(batches(3), ("causal", "local_strided", "causal"), strict=True)):
+            with jax.set_mesh(mesh):
+                how = {"pattern": pattern, "width": 4}
+                if i == 1:
+                    state, metrics = steps.topology(state, batch, nnz, np.float32(0.5), **how)
+                else:
+                    state, metrics = steps.train(state, batch, **how)
+            check_invariants(plan.programme, plan.filter, state, 0)
+            losses.append(float(metrics["loss"]))
+        for group in nnz:
+            old, new = (dict(named_leaves(masks))[group] for masks in (before, state.masks))
+            assert bool((old != new).any()), group
+    np.testing.assert_allclose(losses[:3], losses[3:], rtol=1e-4 if dtype == "float32" else 0.02)
 
 
 @pytest.mark.parametrize("name", ["one key head", pytest.param("qwen2", marks=SLOW)])
@@ -325,3 +389,70 @@ def test_the_same_model_may_say_so_in_other_words(tmp_path):
     check_same_model(tmp_path, plain, dataclasses.replace(plain, n_kv_head=4, d_head=4, context=8))
     with pytest.raises(spdf.InputError, match="n_kv_head 2 there, 4 here"):
         check_same_model(tmp_path, dataclasses.replace(plain, n_kv_head=2), plain)
+
+
+# Tokenizers whose documents end with another token.
+
+
+def llama_tokenizer(end="</s>"):
+    """As Llama 2's: pieces of SentencePiece's, a space before every text, bytes for what is no piece."""
+    pieces = ["<unk>", "<s>", end, *(f"<0x{byte:02X}>" for byte in range(256)), *"\u2581masketdnso", "\u2581m", "as"]
+    merges = [("\u2581", "m"), ("a", "s")]
+    vocab = {piece: i for i, piece in enumerate(pieces)}
+    tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    parts = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(parts)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.add_special_tokens(["<unk>", "<s>", end])
+    return tokenizer
+
+
+@pytest.mark.parametrize("end", ["</s>", "<|end_of_text|>", "<eos>", "<\uff5cend\u2581of\u2581sentence\uff5c>"])
+def test_documents_end_with_what_their_tokenizer_has_for_it(end, tmp_path):
+    text, file = write_text(tmp_path / "text"), tmp_path / "tokenizer.json"
+    llama_tokenizer(end).save(str(file))
+    how = {"source": "text", "path": str(text), "cache_dir": str(tmp_path / "cache"), "tokenizer": str(file)}
+    for _ in range(2):  # encoded, and from the cache
+        data = prepare(DataConfig(**how), progress=False)
+        assert end_of_text_id(data.tokenizer) == 2
+        whole = load_tokenizer(file).encode((text / "train.txt").read_text(), add_special_tokens=False).ids
+        assert data.train.tolist() == [*whole, 2]
+
+
+def test_a_tokenizer_without_an_end_of_documents_is_refused_in_one_line(tmp_path):
+    llama_tokenizer("<end>").save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(
+        spdf.InputError, match=r"has no '<\|endoftext\|>' token, which .*, nor .*</s>.*; call the one"
+    ) as error:
+        load_tokenizer(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.usefixtures("no_figures")
+@pytest.mark.slow
+def test_a_folder_with_llama_s_tokenizer_goes_through_all_jobs(tmp_path, capsys, monkeypatch):
+    config = dataclasses.replace(TINY, vocab_size=300, context=32)
+    _, params = drawn(config)
+    save_model(tmp_path / "llama", config, params, tokenizer=llama_tokenizer())
+    c = tiny_config(write_text(tmp_path / "text"), tmp_path / "cache")
+    c.phases = ("finetune",)
+    del c["pretrain"]
+    c.model.update({key: value for key, value in vars(config).items() if key != "dtype"})
+    c.finetune.steps, c.decode.max_new_tokens, c.init_from = 3, 8, str(tmp_path / "llama")
+    c.data.tokenizer = str(tmp_path / "llama" / "tokenizer.json")
+    set_sparsity(c.finetune, rule="static", sparsity=0.5, init="magnitude")
+    run = spdf.resolve(c)
+    jobs.train(run, tmp_path / "run", progress=False)
+    evaluate_checkpoint(run, tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert isinstance(generating.generate_text(run, tmp_path / "run", "mask mask"), str)
+    word = llama_tokenizer().encode("mask", add_special_tokens=False).ids
+    monkeypatch.setattr(generating, "generate", lambda *args, **how: [Generation(word, 0.0, 0.0)])
+    capsys.readouterr()
+    generating.generate_text(run, tmp_path / "run", "dense mask")
+    assert capsys.readouterr().out == "dense mask mask\n"  # alone, the word is decoded without its space
+    folder = export(run, tmp_path / "run")
+    assert json.loads((folder / "config.json").read_text())["eos_token_id"] == 2
+    assert json.loads((folder / "tokenizer_config.json").read_text())["eos_token"] == "</s>"
+    assert load_tokenizer(folder).to_str() == load_tokenizer(tmp_path / "llama").to_str()

@@ -3,8 +3,8 @@
     pip install -c requirements.lock -e '.[tpu,plan_gpu]'
     python experiments/benchmarks/pods.py
 
-GPT-2 small and GPT-3 XL under static masks, on one pod of each kind, laid out to fit. A row takes up to some minutes on 2
-cores, and nothing is timed, whatever else runs: the times are estimates from the compiled program
+GPT-2 small, GPT-3 XL and Llama 1B under static masks, on pods of several kinds, laid out to fit. A row takes up to some
+minutes on 2 cores, and nothing is timed, whatever else runs: the times are estimates from the compiled program
 (``spdf_jax/planning/tpu.py``, ``gpu.py``), held against no device.
 """
 
@@ -15,6 +15,7 @@ import sys
 from runner import announce, arguments, print_head, print_row, write_json
 
 SMALL, XL = "experiments/gpt2_static.py:124m", "experiments/gpt3_xl_spdf.py"
+LLAMA = "experiments/llama_spdf.py:1b"
 # 128 devices and more share a batch of 512; the experiment's own 480 do not divide by them.
 LARGER = ("--config.pretrain.batch_size=512", "--config.loop.eval_batch_size=512")
 ROWS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
@@ -32,6 +33,7 @@ ROWS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     (XL, "v6e:16x16", ()),
     (XL, "v5p:8x8x8", ("--config.mesh.fsdp=8",)),
     (XL, "tpu7x:4x4x4", ()),
+    (LLAMA, "v5e:4x4", ("--config.mesh.fsdp=16",)),
 )
 #: What a plan says of the train step, by what it is in a row.
 SAID = {

@@ -58,8 +58,8 @@ def llama_pretraining(c: ConfigDict) -> None:
     """Model, data and phase ``pretrain`` of the experiments of Llama's shape.
 
     Variants ``mini``, ``mini_...``: 4 layers x 256 with two heads of keys and values for four of queries, 400 steps x 16 x 256
-    = 1.6M tokens of the embedded corpus. ``130m``, ``350m``, ``1b``: GaLore's shapes and token counts (arXiv 2403.03507), 512
-    sequences x 256 a step, on C4 as token files of a vocabulary of 32,000.
+    = 1.6M tokens of the embedded corpus. ``130m``, ``350m``, ``1b``: GaLore's shapes and steps (arXiv 2403.03507), each of 512
+    sequences x 256, on C4 as token files of a vocabulary of 32,000.
 
     Args:
       c: a config with a phase ``pretrain``; changed in place.

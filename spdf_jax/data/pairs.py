@@ -54,7 +54,7 @@ def encode_task(task: Task, tokenizer: Tokenizer, seq_len: int) -> EncodedTask:
 
     Args:
       task: The examples.
-      tokenizer: One that has `<|endoftext|>`; spelled in an example, that string is ordinary text.
+      tokenizer: As `load_tokenizer` gives one; its end of text, spelled in an example, is ordinary text.
       seq_len: Positions T of the longest row.
 
     Returns:

@@ -12,12 +12,16 @@ from tokenizers import ByteLevelBPETokenizer, Tokenizer
 from spdf_jax.errors import InputError, reading
 
 END_OF_TEXT = "<|endoftext|>"
+#: Tokens that end a document; the first that a tokenizer has is its own: GPT-2's and Qwen's, Llama 3's, Llama's,
+#: Gemma's, DeepSeek's. Not what its folder calls ``eos_token``: of a model for chats that ends a turn.
+ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<\uff5cend\u2581of\u2581sentence\uff5c>")
 SMALLEST_VOCAB = 257  # every byte, and end of text
 _TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 
 # A long document is encoded, and trained on, in pieces: that bounds memory (either takes about 100 bytes a character) and
 # uses every core. After a single newline between two visible characters, before a single space between them, and between
-# a letter and ASCII punctuation (but for ', which starts "'s"), byte-level BPE never joins the sides: the ids stay the same.
+# a letter and ASCII punctuation (but for ', which starts "'s"), byte-level BPE never joins the sides: the ids stay the same,
+# but for one space more where a tokenizer puts one before every text, as Llama 2's.
 _PIECE_CHARS = 1 << 16
 _SAMPLE = "Any text, 1 or 2: \u00e9\u2028\U0001f600<|endoftext|>\n"
 _SAFE_CUT = re.compile(r"(?<=\S\n)(?=\S)|(?<=\S)(?= \S)|(?<=[^\W\d_])(?=[!-&(-/:-@\[-^`{-~])")
@@ -64,7 +68,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
       The tokenizer, with truncation and padding off.
 
     Raises:
-      InputError: No such file, not a tokenizer, one of BPE dropout, or it has no `<|endoftext|>` to separate documents.
+      InputError: No such file, not a tokenizer, one of BPE dropout, or it has none of the tokens `ENDS` to separate documents.
     """
     place = Path(path)
     single = place / "tokenizer.json" if place.is_dir() else place
@@ -90,10 +94,11 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             f"{where}: its BPE drops merges at random (dropout {dropout:g}), so that a text has many encodings; set dropout to "
             f"null"
         )
-    if tokenizer.token_to_id(END_OF_TEXT) is None:
+    if known_end(tokenizer) is None:
         raise InputError(
-            f"tokenizer {str(path)!r}: has no {END_OF_TEXT!r} token, which separates documents; "
-            f"add it with Tokenizer.add_special_tokens(['{END_OF_TEXT}']) and save it again"
+            f"tokenizer {str(path)!r}: has no {END_OF_TEXT!r} token, which separates documents, nor {', '.join(ENDS[1:])}; "
+            f"call the one that does so in the file, or add it with Tokenizer.add_special_tokens(['{END_OF_TEXT}']) and "
+            f"save it again"
         )
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -113,9 +118,14 @@ def _rust_unheard() -> Iterator[None]:
         os.close(nowhere)
 
 
+def known_end(tokenizer: Tokenizer) -> int | None:
+    """The id that ends a document, if there is one among `ENDS`."""
+    return next((i for end in ENDS if (i := tokenizer.token_to_id(end)) is not None), None)
+
+
 def end_of_text_id(tokenizer: Tokenizer) -> int:
     """The id that ends a document."""
-    end_id = tokenizer.token_to_id(END_OF_TEXT)
+    end_id = known_end(tokenizer)
     assert end_id is not None, "load_tokenizer and train_tokenizer see to it"
     return end_id
 

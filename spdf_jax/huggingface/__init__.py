@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from tokenizers import Tokenizer
 
 from spdf_jax.errors import InputError
@@ -27,7 +28,8 @@ from spdf_jax.huggingface.folder import (
     check_vacant,
     json_text,
     read_json_file,
-    read_tensor,
+    read_parts,
+    row_parts,
     shapes,
     stored_tensors,
     tokenizer_files,
@@ -35,8 +37,9 @@ from spdf_jax.huggingface.folder import (
 )
 from spdf_jax.model.config import GPTConfig, mup_scales
 from spdf_jax.model.gpt import GPT
+from spdf_jax.sharding import parameter_shardings
 from spdf_jax.sparsity.masks import check_masks
-from spdf_jax.tree import map_named
+from spdf_jax.tree import map_named, named_leaves
 
 _TIED = ("tie_word_embeddings", "tied_unembed")
 _FAMILIES = {kind: family for family in (gpt2, llama) for kind in family.TYPES}
@@ -66,7 +69,7 @@ def save_model(
       params: its parameters, see `spdf_jax.GPT`.
       masks: mask tree to apply; None where the parameters are masked already, or dense.
       tokenizer: may have fewer ids than the model, not more.
-      end_of_text_id: begins and ends a text; None takes the tokenizer's ``<|endoftext|>``, or no such id without a tokenizer.
+      end_of_text_id: begins and ends a text; None takes the tokenizer's end of a document, or no such id without a tokenizer.
       dtype: of the weights in the file: ``float32`` | ``float16`` | ``bfloat16``.
 
     Raises:
@@ -128,16 +131,24 @@ def _tensor(config: GPTConfig, params: Any, masks: Any, place: Place) -> np.ndar
         )
         if leaf not in found:
             return np.zeros(place.shape, np.float32)
-        part = np.asarray(found[leaf] if layer is None else found[leaf][layer])
+        part = _on_host(found[leaf], layer)
         if masks is not None and np.ndim(mask[leaf]):
-            part = np.where(np.asarray(mask[leaf] if layer is None else mask[leaf][layer]), part, 0)
+            part = np.where(_on_host(mask[leaf], layer), part, 0)
         factor = next((factor for start, factor in factors.items() if name.startswith(start)), 1.0)
         parts.append(part if factor == 1 else part * np.float32(factor))
     whole = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
     return whole.T if place.transposed else whole
 
 
-def load_model(folder: str | PathLike[str]) -> tuple[GPTConfig, Any]:
+def _on_host(leaf: Any, layer: int | None) -> np.ndarray:
+    """An array, or a layer of it: as it lies in the memory of a CPU, and fetched from whatever devices it is split over."""
+    if layer is None:
+        return np.asarray(leaf)
+    elsewhere = isinstance(leaf, jax.Array) and [device.platform for device in leaf.devices()] != ["cpu"]
+    return np.asarray(leaf[layer]) if elsewhere else np.asarray(leaf)[layer]
+
+
+def load_model(folder: str | PathLike[str], *, mesh: Mesh | None = None) -> tuple[GPTConfig, Any]:
     """Reads a GPT-2, Llama, Qwen2 or Qwen3 that transformers, or `save_model`, wrote; or one of ``openai/circuit_sparsity``.
 
     Args:
@@ -146,11 +157,12 @@ def load_model(folder: str | PathLike[str]) -> tuple[GPTConfig, Any]:
         ``model.``. With ``beeg_config.json`` in the place of ``config.json``, it is a weight-sparse transformer of Gao et al.
         2025 (arXiv 2511.13653), its released pickle written as ``model.safetensors``. A tokenizer is read by
         `spdf_jax.data.load_tokenizer`.
+      mesh: to split the parameters over, as in training, each as soon as it is read; None: all on JAX's default device.
 
     Returns:
       The config, with float32 compute, of GPT-2 with biases and the rate of its residual dropout (ours has none on attention
-      probabilities, and no rate of its own on the embedding), and float32 parameters as `spdf_jax.GPT` has them, on JAX's
-      default device. To read a model that is larger than it, call this under ``jax.default_device(jax.devices("cpu")[0])``.
+      probabilities, and no rate of its own on the embedding), and float32 parameters as `spdf_jax.GPT` has them. Memory of the
+      host: little more than theirs on a CPU, where a file of half precision is half as large; elsewhere, the largest one's.
 
     Raises:
       InputError: a file is missing, damaged or a pickle; the config is of another model or asks for what our GPT does not
@@ -180,17 +192,12 @@ def load_model(folder: str | PathLike[str]) -> tuple[GPTConfig, Any]:
         if head_twice:
             wanted["lm_head.weight"] = wanted[embedding]
         check_stored(folder, tensors, wanted)
-        if head_twice and any(
-            (
-                read_tensor(folder, tensors, "lm_head.weight", part) != read_tensor(folder, tensors, embedding, part)
-            ).any()
-            for part in _columns(config.d_model)
-        ):
+        if head_twice and any((a != b).any() for a, b in _both(folder, stored, "lm_head.weight", embedding, wanted)):
             raise InputError(
                 f"{folder}: lm_head.weight differs from {embedding}, which {_TIED[family is circuit_sparsity]} in {path.name} "
                 f"says are one; set it to false to keep both"
             )
-    return config, _read_params(config, places, folder, stored)
+    return config, _read_params(config, places, folder, stored, mesh)
 
 
 def load_model_config(folder: Path) -> GPTConfig:
@@ -214,26 +221,54 @@ def _read_config(folder: Path) -> tuple[Path, Any, GPTConfig, Any]:
     return path, content, family.read_config(path, content), family
 
 
-def _columns(width: int) -> Iterator[slice]:
-    """In few parts, so that comparing two embeddings takes little memory."""
-    return (slice(at, min(at + 128, width)) for at in range(0, width, 128))
+def _both(
+    folder: Path, stored: Callable, one: str, other: str, wanted: dict[str, tuple[int, ...]]
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The same parts of two tensors."""
+    parts = [(rows,) for rows in row_parts(wanted[one])]
+    ones, others = (read_parts(folder, stored, zip([name] * len(parts), parts, strict=True)) for name in (one, other))
+    return zip(ones, others, strict=True)
 
 
-def _read_params(config: GPTConfig, places: dict[str, Place], folder: Path, stored: Callable) -> Any:
-    """Our parameters, the largest first, so that none is in memory twice when nearly all are there."""
+def _read_params(config: GPTConfig, places: dict[str, Place], folder: Path, stored: Callable, mesh: Mesh | None) -> Any:
+    """Our parameters, the largest first, so that what is in memory twice is the least when nearly all are there."""
     tokens_BT = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     wanted = jax.eval_shape(GPT(config).init, jax.random.key(0), tokens_BT)["params"]
+    shardings = dict(named_leaves(parameter_shardings(mesh, wanted))) if mesh else {}
     ours, found = shapes(wanted), {}
     for leaf in sorted(ours, key=lambda leaf: -math.prod(ours[leaf])):
-        array = np.zeros(ours[leaf], np.float32)
-        with (
-            stored() as tensors
-        ):  # opened anew, since what was read of a mapped file stays in memory until it is closed
-            for name, place in places.items():
-                if leaf in place.leaves:
-                    at = place.leaves.index(leaf) * ours[leaf][-1]
-                    part = slice(None) if len(place.leaves) == 1 else slice(at, at + ours[leaf][-1])
-                    tensor = read_tensor(folder, tensors, name, part, rows=place.transposed)
-                    array[... if place.layer is None else place.layer] = tensor.T if place.transposed else tensor
-        found[leaf] = jnp.asarray(array)
+        array, width = _aligned(ours[leaf]), ours[leaf][-1]
+        spots, parts = [], []
+        for name, place in places.items():
+            if leaf in place.leaves:
+                target = array if place.layer is None else array[place.layer]
+                for there, here in _spots(place, leaf, width):
+                    parts.append((name, there))
+                    spots.append((target.T if place.transposed else target)[here])
+        for spot, part in zip(spots, read_parts(folder, stored, parts), strict=True):
+            spot[...] = part
+        sharding = shardings.get(leaf)
+        found[leaf] = (
+            jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
+            if sharding
+            else jax.device_put(array)
+        )
     return map_named(lambda name, _: found[name], wanted)
+
+
+def _spots(place: Place, leaf: str, width: int) -> Iterator[tuple[tuple[slice, ...], tuple[slice, ...]]]:
+    """Parts of a tensor that are copied at once, and where they go in `leaf`, or in its transpose where it is stored so."""
+    many, at = len(place.leaves) > 1, place.leaves.index(leaf) * width
+    below = many and place.transposed and len(place.shape) > 1  # one leaf below the other, not beside
+    columns = slice(at, at + width) if many and not below else slice(None)
+    for rows in row_parts((width, *place.shape[1:]) if below else place.shape):
+        moved = slice(rows.start + at, rows.stop + at) if below else rows
+        yield (moved, columns)[-len(place.shape) :], (rows,)
+
+
+def _aligned(shape: tuple[int, ...]) -> np.ndarray:
+    """Room that JAX on a CPU takes as it lies, without a copy."""
+    size = math.prod(shape)
+    room = np.zeros(size + 16, np.float32)
+    start = -room.ctypes.data % 64 // 4
+    return room[start : start + size].reshape(shape)

@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,11 +13,13 @@ import numpy as np
 from safetensors import safe_open
 from tokenizers import Tokenizer
 
-from spdf_jax.data.tokenizer import END_OF_TEXT, vocabulary_size
+from spdf_jax.data.tokenizer import END_OF_TEXT, known_end, vocabulary_size
 from spdf_jax.errors import InputError, reading
 from spdf_jax.tree import named_leaves
 from spdf_jax.workdir import make_durable, read_json, temporary_beside
 
+#: At most, of a tensor and of a file, while a model is read or written: it is in memory once, and little else is.
+_COPIED_BYTES, _MAPPED_BYTES = 1 << 23, 1 << 25
 #: Safetensors' names of what weights may be stored as, and ours.
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
@@ -86,9 +88,10 @@ def _write_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name, shape in shapes.items():
-            tensor = cast(name, read(name), dtype)
+            tensor = read(name)
             assert tensor.shape == shape, f"{name}: {tensor.shape}, not {shape}"
-            file.write(tensor.data if dtype == "float32" else tensor.tobytes())
+            for rows in row_parts(shape):
+                file.write(cast(name, tensor[rows], dtype).tobytes())
 
 
 def check_end_of_text(vocab_size: int, tokenizer: Tokenizer | None, given: int | None) -> int | None:
@@ -99,7 +102,7 @@ def check_end_of_text(vocab_size: int, tokenizer: Tokenizer | None, given: int |
                 f"export: the tokenizer's ids end at {vocabulary_size(tokenizer) - 1}, over model.vocab_size "
                 f"{vocab_size}; give the tokenizer that the model was trained with"
             )
-        given = tokenizer.token_to_id(END_OF_TEXT) if given is None else given
+        given = known_end(tokenizer) if given is None else given
         if given is None or tokenizer.id_to_token(given) is None:
             what = f"no {END_OF_TEXT!r}" if given is None else f"no token of end_of_text_id {given}"
             raise InputError(f"export: the tokenizer has {what}; give the end_of_text_id that it has")
@@ -149,10 +152,10 @@ def check_shapes(problem: str, found: Mapping[str, tuple[int, ...]], wanted: Map
 def cast(name: str, tensor: np.ndarray, dtype: str) -> np.ndarray:
     """A tensor as it is written; raises `InputError` where `dtype` has no room for a number."""
     with np.errstate(over="ignore"):  # said below
-        cast = tensor.astype(jnp.dtype(dtype))
+        cast = tensor.astype(jnp.dtype(dtype), copy=False)
     if not np.isfinite(cast).all():
         raise InputError(f"export: {name} is not finite in {dtype}; give another dtype, or parameters that are finite")
-    return np.ascontiguousarray(cast)  # safetensors writes memory as it lies
+    return cast
 
 
 def read_json_file(path: Path) -> dict[str, Any]:
@@ -224,12 +227,31 @@ def check_stored(folder: Path, tensors: Mapping[str, Any], wanted: Mapping[str, 
         raise InputError(f"{folder}: stored as no float: {', '.join(odd)}; save them as {', '.join(DTYPES.values())}")
 
 
-def read_tensor(
-    folder: Path, tensors: Mapping[str, Any], name: str, part: slice = slice(None), *, rows: bool = False
-) -> np.ndarray:
-    """One of them, or a part of its last axis, or of its rows, in float32."""
-    with reading(f"{folder}: {name} cannot be read", "get the file again"):
-        array: np.ndarray = tensors[name][part if rows else (..., part)].astype(np.float32)
-    if not np.isfinite(array).all():
-        raise InputError(f"{folder}: {name} holds numbers that are not finite; get the files again")
-    return array
+def row_parts(shape: Sequence[int]) -> list[slice]:
+    """Rows of a tensor that are copied at once; all of a vector."""
+    if len(shape) < 2:
+        return [slice(None)]
+    rows = max(1, _COPIED_BYTES // (4 * math.prod(shape[1:])))
+    return [slice(at, min(at + rows, shape[0])) for at in range(0, shape[0], rows)]
+
+
+def read_parts(folder: Path, stored: Callable, parts: Iterable[tuple[str, tuple[slice, ...]]]) -> Iterator[np.ndarray]:
+    """Parts of tensors, one after the other, as floats of the width that they are stored in.
+
+    Args:
+      folder: which they are from.
+      stored: `stored_tensors` of it.
+      parts: their names, and which part.
+    """
+    with ExitStack() as stack:
+        left = 0
+        for name, part in parts:
+            if left <= 0:  # opened anew, since what was read of a mapped file stays in memory until it is closed
+                stack.close()
+                tensors, left = stack.enter_context(stored()), _MAPPED_BYTES
+            with reading(f"{folder}: {name} cannot be read", "get the file again"):
+                array: np.ndarray = tensors[name][part]
+            if not np.isfinite(array).all():
+                raise InputError(f"{folder}: {name} holds numbers that are not finite; get the files again")
+            left -= array.nbytes
+            yield array

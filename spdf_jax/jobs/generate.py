@@ -58,6 +58,8 @@ def generate_text(config: RunConfig, workdir: Path, prompt: str) -> str:
         # The last document: in training, those before it say nothing to it.
         ids = ids[max((i for i, token in enumerate(ids) if token == end), default=0) :]
     (found,) = generate(saved.model, saved.result.params, [ids], config.decode, end_tokens=[end], mesh=mesh)
-    text = tokenizer.decode(found.tokens, skip_special_tokens=True)
+    before = tokenizer.decode(ids)
+    # After the prompt: alone, some tokenizers' text loses the space that it begins with.
+    text = tokenizer.decode([*ids, *found.tokens]).removeprefix(before)
     print(f"{prompt}{text}")
     return text

@@ -218,7 +218,7 @@ def initial_from(folder: Path, config: RunConfig, plan: PhasePlan, mesh: Mesh, p
         check_transition(source.plan.config, plan.name, phase)
         state = source.state.replace(step=jnp.zeros((), jnp.int32), key=key)
     else:
-        model_config, params = load_model(folder)
+        model_config, params = load_model(folder, mesh=mesh)
         check_same_model(folder, model_config, config.model)
         if not phase.reset_optimizer:
             raise InputError(f"config.{plan.name}.reset_optimizer: {folder} holds no optimiser state; set it to True")
