@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import ByteLevelBPETokenizer, Tokenizer
 
+from spdf_jax.data.encoding import CUT
 from spdf_jax.errors import InputError, reading
 
 END_OF_TEXT = "<|endoftext|>"
@@ -20,7 +21,7 @@ _TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 # a letter and ASCII punctuation (but for ', which starts "'s"), byte-level BPE never joins the sides: the ids stay the same.
 _PIECE_CHARS = 1 << 16
 _SAMPLE = "Any text, 1 or 2: \u00e9\u2028\U0001f600<|endoftext|>\n"
-_SAFE_CUT = re.compile(r"(?<=\S\n)(?=\S)|(?<=\S)(?= \S)|(?<=[^\W\d_])(?=[!-&(-/:-@\[-^`{-~])")
+_SAFE_CUT = re.compile(CUT.pattern + r"|(?<=[^\W\d_])(?=[!-&(-/:-@\[-^`{-~])")
 # Training takes a time that grows with the square of a word's length, a word being what merges never leave: letters, digits,
 # white space or other characters in a row.
 _LONGEST_WORD = 1024
