@@ -31,7 +31,7 @@ made = 0
 def count(connection, cursor, statement, *_):
     global made
     made += statement.lstrip().startswith("CREATE TABLE")
-    if made == int(sys.argv[2]):
+    if 0 < made == int(sys.argv[2]):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -51,7 +51,7 @@ PYTHON
 for moment in 12 20 40 0; do
     store=sqlite:///$folder/$moment.db
     code=0
-    "$folder/venv/bin/python" "$folder/first.py" "$store" "$moment" 2> "$folder/said" || code=$?
+    { "$folder/venv/bin/python" "$folder/first.py" "$store" "$moment" || code=$?; } 2> "$folder/said"
     case $moment in 0) what="not killed" wanted=0 ;; *) what="killed after CREATE TABLE $moment" wanted=137 ;; esac
     if [[ $code != "$wanted" ]]; then cat "$folder/said" >&2 && exit 1; fi
     "$folder/venv/bin/python" "$folder/later.py" "$store" 2> /dev/null > "$folder/second"
