@@ -266,7 +266,7 @@ def test_a_run_of_a_mixture_says_what_it_reads_and_is_no_other_by_its_places(tmp
 
 @pytest.mark.nightly
 @pytest.mark.usefixtures("few_matrices")  # as in the program
-def test_kill_9_in_the_middle_of_epochs_and_resume_change_no_bit(tmp_path, capsys):
+def test_kill_9_in_the_middle_of_epochs_and_resume_change_no_bit(tmp_path):
     web, code = (write_text(tmp_path / name) for name in ("web", "code"))
     (code / "train.txt").write_text((code / "train.txt").read_text()[:650])  # five examples
     how = {"data": {"path": "", "mixture": f"{web}=0.75,{code}=0.25"}}
@@ -279,8 +279,6 @@ def test_kill_9_in_the_middle_of_epochs_and_resume_change_no_bit(tmp_path, capsy
         epochs.append(mixture.epochs(config.model.context, 4 * step))
         assert all(epoch % 1 for epoch in epochs[-1].values()), epochs
     assert [epoch[str(code)] for epoch in epochs] == [0.6, 1.2, 1.8]
-    with capsys.disabled():
-        print(f" {epochs} ", end="")
 
 
 def test_the_turns_of_all_shares_are_counted_once():
