@@ -269,12 +269,18 @@ def _in_chunks(compute: Callable, q_BTHD: jax.Array, *args: Any) -> Any:
     """``compute`` of arrays with a leading batch axis, of short sequences on one CPU a few at a time."""
     B, T, H, _ = q_BTHD.shape
     # Split over devices, the batch stays whole: a loop over it would gather it.
-    alone = jax.device_count() == 1 and target_platform() == "cpu"
-    chunks = next(n for n in range(1, B + 1) if B % n == 0 and (B // n * H <= _SHORT_ROWS or n == B))
-    if chunks == 1 or T > _SLAB or not alone:
+    if T > _SLAB or jax.device_count() > 1 or target_platform() != "cpu":
         return compute(q_BTHD, *args)
-    parts = jax.tree.map(lambda x: x.reshape(chunks, -1, *x.shape[1:]), (q_BTHD, *args))
-    return jax.tree.map(lambda x: x.reshape(B, *x.shape[2:]), lax.map(lambda part: compute(*part), parts))
+    # Each head by itself: from arrays of sequences and heads, cutting a tile takes as long as multiplying it.
+    chunks = next(n for n in range(1, B * H + 1) if B * H % n == 0 and (B * H // n <= _SHORT_ROWS or n == B * H))
+
+    def split(x: jax.Array) -> jax.Array:
+        if x.ndim == 2:  # the documents' ids
+            return jnp.repeat(x, H, 0).reshape(chunks, -1, T)
+        return x.swapaxes(1, 2).reshape(chunks, -1, T, 1, x.shape[-1])
+
+    parts = lax.map(lambda part: compute(*part), jax.tree.map(split, (q_BTHD, *args)))
+    return jax.tree.map(lambda x: x.reshape(B, H, T, -1).swapaxes(1, 2), parts)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
