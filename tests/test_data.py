@@ -34,7 +34,7 @@ from spdf_jax.data import (
 )
 from spdf_jax.data import corpus as corpora
 from spdf_jax.data.corpus import LIBRARIES, embedded_corpus, library_corpus, split_of, text_corpus
-from spdf_jax.data.encoding import encode_parts, in_parts
+from spdf_jax.data.encoding import CUT, _WordIds, encode_parts, in_parts
 from spdf_jax.data.tokenizer import (
     _PIECE_CHARS,
     _bounded_words,
@@ -266,6 +266,70 @@ def test_cuts_change_no_id(embedded, monkeypatch):
         assert "".join(piece for piece, _ in pieces) == text
         ids = [i for piece, _ in pieces for i in embedded.tokenizer.encode(piece).ids]
         assert ids == embedded.tokenizer.encode(text).ids
+
+
+ODD_SPACE = "\t\n\x0b\x0c\r\x1c\x1d\x1e\x1f \x85\xa0\u1680\u180e\u2000\u200a\u200b\u2028\u2029\u202f\u205f\u3000\ufeff"
+
+
+def test_ids_that_are_looked_up_are_those_of_the_whole_text(embedded, monkeypatch):
+    """Words that come back, among every kind of white space; and however few are kept."""
+    tokenizer = tokenizers.Tokenizer.from_str(embedded.tokenizer.to_str())
+    tokenizer.encode_special_tokens = True  # as where text is encoded to be kept
+    rng = np.random.default_rng(0)
+    words = ["it's", "It", "don't;", "7", "½", "e\u0301", "漢字", "__", "...", "'", "\U0001f600"]
+    parts = [*words, *ODD_SPACE, *" " * 15, *"\n" * 9]
+    texts = ["".join(rng.choice(parts, 200)) for _ in range(60)] + ["", " ", "\n", Path(email.__file__).read_text()]
+    end = end_of_text_id(tokenizer)
+    wanted = [i for text in texts for i in [*tokenizer.encode(text).ids, end]]
+    assert encoded(tokenizer, texts).tolist() == wanted
+    learned, learn = [], _WordIds._learn
+    monkeypatch.setattr(_WordIds, "_learn", lambda self, words: learned.extend(words) or learn(self, words))
+    assert encoded(tokenizer, texts * 2).tolist() == wanted * 2
+    assert len(learned) == len(set(learned)), "none is encoded twice"
+    monkeypatch.setattr("spdf_jax.data.encoding._KNOWN_BYTES", 1000)
+    learned.clear()
+    assert encoded(tokenizer, texts * 2).tolist() == wanted * 2
+    assert len(learned) > len(set(learned))
+
+
+def with_a_space_before(said):
+    said["pre_tokenizer"]["add_prefix_space"] = True
+
+
+def lower_case(said):
+    said["normalizer"] = {"type": "Lowercase"}
+
+
+def of_one_word_a_text(said):
+    said["pre_tokenizer"]["use_regex"] = False
+
+
+def with_a_token_of_two_words(said):
+    said["added_tokens"].append(
+        said["added_tokens"][0] | {"id": len(said["model"]["vocab"]), "content": "two words", "special": False}
+    )
+
+
+def without_words(said):
+    said["pre_tokenizer"] = None
+
+
+OTHER_WORDS = [with_a_space_before, lower_case, of_one_word_a_text, with_a_token_of_two_words, without_words]
+
+
+@pytest.mark.parametrize("change", OTHER_WORDS)
+def test_other_words_than_gpt2_s_are_not_looked_up(change, embedded):
+    said = json.loads(embedded.tokenizer.to_str())
+    text = "Say two words\nand two words more, Then\nsay them again"
+    change(said)
+    tokenizer = tokenizers.Tokenizer.from_str(json.dumps(said))
+    tokenizer.encode_special_tokens = True
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    assert encoded(tokenizer, [text] * 3).tolist() == [*ids, end_of_text_id(tokenizer)] * 3
+    assert not _WordIds(tokenizer)._by_words
+    if change is with_a_space_before or change is with_a_token_of_two_words:
+        apart = [i for word in CUT.split(text) for i in tokenizer.encode(word, add_special_tokens=False).ids]
+        assert apart != ids, "a text in which it matters"
 
 
 def test_training_in_pieces_gives_the_tokenizer_of_the_whole_text():
@@ -505,7 +569,7 @@ def test_any_number_of_processes_writes_the_same_bytes(processes, text_folder, t
     )
     prepare(alone, progress=False)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("spdf_jax.data.encoding._encoded", lambda *_: pytest.fail("encoded here"))
+        patch.setattr("spdf_jax.data.encoding._WordIds.of", lambda *_: pytest.fail("encoded here"))
         prepare(many, progress=False)
     assert cached_files(many.cache_dir) == cached_files(alone.cache_dir)
 
@@ -587,8 +651,8 @@ def test_a_build_goes_on_where_it_was_killed_to_the_same_bytes(left, text_folder
     LEFT[left](place)
     import spdf_jax.data.encoding as encoding
 
-    encode, again = encoding._encoded, []
-    monkeypatch.setattr(encoding, "_encoded", lambda *args: again.append(args) or encode(*args))
+    encode, again = encoding._WordIds.of, []
+    monkeypatch.setattr(encoding._WordIds, "of", lambda *args: again.append(args) or encode(*args))
     if left == "as it was":
         monkeypatch.setattr("spdf_jax.data.token_cache.train_tokenizer", lambda *_, **__: pytest.fail("trained again"))
     prepare(config, progress=False)

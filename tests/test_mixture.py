@@ -10,7 +10,9 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from test_faults import assert_ends_as
 from tiny import NO_WINDOW, tiny_config, write_text
+from twice import killed_at, short_run
 
 import spdf_jax as spdf
 from spdf_jax.data import DataConfig, Mixture, prepare, train_batches, validation_batches
@@ -260,6 +262,23 @@ def test_a_run_of_a_mixture_says_what_it_reads_and_is_no_other_by_its_places(tmp
     other = mixed_run(tmp_path / "web", tmp_path / "cache", f"{tmp_path}/web=0.5,{tmp_path}/code=0.5")
     with pytest.raises(InputError, match="the data is not what this run was trained on so far"):
         spdf.train(other, tmp_path / "run", progress=False)
+
+
+@pytest.mark.nightly
+@pytest.mark.usefixtures("few_matrices")  # as in the program
+def test_kill_9_in_the_middle_of_epochs_and_resume_change_no_bit(tmp_path):
+    web, code = (write_text(tmp_path / name) for name in ("web", "code"))
+    (code / "train.txt").write_text((code / "train.txt").read_text()[:650])  # five examples
+    how = {"data": {"path": "", "mixture": f"{web}=0.75,{code}=0.25"}}
+    killed_at(tmp_path / "whole", web, tmp_path / "cache", [], **how)
+    killed_at(tmp_path / "run", web, tmp_path / "cache", [5, 11], **how)
+    assert_ends_as(tmp_path / "run", tmp_path / "whole")
+    config = short_run(web, tmp_path / "cache", **how)
+    mixture, epochs = prepare(config.data, progress=False).train, []
+    for step in (3, 6, 9):  # where it can have gone on
+        epochs.append(mixture.epochs(config.model.context, 4 * step))
+        assert all(epoch % 1 for epoch in epochs[-1].values()), epochs
+    assert [epoch[str(code)] for epoch in epochs] == [0.6, 1.2, 1.8]
 
 
 def test_the_turns_of_all_shares_are_counted_once():

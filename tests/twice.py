@@ -25,12 +25,15 @@ from spdf_jax.training.metrics import Tracker
 PAUSE_SECONDS = 1.0  # between a kill and the next start
 
 
-def short_run(text: Path, cache: Path, pretrain: dict | None = None, **loop: object) -> RunConfig:
-    """One phase of 12 steps, logged each, evaluated every six, saved every three, but for what `pretrain` and `loop` say."""
+def short_run(
+    text: Path, cache: Path, pretrain: dict | None = None, data: dict | None = None, **loop: object
+) -> RunConfig:
+    """One phase of 12 steps, logged each, evaluated every six, saved every three, but for what the sections say."""
     c = tiny_config(text, cache)
     c.pretrain.steps, c.phases = 12, ("pretrain",)
     c.loop.update({"checkpoint_every_steps": 3, "eval_every_steps": 6} | loop)
     c.pretrain.update(pretrain or {})
+    c.data.update(data or {})
     c.pretrain.sparsity.update(NO_WINDOW | {"update_every_steps": 3})
     del c.finetune
     return spdf.resolve(c)

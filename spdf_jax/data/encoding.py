@@ -6,11 +6,12 @@ Run as a program, this file is one of the many, which imports neither JAX nor th
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -24,6 +25,9 @@ PART_BYTES = 8 << 20
 _PARTS_A_PROCESS = 4  # for fewer, starting one costs more than it saves
 # Encoding takes about 100 bytes a character, and pieces have 2**16: of many processes each takes few at a time.
 _PIECES, _PIECES_OF_MANY = 64, 8
+# Where GPT-2's pattern of words never joins the sides: text comes back in few words, whose ids are looked up.
+CUT = re.compile(r"(?<=\S)(?= \S)|(?<=\S\n)(?=\S)")
+_KNOWN_BYTES = 32 << 20
 
 
 class Part(NamedTuple):
@@ -89,8 +93,9 @@ def encode_parts(
       file: where the tokenizer is saved, for other processes.
     """
     if processes == 1:
+        word_ids = _WordIds(tokenizer)
         for part in parts:
-            yield part, _encoded(tokenizer, part.pieces, part.ends, end_id, _PIECES).astype(dtype)
+            yield part, word_ids.of(part.pieces, part.ends, end_id, _PIECES).astype(dtype)
         return
     command = [str(file), str(end_id), dtype, str(int(tokenizer.encode_special_tokens))]
     with ThreadPoolExecutor(processes) as threads, ExitStack() as stack:
@@ -155,19 +160,43 @@ def _answer(encoder: subprocess.Popen, part: Part, dtype: str) -> np.ndarray:
     return np.frombuffer(ids, dtype)
 
 
-def _encoded(tokenizer: Tokenizer, pieces: list[bytes], ends: list[bool], end_id: int, at_once: int) -> np.ndarray:
-    found: list[np.ndarray] = []
-    for start in range(0, len(pieces), at_once):
-        some: Sequence[str] = [piece.decode() for piece in pieces[start : start + at_once]]
-        ids: list[int] = []
-        for encoding, is_last in zip(
-            tokenizer.encode_batch_fast(some, add_special_tokens=False), ends[start:], strict=False
+class _WordIds:
+    """Ids by a tokenizer, which is asked once for each word where its words are GPT-2's, and for every text where not."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer, self._known, self._known_bytes = tokenizer, dict[str, bytes](), 0
+        said = json.loads(tokenizer.to_str())
+        words = said["pre_tokenizer"] or {}
+        self._by_words = (
+            words.get("type") == "ByteLevel"
+            and words.get("use_regex", True)
+            and not words["add_prefix_space"]
+            and said["normalizer"] is None
+            and tokenizer.encode_special_tokens
+            and all(token["special"] for token in said["added_tokens"])
+        )
+
+    def of(self, pieces: list[bytes], ends: list[bool], end_id: int, at_once: int) -> np.ndarray:
+        """uint32 ids of pieces of documents, `end_id` after each that is the last of its own."""
+        found, end = bytearray(), np.uint32(end_id).tobytes()
+        for start in range(0, len(pieces), at_once):
+            texts = [piece.decode() for piece in pieces[start : start + at_once]]
+            words = [CUT.split(text) if self._by_words else [text] for text in texts]
+            self._learn([word for word in set().union(*words) if word not in self._known])
+            for row, is_last in zip(words, ends[start:], strict=False):
+                found += b"".join(map(self._known.__getitem__, row))
+                if is_last:
+                    found += end
+            if not self._by_words or self._known_bytes > _KNOWN_BYTES:
+                self._known, self._known_bytes = {}, 0
+        return np.frombuffer(found, np.uint32)
+
+    def _learn(self, words: list[str]) -> None:
+        for word, encoding in zip(
+            words, self._tokenizer.encode_batch_fast(words, add_special_tokens=False), strict=True
         ):
-            ids += encoding.ids
-            if is_last:
-                ids.append(end_id)
-        found.append(np.array(ids, dtype=np.uint32))
-    return np.concatenate(found)
+            self._known[word] = np.array(encoding.ids, np.uint32).tobytes()
+            self._known_bytes += 4 * len(word) + len(self._known[word]) + 200  # of two objects and their place
 
 
 def _serve(file: str, end_id: str, dtype: str, special_is_text: str) -> None:
@@ -175,11 +204,12 @@ def _serve(file: str, end_id: str, dtype: str, special_is_text: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for the process that asks
     tokenizer = Tokenizer.from_file(file)
     tokenizer.encode_special_tokens = bool(int(special_is_text))
+    word_ids = _WordIds(tokenizer)
     read, write = sys.stdin.buffer, sys.stdout.buffer
     while line := read.readline():
         lengths, ends = json.loads(line)
         pieces = [read.read(length) for length in lengths]
-        ids = _encoded(tokenizer, pieces, ends, int(end_id), _PIECES_OF_MANY).astype(dtype).tobytes()
+        ids = word_ids.of(pieces, ends, int(end_id), _PIECES_OF_MANY).astype(dtype).tobytes()
         write.write(f"{len(ids)}\n".encode() + ids)
         write.flush()
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import ByteLevelBPETokenizer, Tokenizer
 
+from spdf_jax.data.encoding import CUT
 from spdf_jax.errors import InputError, reading
 
 END_OF_TEXT = "<|endoftext|>"
@@ -24,7 +25,7 @@ _TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 # but for one space more where a tokenizer puts one before every text, as Llama 2's.
 _PIECE_CHARS = 1 << 16
 _SAMPLE = "Any text, 1 or 2: \u00e9\u2028\U0001f600<|endoftext|>\n"
-_SAFE_CUT = re.compile(r"(?<=\S\n)(?=\S)|(?<=\S)(?= \S)|(?<=[^\W\d_])(?=[!-&(-/:-@\[-^`{-~])")
+_SAFE_CUT = re.compile(CUT.pattern + r"|(?<=[^\W\d_])(?=[!-&(-/:-@\[-^`{-~])")
 # Training takes a time that grows with the square of a word's length, a word being what merges never leave: letters, digits,
 # white space or other characters in a row.
 _LONGEST_WORD = 1024
