@@ -183,13 +183,13 @@ def test_grouped_heads_by_cudnn_on_a_mesh(kv_heads, monkeypatch):
     assert_grouped(x, pattern_mask("causal", 40, 1), found)
 
 
-#: Of `test_blocks_run.blocks_config`, each with other options of how it is computed.
+#: Of `test_blocks_run.blocks_config`, each with other options of how it is computed; keys as wide as blocks need them.
 TRAINED = {
-    "llama": {"n_kv_head": 2, "remat": "dots"},
-    "qwen2": {"n_kv_head": 2, "attention_bias": "qkv", "tied_head": False, "remat": "block"},
-    "qwen3": {"n_kv_head": 1, "qk_norm": True, "attention_bias": "all", "remat": "mlp"},
-    "wide heads": {"n_kv_head": 2, "d_head": 16, "use_bias": True},
-    "S-muPar": {"n_kv_head": 1, "qk_norm": True, "mup_base_width": 16, "mup_density": 0.25},
+    "llama": {"n_kv_head": 2, "d_head": 16, "remat": "dots"},
+    "qwen2": {"n_kv_head": 2, "d_head": 16, "attention_bias": "qkv", "tied_head": False, "remat": "block"},
+    "qwen3": {"n_kv_head": 1, "d_head": 32, "qk_norm": True, "attention_bias": "all", "remat": "mlp"},
+    "biases": {"n_kv_head": 2, "d_head": 16, "use_bias": True},
+    "S-muPar": {"n_kv_head": 1, "d_head": 32, "qk_norm": True, "mup_base_width": 16, "mup_density": 0.25},
 }
 
 

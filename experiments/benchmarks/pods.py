@@ -33,7 +33,7 @@ ROWS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     (XL, "v6e:16x16", ()),
     (XL, "v5p:8x8x8", ("--config.mesh.fsdp=8",)),
     (XL, "tpu7x:4x4x4", ()),
-    (LLAMA, "v5e:4x4", ("--config.mesh.fsdp=16",)),
+    (LLAMA, "v5e:4x4", ("--config.mesh.data=4", "--config.mesh.fsdp=4", "--config.model.remat=mlp")),
 )
 #: What a plan says of the train step, by what it is in a row.
 SAID = {
