@@ -127,36 +127,38 @@ def test_decoding_with_a_sink_a_bigram_and_places_is_the_model():
         np.testing.assert_allclose(logits, whole[:, start:end], atol=1e-5)
 
 
-def _spread(model, params, gate, place):
-    circuit = {place: {"gate": gate, "mean": jnp.full(gate.shape, 0.7)}}
-    return model.apply({"params": params, "circuit": {"blocks": circuit}}, TOKENS).std()
-
-
 def test_every_place_is_seen_and_every_channel_can_be_switched_off():
     config = spdf.GPTConfig(**{**SMALL.__dict__, "activation_topk": "mlp_neuron=0.25"})
     model, params = spdf.GPT(config), drawn_params(config)
     params = jax.tree.map(lambda x: x + jax.random.normal(jax.random.key(2), x.shape) / 4, params)
+    widths = place_widths(config)
+    on, mean = ({place: jnp.full((2, widths[place]), value) for place in PLACES} for value in (1.0, 0.7))
+
+    def run(gate):
+        circuit = {place: {"gate": gate[place], "mean": mean[place]} for place in gate}
+        return model.apply({"params": params, "circuit": {"blocks": circuit}}, TOKENS, mutable=["places"])
+
+    def changed(gate):
+        return run(gate)[0].std()
+
+    run, slopes = jax.jit(run), jax.jit(jax.grad(changed))
     plain = model.apply({"params": params}, TOKENS)
     logits, seen = model.apply({"params": params}, TOKENS, mutable=["places"])
     np.testing.assert_array_equal(logits, plain)
-    seen, widths = seen["places"]["blocks"], place_widths(config)
+    seen = seen["places"]["blocks"]
     assert jax.tree.map(jnp.shape, seen) == {place: (2, 2, 8, widths[place]) for place in PLACES}
     assert ((seen["mlp_neuron"] != 0).sum(-1) == 8).all()
+    logits, seen = run(on)
+    np.testing.assert_allclose(logits, plain, rtol=1e-5, atol=1e-5)
+    seen, slope = seen["places"]["blocks"], slopes(on)
     for place in PLACES:
-        width = widths[place]
-        gate = jnp.ones((2, width)).at[1, 3].set(0)
-        circuit = {place: {"gate": gate, "mean": jnp.full((2, width), 0.7)}}
-        variables = {"params": params, "circuit": {"blocks": circuit}}
-        logits, switched = model.apply(variables, TOKENS, mutable=["places"])
-        switched = switched["places"]["blocks"]
-        np.testing.assert_allclose(switched[place][1, ..., 3], 0.7)
-        np.testing.assert_array_equal(switched[place][1, ..., :3], seen[place][1, ..., :3])
-        np.testing.assert_array_equal(switched[place][0], seen[place][0])
-        assert bool((logits != plain).any())
-        gates = jax.grad(_spread, 2)(model, params, gate, place)
-        assert bool((gates != 0).any())
-        all_on = {place: {"gate": jnp.ones((2, width)), "mean": jnp.full((2, width), 0.7)}}
-        np.testing.assert_array_equal(model.apply({"params": params, "circuit": {"blocks": all_on}}, TOKENS), plain)
+        switched_logits, switched = run(on | {place: on[place].at[1, 3].set(0)})
+        switched = switched["places"]["blocks"][place]
+        np.testing.assert_allclose(switched[1, ..., 3], 0.7)
+        np.testing.assert_array_equal(switched[1, ..., :3], seen[place][1, ..., :3])
+        np.testing.assert_array_equal(switched[0], seen[place][0])
+        assert bool((switched_logits != logits).any())
+        assert bool((slope[place] != 0).any())
 
 
 @pytest.mark.parametrize(
