@@ -253,7 +253,8 @@ def test_every_rule_trains_a_model_that_it_does_not_know(rule, tmp_path):
     if rule == "acdc":
         how |= {"schedule": "alternate", "cycles": 2}
     elif rule != "static":
-        how |= {"update_every_steps": 3, "schedule": (spdf.RULES[rule].schedules or ("constant",))[0]}
+        how |= {"schedule": (spdf.RULES[rule].schedules or ("constant",))[0]}
+        how |= {} if spdf.RULES[rule].choose_each_step else {"update_every_steps": 3}
     params, loss_fn = of_lists()
     programme = spdf.make_programme(params, 40, filter=FILTER, **how)
     masks = spdf.init_masks(KEY, params, sparsity=programme.level(0), filter=FILTER)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 
 import jax
@@ -193,6 +194,10 @@ TRAINED = {
 }
 
 
+#: Of each shape in each dtype, what goes the most ways of its own.
+_NOT_NIGHTLY = {("qwen3", "float32"), ("S-muPar", "bfloat16")}
+
+
 def trained_config(name, rule="static", **changes):
     return blocks_config(rule, **({"n_head": 4, "d_ff": 64} | LLAMA | TRAINED[name] | changes))
 
@@ -216,8 +221,13 @@ def test_training_in_blocks_is_training_under_the_same_masks(name):
 
 @pytest.mark.usefixtures("no_figures")
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        pytest.param(name, dtype, marks=[] if (name, dtype) in _NOT_NIGHTLY else pytest.mark.nightly)
+        for name, dtype in itertools.product(TRAINED, ("float32", "bfloat16"))
+    ],
+)
 def test_masks_are_exact_through_training_and_topology_steps_on_a_mesh_as_off_it(name, dtype):
     losses = []
     for sizes in ((1, 1, 1), (2, 2, 2)):

@@ -484,6 +484,7 @@ if __name__ == "__main__":  # killed as its cell of a number starts
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_a_study_that_is_killed_goes_on_and_ends_as_if_it_had_not_been(tmp_path, capsys):
     text, ends = write_text(tmp_path / "text"), []
     for name, kills in (("whole", ()), ("killed", (3, 8))):
