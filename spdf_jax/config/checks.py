@@ -83,16 +83,25 @@ def check_phase(run: RunConfig, name: str, phase: PhaseConfig) -> None:
         )
     if phase.sparsity.init in CALIBRATED_METHODS:
         _check_calibrated(run, name, phase)
+    for check in (_check_mup, _check_rule, _check_blocks):
+        check(run, name, phase)
+    if phase.batch_size % phase.grad_accumulation_steps:
+        raise InputError(
+            f"config.{name}.batch_size: {phase.batch_size} is not divisible by grad_accumulation_steps "
+            f"{phase.grad_accumulation_steps}"
+        )
+
+
+def _check_mup(run: RunConfig, name: str, phase: PhaseConfig) -> None:
     if run.model.mup_base_width and phase.optimizer.density_exponent:
         raise InputError(
             f"config.{name}.optimizer.density_exponent: {phase.optimizer.density_exponent} must be 0: S-muPar scales the "
             f"learning rate by 1/density itself"
         )
-    optimizer = phase.optimizer.name
-    if run.model.mup_base_width and optimizer != "adamw":
+    if run.model.mup_base_width and phase.optimizer.name != "adamw":
         raise InputError(
-            f"config.{name}.optimizer.name: S-muPar's learning rates are Adam's, not those of {optimizer!r}; use 'adamw', or "
-            f"config.model.mup_base_width 0"
+            f"config.{name}.optimizer.name: S-muPar's learning rates are Adam's, not those of {phase.optimizer.name!r}; "
+            f"use 'adamw', or config.model.mup_base_width 0"
         )
     drawn = name == next(iter(run.phases)) and not run.init_from
     if run.model.mup_base_width and drawn and abs(run.model.mup_density - phase.sparsity.density) > 1e-9:
@@ -100,6 +109,10 @@ def check_phase(run: RunConfig, name: str, phase: PhaseConfig) -> None:
             f"config.model.mup_density: {run.model.mup_density} must be the density of phase {name!r}, "
             f"{phase.sparsity.density:g}, for which the parameters are drawn"
         )
+
+
+def _check_rule(_: RunConfig, name: str, phase: PhaseConfig) -> None:
+    optimizer = phase.optimizer.name
     if phase.sparsity.topology_rule.choose_masks and phase.optimizer.regrowth != "keep":
         raise InputError(
             f"config.{name}.optimizer.regrowth: rule {phase.sparsity.rule!r} looks after the optimiser's state itself; use "
@@ -131,6 +144,10 @@ def check_phase(run: RunConfig, name: str, phase: PhaseConfig) -> None:
                 f"config.{name}.optimizer.regrowth: 'smet' counts the steps of active weights, and rule "
                 f"{phase.sparsity.rule!r} has dense moments; use 'reset'"
             )
+
+
+def _check_blocks(_: RunConfig, name: str, phase: PhaseConfig) -> None:
+    optimizer = phase.optimizer.name
     if phase.sparsity.blocks and optimizer in WHOLE:
         raise InputError(
             f"config.{name}.optimizer.name: {optimizer!r} looks at whole matrices, of which sparse_compute 'blocks' stores "
@@ -140,11 +157,6 @@ def check_phase(run: RunConfig, name: str, phase: PhaseConfig) -> None:
         raise InputError(
             f"config.{name}.optimizer: sparse_compute 'blocks' keeps nothing of weights that are not live, and no masks to "
             f"read a density from; use regrowth 'reset' and density_exponent 0, or sparse_compute 'masked'"
-        )
-    if phase.batch_size % phase.grad_accumulation_steps:
-        raise InputError(
-            f"config.{name}.batch_size: {phase.batch_size} is not divisible by grad_accumulation_steps "
-            f"{phase.grad_accumulation_steps}"
         )
 
 
