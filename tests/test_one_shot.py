@@ -126,10 +126,18 @@ def test_every_output_keeps_as_many_and_the_rest_goes_where_the_next_score_is_la
     assert blocks.sum(0).tolist() == [2, 2, 2, 2, 4, 4, 4, 4]
 
 
-def test_a_gram_is_the_product():
-    x = jax.random.normal(jax.random.key(0), (9, 5), jnp.bfloat16)
+@pytest.mark.parametrize("inputs", [1, 5, 19])
+def test_above_its_diagonal_a_gram_is_the_product(inputs):
+    x = jax.random.normal(jax.random.key(0), (9, inputs), jnp.bfloat16)
     whole = x.astype(jnp.float32)
-    np.testing.assert_allclose(gram(x), whole.T @ whole, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(np.triu(gram(x)), np.triu(whole.T @ whole), rtol=1e-6, atol=1e-6)
+
+
+def test_sparsegpt_reads_the_upper_triangle_alone():
+    w, hessian = layer(32, 8)
+    whole = spdf.sparsegpt(w, hessian, 100)
+    half = spdf.sparsegpt(w, jnp.where(np.tri(32, k=-1, dtype=bool), jnp.nan, hessian), 100)
+    jax.tree.map(np.testing.assert_array_equal, half, whole)
 
 
 @pytest.mark.parametrize(

@@ -31,17 +31,17 @@ _dot = partial(jnp.matmul, precision=lax.Precision.HIGHEST)
 def gram(x_NP: jax.Array) -> jax.Array:
     """``x^T x`` in float32: SparseGPT's Hessian but for a factor that nothing depends on; its diagonal has Wanda's norms.
 
-    It is symmetric: of four panels of columns, the products of each with those before it are all that is computed.
+    It is symmetric, and `sparsegpt` reads its upper triangle: each of eight panels of columns is multiplied by itself and by
+    those after it alone. Below its diagonal the result says nothing.
 
     >>> gram(jnp.array([[1.0, 2.0], [0.0, 3.0]])).tolist()
-    [[1.0, 2.0], [2.0, 13.0]]
+    [[1.0, 2.0], [0.0, 13.0]]
     """
     x_NP = x_NP.astype(jnp.float32)
-    width = -(-x_NP.shape[1] // 4)
-    panels = [x_NP[:, i : i + width] for i in range(0, x_NP.shape[1], width)]
-    rows = [_dot(panel.T, x_NP[:, : i * width + panel.shape[1]]) for i, panel in enumerate(panels)]
-    lower = jnp.concatenate([jnp.pad(row, ((0, 0), (0, x_NP.shape[1] - row.shape[1]))) for row in rows])
-    return jnp.tril(lower) + jnp.tril(lower, -1).T
+    inputs = x_NP.shape[1]
+    starts = range(0, inputs, -(-inputs // 8))
+    rows = [_dot(x_NP[:, i : i + starts.step].T, x_NP[:, i:]) for i in starts]
+    return jnp.concatenate([jnp.pad(row, ((0, 0), (i, 0))) for i, row in zip(starts, rows, strict=True)])
 
 
 def wanda_scores(w: jax.Array, input_norm: jax.Array) -> jax.Array:
@@ -143,7 +143,8 @@ def sparsegpt(
 
     Args:
       w: weights [in, out].
-      hessian: ``x^T x`` over calibration tokens x [tokens, in], [in, in]; any common factor will do.
+      hessian: ``x^T x`` over calibration tokens x [tokens, in], [in, in], of which the upper triangle is read; any common
+        factor will do.
       target: active weights, such as the pattern can have; may be traced.
       pattern: ``unstructured`` | ``N:M`` (groups along the inputs) | ``blockB``, see `spdf_jax.sparsity.patterns`.
       damping: added to the diagonal of `hessian`, as a share of its mean.
