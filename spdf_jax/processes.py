@@ -34,6 +34,7 @@ from spdf_jax.sharding import batch_devices, batch_sharding
 #: BSD's EX_TEMPFAIL: nothing is wrong with the command; give it again.
 RESTART_CODE = 75
 
+_THREADS = "NPROC"  # the threads that XLA computes with on a CPU: it has no option in JAX
 _HEARTBEAT_SECONDS = 30  # a process that has been silent for so long is gone
 _FAREWELL_SECONDS = 3  # process 0 stays so long for the others to hear why it ends
 _STOPPED = "spdf_jax/stopped"
@@ -49,7 +50,9 @@ def device_name() -> str:
     if device.platform != "cpu":
         return found
     # Linux alone can keep a process to some of them.
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = os.environ.get(_THREADS, "")
+    cores = min(cores, int(threads)) if threads.isdigit() else cores
     return f"{found}, {cores} {'core' if cores == 1 else 'cores'}"
 
 
@@ -65,6 +68,11 @@ def keep_memory() -> None:
             # mallopt(3): M_ARENA_MAX, as other arenas hold no large block; M_MMAP_MAX; M_TRIM_THRESHOLD.
             for option, value in ((-8, 1), (-4, 0), (-1, 2**31 - 1)):
                 libc.mallopt(option, value)
+
+
+def one_thread() -> None:
+    """A CPU computes with one thread from here on: its sums have one order on any number of cores. Before any use of JAX."""
+    os.environ[_THREADS] = "1"
 
 
 def initialise() -> None:

@@ -483,6 +483,36 @@ if __name__ == "__main__":  # killed as its cell of a number starts
     measured(toy_study(text, text.parent / "cache", workdir), workdir)
 
 
+COUNTED = """
+import os, sys
+from spdf_jax.jobs import study
+from spdf_jax.main import main
+
+def count(*_):
+    names = [open(f"/proc/self/task/{task}/comm").read().strip() for task in os.listdir("/proc/self/task")]
+    print("threads that compute:", names.count("tf_XLAEigen"), flush=True)
+    os._exit(0)
+
+study._train = count
+main(sys.argv)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="Linux alone lists the threads of a process")
+def test_a_cell_is_computed_by_one_thread(tmp_path):
+    """By more, on another number of cores, sums would have another order and losses other digits."""
+    paths = ", ".join(f"Path({str(path)!r})" for path in (write_text(tmp_path / "text"), tmp_path / "cache", tmp_path))
+    body = f"    return test_study.toy_study({paths})\n"
+    file = tmp_path / "toy.py"
+    file.write_text(f"from pathlib import Path\nimport test_study\n\ndef get_config(variant=''):\n{body}")
+    command = [sys.executable, "-c", COUNTED, f"--config={file}", f"--workdir={tmp_path / 'toy-test'}"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    ended = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert "on 1 x cpu, 1 core" in ended.stdout, ended.stderr
+    assert ended.stdout.endswith("threads that compute: 1\n")
+
+
 @pytest.mark.slow
 @pytest.mark.nightly
 def test_a_study_that_is_killed_goes_on_and_ends_as_if_it_had_not_been(tmp_path, capsys):

@@ -2,8 +2,9 @@
 
 Each row's choice is the one of lowest validation loss among cells of the sweep's own seed; then, seed by seed, all rows at
 their choices. Cells lie in a folder that studies share, each in a folder named by what it is (`spdf_jax.config.study_cells`);
-every one is resumable by itself, and so is the study. The first measured cell is run twice: losses must be equal to the bit,
-and seconds differ by what this machine's noise is. What came out is ``study.json``, of which page and table are made.
+every one is resumable by itself, and so is the study. On a CPU a cell is computed by one thread: anyone's sums have our
+order, and two studies run beside each other on two cores. The first measured cell is run twice: losses must be equal to the
+bit, and seconds differ by what this machine's noise is. What came out is ``study.json``, of which page and table are made.
 """
 
 import math
@@ -42,6 +43,7 @@ def run_study(config: SweepConfig, study: StudyConfig, request: Request) -> None
     Raises:
       InputError: anything the user can fix; cells that are finished stay.
     """
+    processes.one_thread()
     if jax.process_count() > 1:
         raise InputError("a study's cells are for one process each; start it without --distributed")
     if url(request.workdir):

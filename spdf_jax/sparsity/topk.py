@@ -215,6 +215,7 @@ def _first_probes(keys: jax.Array, k: jax.Array) -> tuple[jax.Array, ...]:
         keys_of = keys[::stride]
     rank = k.astype(jnp.float32) * (keys_of.size / keys.size)
     chance = 4 * jnp.sqrt(rank) + 1
-    ranks_3 = jnp.clip(rank + jnp.array([1.0, 0.0, -1.0]) * chance, 1, keys_of.size).astype(jnp.int32)
-    found_3 = jax.vmap(lambda rank: _kth_largest(keys_of, rank)[0])(ranks_3)
-    return tuple(jnp.clip(found_3, 1, _LARGEST - 1))
+    ranks_2 = jnp.clip(rank + jnp.array([1.0, -1.0]) * chance, 1, keys_of.size).astype(jnp.int32)
+    low, high = jax.vmap(lambda rank: _kth_largest(keys_of, rank)[0])(ranks_2)
+    # Between what was kept before and what was 0 there is a gap, wide as numbers of their bits go: its middle is in it.
+    return tuple(jnp.clip(probe, 1, _LARGEST - 1) for probe in (low, low + (high - low) // 2, high))
