@@ -27,9 +27,8 @@ SPARSITY = {"50": 0.5, "70": 0.7, "80": 0.8}
 DENSE_STEPS, MORE_STEPS = 600, 200
 CONTINUED, DENSE, SPARSE = "continued", "dense fine-tuning", "sparse fine-tuning"
 COLUMNS = (
-    ("loss of the dense model", "summary.before.val_loss", ".3f", False, CONTINUED),
-    ("loss after pruning", "summary.initial_val_loss", ".3f", False, CONTINUED),
     ("loss after training on", "summary.val_loss", ".3f", True, CONTINUED),
+    ("loss after pruning", "summary.initial_val_loss", ".3f", False, CONTINUED),
     ("FLOPs up to there", "summary.before.train_flops+summary.train_flops", ".3g", True, CONTINUED),
     ("seconds up to there", "summary.before.wall_seconds+summary.wall_seconds", ".0f", False, CONTINUED),
     ("BLEU, dense fine-tuning", "evaluation.bleu", ".2f", True, DENSE),
