@@ -413,6 +413,18 @@ def test_of_a_run_the_workdir_says_it_all(half_run, tmp_path):
     assert "parameters" in planned.stdout
 
 
+def test_settings_of_a_run_are_of_the_types_that_flags_override(tmp_path):
+    """JSON has lists for tuples, and no flag can set a list."""
+    c = spdf.default_config("mine", "mini", variants=("mini",))
+    c.circuit.tasks, c.evaluation.exams = ("quote",), True
+    resolved = spdf.resolve(c).as_dict()
+    assert resolved["circuit"]["tasks"] == ["quote"]
+    saved = get_config(str(recorded(tmp_path / "run", resolved)))
+    types = [{key: type(value) for key, value in flat(config.to_dict()).items()} for config in (saved, c)]
+    assert types[0] == types[1]
+    assert saved.circuit.tasks == ("quote",)
+
+
 def test_what_a_workdir_alone_cannot_say_is_told_to_be_typed(tmp_path):
     c = spdf.resolve(spdf.default_config("mine", "mini", variants=("mini",))).as_dict()
     c["pretrain"]["sparsity"]["rule"] = "mine"

@@ -10,7 +10,7 @@ tries the script.
 Command: ``python experiments/benchmarks/llama_step.py --transformers --json llama_step.json``
 Other precision: ``--dtype bfloat16``.
 Needs: PyTorch and transformers (``pip install -e '.[reference]'``) and a C++ compiler; without ``--transformers`` ours alone is
-timed. Hardware: any. Time: not measured yet. Expected: >= 1.2 times theirs, whichever of its two is faster; not measured yet.
+timed. Hardware: any. Time: 2 minutes on 2 CPU cores. Wanted: >= 1.2 times theirs, the faster of its two; not met there.
 """
 
 import contextlib

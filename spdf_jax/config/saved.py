@@ -1,5 +1,8 @@
 """The experiment file of a run that was: ``--config`` where only its ``--workdir`` is given."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from ml_collections import ConfigDict
 
 from spdf_jax.cloud.spool import located
@@ -24,7 +27,7 @@ def get_config(workdir: str) -> ConfigDict:
             raise InputError(f"--workdir {workdir}: holds a sweep, which goes on by what began it: {command}")
         raise InputError(f"--workdir {workdir}: no run is there; give the folder of one, or --config FILE[:VARIANT]")
     try:
-        return ConfigDict(load_config(file).as_dict())
+        return ConfigDict(_with_tuples(load_config(file).as_dict()))
     except InputError as error:
         code = file.with_name(CODE_FOLDER)
         command = read_json(file, "restore it, or give the workdir of a run").get("command")
@@ -34,3 +37,10 @@ def get_config(workdir: str) -> ConfigDict:
             f"{error}; if an experiment file defines it ({code}), name that by --config, too"
             + (f", as the run began: {command}" if command else "")
         ) from None
+
+
+def _with_tuples(value: Any) -> Any:
+    """As experiment files have them: flags override a tuple, and JSON has lists."""
+    if isinstance(value, Mapping):
+        return {key: _with_tuples(part) for key, part in value.items()}
+    return tuple(_with_tuples(part) for part in value) if isinstance(value, list) else value
