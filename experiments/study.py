@@ -25,9 +25,9 @@ wide_text   wide's eight epochs alone, of a text of yours. 47 cells, 90 minutes.
 moving  mst's model, 1,000 steps: static, SET, RigL and MST's growing at 75, 90 and 95 %, whose regrown weights' optimiser state
         is reset, kept or SMET's. Rates with reset. 209 cells, 3 hours; those of dense and static at 75 % are mst's.
 
-Times are of one core (AMD EPYC), by the rate of the first 40 cells of mst: a cell is computed by one thread, wherever it runs, so
-that anyone's sums have the same order; two studies run beside each other on two cores. A study says itself, after its first
-cells, how long it will take.
+Times are estimates for one core (AMD EPYC), from the first 40 cells of mst: a cell is computed by one thread, wherever it runs,
+so that anyone's sums have the same order, and two studies run beside each other on two cores. A study says itself, after its
+first cells, how long it will take.
 Not run yet.
 """
 
