@@ -51,8 +51,8 @@ def device_name() -> str:
         return found
     # Linux alone can keep a process to some of them.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = os.environ.get(_THREADS, "")
-    cores = min(cores, int(threads)) if threads.isdigit() else cores
+    if (threads := os.environ.get(_THREADS, "")).isdigit():
+        cores = min(cores, int(threads)) or cores
     return f"{found}, {cores} {'core' if cores == 1 else 'cores'}"
 
 
