@@ -20,6 +20,10 @@ class InputError(ValueError):
     """
 
 
+class InUseError(InputError):
+    """Another run holds the workdir."""
+
+
 class Restart(Exception):
     """The run ends before its time, in all its processes, and the same command goes on. The command line exits with 75."""
 

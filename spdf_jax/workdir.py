@@ -21,7 +21,7 @@ from typing import IO, Any
 import jax
 
 from spdf_jax.cloud import lease, spool
-from spdf_jax.errors import InputError, reading
+from spdf_jax.errors import InputError, InUseError, reading
 from spdf_jax.processes import from_first, is_first
 
 CONFIG_FILE = "config.json"
@@ -231,7 +231,11 @@ def _made_at(workdir: Path) -> int:
 
 @contextlib.contextmanager
 def lock(workdir: Path) -> Iterator[None]:
-    """Holds the workdir for this run; the kernel lets go however process 0 ends. In a bucket: `spdf_jax.cloud.lease`."""
+    """Holds the workdir for this run; the kernel lets go however process 0 ends. In a bucket: `spdf_jax.cloud.lease`.
+
+    Raises:
+      InUseError: another process holds it.
+    """
     if spool.url(workdir):
         with lease.held(workdir):
             yield
@@ -243,7 +247,7 @@ def lock(workdir: Path) -> Iterator[None]:
         try:
             _take(file)
         except BlockingIOError:
-            raise InputError(
+            raise InUseError(
                 f"workdir {workdir}: another run is using it; wait for it to end, or choose another --workdir"
             ) from None
         except OSError as error:

@@ -25,7 +25,7 @@ from spdf_jax.planning.own_fit import fit_cells, main, measured_in, predictions
 from spdf_jax.report.intervals import along, detectable, interval
 from spdf_jax.report.study import verdict, write_study_report
 from spdf_jax.report.study_records import read_study
-from spdf_jax.workdir import read_json, write_json
+from spdf_jax.workdir import lock, read_json, write_json
 
 EXPERIMENT = Path(__file__).parent.parent / "experiments" / "study.py"
 RATES, SEEDS = (0.001, 0.003), (1, 2, 3)
@@ -215,6 +215,30 @@ def test_what_starts_from_a_choice_that_was_not_made_is_not_run(trained, tmp_pat
 def write_scores(folder, config):
     folder.mkdir(parents=True)
     write_json(folder / "evaluation.json", {"bleu": 10.0 + config.seed})
+
+
+def test_a_cell_that_another_study_is_at_is_waited_for(tmp_path, capsys, monkeypatch):
+    """As two studies of one folder, started beside each other, come to a cell that both have."""
+    other, waited = lock(tmp_path), []
+    other.__enter__()
+
+    def train_with(config, folder, *_, **__):
+        with lock(folder):
+            write_json(folder / "summary.json", {"val_loss": 4.0})
+            write_json(folder / "provenance.json", {"starts": []})
+
+    def wait(seconds):  # lock looks again at once, too
+        waited.append(seconds)
+        if waited.count(study._WAIT_SECONDS) == 2:
+            other.__exit__(None, None, None)
+
+    monkeypatch.setattr(study, "train_with", train_with)
+    monkeypatch.setattr(study.time, "sleep", wait)
+    found = Cells(resolve_sweep(toy()).cells).cell(key("dense", 10, 0.001), 1)
+    assert study._train(found, tmp_path, {}, Request(tmp_path))["val_loss"] == 4.0
+    assert waited.count(study._WAIT_SECONDS) == 2
+    said = f"{tmp_path}: another study is at it; going on when it is done\n"
+    assert capsys.readouterr().out == said, "once, however long it takes"
 
 
 def test_a_machine_that_does_not_compute_the_same_twice_is_told(tmp_path, monkeypatch):

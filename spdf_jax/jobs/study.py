@@ -8,6 +8,7 @@ bit, and seconds differ by what this machine's noise is. What came out is ``stud
 """
 
 import math
+import time
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,7 @@ from spdf_jax.cloud.spool import url
 from spdf_jax.config.run import RunConfig
 from spdf_jax.config.study_cells import Cell, Cells, source_of
 from spdf_jax.config.sweep import Row, StudyConfig, SweepConfig
-from spdf_jax.errors import InputError, closest
+from spdf_jax.errors import InputError, InUseError, closest
 from spdf_jax.jobs import Request, keep_compiled
 from spdf_jax.jobs.evaluate import evaluate_checkpoint
 from spdf_jax.jobs.pages import LivePage
@@ -35,6 +36,7 @@ from spdf_jax.training.provenance import Source, read_code
 from spdf_jax.workdir import EVALUATION_FILE, PROVENANCE_FILE, SUMMARY_FILE, lock, made_workdir, read_json, write_json
 
 AGAIN = "again"  # after the name of the cell that is run twice
+_WAIT_SECONDS = 5.0
 
 
 def run_study(config: SweepConfig, study: StudyConfig, request: Request) -> None:
@@ -278,7 +280,17 @@ def _task(config: RunConfig) -> str:
 
 
 def _train(cell: Cell, folder: Path, code: Mapping[str, Source], request: Request) -> dict[str, Any]:
-    train_with(cell.config, folder, code, command=request.command, progress=not request.quiet)
+    """The summary of a cell that is run, or goes on, or is finished; one that another study is at is waited for."""
+    is_said = False
+    while True:
+        try:
+            train_with(cell.config, folder, code, command=request.command, progress=not request.quiet)
+            break
+        except InUseError:
+            if not is_said:
+                print(f"{folder}: another study is at it; going on when it is done", flush=True)
+            is_said = True
+            time.sleep(_WAIT_SECONDS)
     fix = "delete it, and the same command makes it again"
     starts = read_json(folder / PROVENANCE_FILE, fix)["starts"]
     made = list(dict.fromkeys(f"{made_with(start)}, on {start['device']}" for start in starts))
