@@ -29,7 +29,6 @@ TASKS = ("quote", "bracket", "call_depth", "set_or_string")
 COLUMNS = (
     ("validation loss", "summary.val_loss", ".3f", True),
     *((f"nodes: {task}", f"circuit.{task}.nodes", ".0f", True) for task in TASKS),
-    *((f"weights: {task}", f"circuit.{task}.edges", ".0f", True) for task in TASKS),
 )
 
 

@@ -291,6 +291,27 @@ def test_a_sweep_puts_sparse_circuits_beside_those_of_the_nearest_dense_run(tmp_
     table = list(csv.DictReader((tmp_path / "figures" / "circuits_bracket.csv").read_text().splitlines()))
     assert [(row["its nodes"], row["times as many"]) for row in table] == [("", ""), ("", ""), ("", "")]
     assert table[2]["nodes"] == "", "it does not do the task"
+    page = (tmp_path / "report.html").read_text()
+    nearest = "“dense”, whose validation loss is nearest"
+    assert f"Quote: 10 nodes do it in “1/4”, and 120, 12.0 times as many, in {nearest}. bracket: 10 nodes" in page
+    assert f" in “1/4”; the whole of {nearest}, does not." in page
+    assert "<td>40<small></small></td>" in page, "a count has no decimals"
+
+
+def test_a_task_that_no_run_does_has_no_figure(tmp_path, no_figures):
+    folder = make_circuit_sweep(tmp_path)
+    table = json.loads((folder / "table.json").read_text())
+    for row in table["rows"]:
+        (cell,) = row["cells"].values()
+        cell["circuit"] = {
+            "bracket": {"whole": 0.6, "nothing": 0.7, "target_loss": 0.15, "curve": [[0, 0.7], [1000, 0.6]]}
+        }
+    write_json(folder / "table.json", table)
+    write_sweep_report(folder)
+    page = (tmp_path / "report.html").read_text()
+    assert "Bracket: no weight-sparse run does it." in page
+    assert (tmp_path / "figures" / "circuits_bracket.csv").exists()
+    assert "nodes and task loss" not in page
 
 
 # --- the job -------------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from spdf_jax.report.draw import STYLE
 from spdf_jax.report.figures import write_figures
 from spdf_jax.report.page import Panel, command_panel, write_page
 from spdf_jax.report.sweep_cells import cells, signatures
-from spdf_jax.report.sweep_circuits import circuits
+from spdf_jax.report.sweep_circuits import answers, circuits
 from spdf_jax.report.sweep_curves import curves
 from spdf_jax.report.sweep_records import Sweep, read_sweep
 from spdf_jax.report.sweep_table import main_charts, results
@@ -77,7 +77,9 @@ def _status(sweep: Sweep) -> str:
 
 
 def verdict(sweep: Sweep) -> str:
-    """The main score of the first row, the highest and the lowest."""
+    """What circuits were found; or the main score of the first row, the highest and the lowest."""
+    if found := answers(sweep):
+        return found
     header = next(iter(sweep.main_scores), None)
     if header is None:
         return f"No scores yet. Lowest validation loss so far: {lowest_losses(sweep)}."

@@ -12,20 +12,51 @@ from spdf_jax.report.draw import SOFT_INK, Plot, Table, new_figure
 from spdf_jax.report.page import Panel, link, template
 from spdf_jax.report.sweep_curves import Series, key, series_of
 from spdf_jax.report.sweep_records import Sweep, TableRow
-from spdf_jax.report.words import count_tick
+from spdf_jax.report.words import capitalised, count_tick
 
 
 def circuits(sweep: Sweep) -> list[Panel]:
     """A panel for every task that the runs' circuits were looked for of."""
-    names = dict.fromkeys(name for row in sweep.rows for cell in row.cells.values() for name in cell.get("circuit", {}))
-    return [_of_task(sweep, name) for name in names]
+    return [_of_task(sweep, name) for name in _tasks(sweep)]
+
+
+def answers(sweep: Sweep) -> str:
+    """Of each task the sparse run that needs the fewest nodes beside a dense one of its loss; "" where none was looked for."""
+    texts, undone = list[tuple[float, str]](), []
+    for name in _tasks(sweep):
+        lines = [line for line in _lines(sweep, name) if line["nodes"] is not None and not line["is dense"]]
+        if not lines:
+            undone.append(name)
+            continue
+        best = max(lines, key=lambda line: (line["times as many"] or 0, -line["nodes"]))
+        text, nearest = f"{name}: {best['nodes']:,} nodes do it in “{best['row']}”", best["dense of nearest loss"]
+        of_dense = f"“{nearest}”, whose validation loss is nearest"
+        if best["times as many"]:
+            text += f", and {best['its nodes']:,}, {best['times as many']:.1f} times as many, in {of_dense}"
+        elif nearest:
+            text += f"; the whole of {of_dense}, does not"
+        texts.append((best["times as many"] or 0, text))
+    sentences = [text for _, text in sorted(texts, key=lambda one: -one[0])]
+    if undone:
+        sentences.append(f"{', '.join(undone)}: no weight-sparse run does {'it' if len(undone) == 1 else 'them'}")
+    return capitalised(f"{'. '.join(sentences)}.") if sentences else ""
+
+
+def _tasks(sweep: Sweep) -> list[str]:
+    return list(
+        dict.fromkeys(name for row in sweep.rows for cell in row.cells.values() for name in cell.get("circuit", {}))
+    )
+
+
+def _lines(sweep: Sweep, name: str) -> list[dict[str, Any]]:
+    found = {row.label: (row, one) for row in sweep.rows if (one := _circuit(row, name))}
+    return [_line(sweep, found, label) for label in found]
 
 
 def _of_task(sweep: Sweep, name: str) -> Panel:
-    found = {row.label: (row, one) for row in sweep.rows if (one := _circuit(row, name))}
-    lines = [_line(sweep, found, label) for label in found]
+    lines = _lines(sweep, name)
     series = [one for one in series_of(sweep, list(sweep.cells), "") if not one.is_faint]
-    plot = _curves(sweep, name, series)
+    plot = _curves(sweep, name, series) if any(line["nodes"] is not None for line in lines) else None
     header = (
         "row",
         "validation loss",
@@ -39,15 +70,16 @@ def _of_task(sweep: Sweep, name: str) -> Panel:
     table = Table((*header, *others), [[line[column] for column in (*header, *others)] for line in lines])
     caption = (
         "The smallest circuit found in each run, and beside it that of the dense run whose validation loss is nearest. "
-        "-: the whole model does not do the task at the target, so there is no circuit to be found. "
-        "Below, the lowest task loss of all circuits tried with so many nodes; dotted: the target."
+        "-: the whole model does not do the task at the target, so there is no circuit to be found."
     )
+    if plot:
+        caption += " Below, the lowest task loss of all circuits tried with so many nodes; dotted: the target."
     rows = [[_text(line[column]) for column in (*header, *others)] for line in lines]
-    for row, (of_table, _) in zip(rows, found.values(), strict=True):
-        page = sweep.page_of(next(iter(of_table.cells)))
-        row[0] = link(row[0], page.replace("report.html", CIRCUIT_PAGE))
-    body = Markup(_TABLE.render(header=(*header, *others), rows=rows, key=key(series), figure=plot.inline))
-    return Panel(f"Circuits: {name}", body, caption, wide=True, plots=(plot,), table=table)
+    for row, line in zip(rows, lines, strict=True):
+        row[0] = link(row[0], line["page"])
+    figure = plot.inline if plot else ""
+    body = Markup(_TABLE.render(header=(*header, *others), rows=rows, key=key(series), figure=figure))
+    return Panel(f"Circuits: {name}", body, caption, wide=True, plots=(plot,) if plot else (), table=table)
 
 
 def _circuit(row: TableRow, name: str) -> Mapping[str, Any] | None:
@@ -73,10 +105,12 @@ def _line(sweep: Sweep, found: Mapping[str, tuple[TableRow, Mapping[str, Any]]],
         "task loss of the whole model": circuit["whole"],
         "of the circuit alone": circuit.get("alone"),
         "without it": circuit.get("without"),
+        "page": sweep.page_of(next(iter(row.cells))).replace("report.html", CIRCUIT_PAGE),
+        "is dense": _is_dense(sweep, row),
     }
     line |= dict.fromkeys(("dense of nearest loss", "its loss", "its nodes", "times as many"))
     dense = [one for one, _ in found.values() if _is_dense(sweep, one)]
-    if not dense or _is_dense(sweep, row):
+    if not dense or line["is dense"]:
         return line
     nearest = min(dense, key=lambda one: abs(_loss(one) - _loss(row)))
     nodes = found[nearest.label][1].get("nodes")
@@ -132,5 +166,7 @@ _TABLE = template("""\
   </tr>
   {% endfor %}
 </table></div>
+{% if figure %}
 <div class="two">{{ figure }}{{ key }}</div>
+{% endif %}
 """)

@@ -24,12 +24,13 @@ def results(sweep: Sweep) -> list[Panel]:
         return []
     headers, reference = list(sweep.rows[0].values), sweep.rows[0]
     largest = {h: max(abs(row.values[h].mean or 0) for row in sweep.rows) for h in headers}
+    counts = {h for h in headers if all(_is_count(row.values[h]) for row in sweep.rows)}
     rows = [
         {
             "label": row.label,
             "choice": row.choice,
             "cells": [(name, sweep.page_of(name)) for name in row.cells],
-            "figures": [_cell_texts(row.values[h], reference.values[h], largest[h]) for h in headers],
+            "figures": [_cell_texts(row.values[h], reference.values[h], largest[h], h in counts) for h in headers],
         }
         for row in sweep.rows
     ]
@@ -46,11 +47,18 @@ def results(sweep: Sweep) -> list[Panel]:
     return [Panel("Results", Markup(_TABLE.render(headers=headers, rows=rows)), caption, wide=True, table=table)]
 
 
-def _cell_texts(value: Value, reference: Value, largest: float) -> tuple[str, str]:
+def _is_count(value: Value) -> bool:
+    """Of nodes or steps, say, and from one run."""
+    return value.mean is None or (value.mean.is_integer() and not value.deviation)
+
+
+def _cell_texts(value: Value, reference: Value, largest: float, is_count: bool) -> tuple[str, str]:
     """A figure, and its ratio to the first row's."""
     if value.mean is None:
         return "-", ""
     ratio = f"x {value.mean / reference.mean:.3f}" if reference.mean and value is not reference else ""
+    if is_count and largest < 1e6:
+        return f"{value.mean:,.0f}", ratio
     return figure_text(value.mean, largest, value.deviation), ratio
 
 
