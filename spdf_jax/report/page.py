@@ -166,6 +166,7 @@ header { margin-bottom: 1.75rem; }
 .plot svg text { font-family: inherit !important; }
 .three { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 17rem), 1fr)); gap: .8rem; }
 .two { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 22rem), 1fr)); gap: .8rem 1.6rem; }
+.scroll + .two { margin-top: 1rem; }
 .key { display: flex; flex-wrap: wrap; align-content: start; gap: .1rem 1.2rem; margin: 0 0 .7rem; padding: 0;
        font-size: .85rem; list-style: none; }
 .key svg { width: 1.9rem; height: .6rem; margin-right: .4rem; vertical-align: middle; }
