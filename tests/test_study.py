@@ -185,7 +185,7 @@ def test_a_budget_that_the_reference_has_not_spent_has_no_answer(trained, tmp_pa
     assert verdict(found).startswith("No answer yet")
 
 
-def test_what_starts_from_a_choice_that_was_not_made_is_not_run(trained, tmp_path, monkeypatch):
+def test_what_starts_from_a_choice_that_was_not_made_is_not_run(trained, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(study, "evaluate_checkpoint", lambda config, folder: write_scores(folder, config))
     config = toy()
     before = {rate: key("dense", 20, rate) for rate in RATES}
@@ -200,6 +200,9 @@ def test_what_starts_from_a_choice_that_was_not_made_is_not_run(trained, tmp_pat
     record = measured(config, tmp_path / "toy-test")
     *_, row = record["rows"]
     assert row["tried"].keys() == {"rate 0.003"}
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("[")]
+    assert said[0].startswith("[1/18] "), "whichever will be chosen, one of its sources is gone on from"
+    assert said[-1].startswith("[18/18] ")
     cells = Cells(resolve_sweep(config).cells)
     for name, seed in zip(row["cells"], SEEDS, strict=True):
         source, own = cells.chain(key("restaurant", 5, 0.003), seed)
@@ -473,7 +476,7 @@ def test_fine_tuning_goes_on_from_the_pretraining_of_its_seed_and_sparsity(exper
                 )
                 assert own.config.init_from == f"cell:{source.name}"
                 assert source.name.endswith("-3")
-    assert seen == 3 * 5 * 6
+    assert seen == 3 * 5 * 2 * len(experiment.RATES)
 
 
 # --- a real one ------------------------------------------------------------------------------------------------------------

@@ -123,7 +123,9 @@ class _Running:
 
     def choose(self, row: Row) -> None:
         """Runs the cells that decide, but for those that start from what was not chosen."""
-        deciding = [(choice, key) for choice, key in row.decided_by or row.choices if not self._starts_elsewhere(key)]
+        deciding = [
+            (choice, key) for choice, key in row.decided_by or row.choices if not self._starts_from(key, self._dropped)
+        ]
         losses = {
             choice: self._run(key, self._config.cells[key].seed, row, choice)["val_loss"] for choice, key in deciding
         }
@@ -131,8 +133,8 @@ class _Running:
         self._choice[row.label], self._losses[row.label] = best, losses
         self._dropped |= {key for choice, key in (*row.choices, *row.decided_by) if choice != best}
 
-    def _starts_elsewhere(self, key: str) -> bool:
-        return source_of(self._config.cells[key]) in self._dropped
+    def _starts_from(self, key: str, dropped: set[str]) -> bool:
+        return source_of(self._config.cells[key]) in dropped
 
     def measure(self, row: Row, seed: int) -> None:
         """Runs, and scores, the cell that was chosen."""
@@ -159,10 +161,12 @@ class _Running:
 
     def _progress(self) -> tuple[int, int, str]:
         """Cells done and in all, and how long the others take if they are as fast for their FLOPs as those."""
-        planned = dict[str, str]()
+        planned, dropped = dict[str, str](), set(self._dropped)
         for row in self._rows:
-            pairs = [(c, key) for c, key in row.decided_by or row.choices if not self._starts_elsewhere(key)]
-            chosen = dict(row.choices)[self._choice.get(row.label, pairs[0][0])]
+            pairs = [(c, key) for c, key in row.decided_by or row.choices if not self._starts_from(key, dropped)]
+            choice = self._choice.get(row.label, pairs[0][0])  # any, where it is yet to be made
+            dropped |= {key for c, key in (*row.choices, *row.decided_by) if c != choice}
+            chosen = dict(row.choices)[choice]
             for key, seeds in (
                 *((key, (self._config.cells[key].seed,)) for _, key in pairs),
                 (chosen, self._study.seeds),
